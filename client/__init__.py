@@ -1,0 +1,1 @@
+"""Asks: the client library and the command line."""

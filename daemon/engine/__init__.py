@@ -1,0 +1,1 @@
+"""Inside the worker: network, linears, KV, scheduler, sampler, tokenizer."""

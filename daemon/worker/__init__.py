@@ -1,0 +1,1 @@
+"""The big process: step loop, resident memory, ledger."""

@@ -1,0 +1,393 @@
+"""What processes say to each other: one frozen type per message, msgpack on the wire.
+
+A message travels as two frames: `HEADER` (magic and protocol version, so that a stranger is refused politely) and the
+msgpack body, a map tagged with the type's name. Unknown fields are ignored; optional fields may be added at any time.
+
+Clients and the supervisor speak `Request` and `Event`. `id` is chosen by the asker and unique among its open requests;
+every request but `Cancel` and `Ping` is answered by any number of non-terminal events (`Started`, `Chunk`, `Progress`)
+and then exactly one terminal event. The supervisor speaks to its worker in the same words, with ids of its own, plus
+the `ToWorker`, `FromWorker` and `FromJob` types below.
+"""
+
+from __future__ import annotations
+
+from typing import Final, TypeVar
+
+import msgspec
+
+from .architecture import Architecture
+from .errors import EbbflowError, InvalidRequest, UnsupportedVersion
+from .manifest import CurvePoint
+from .units import AUTO, SizeWish
+
+PROTOCOL: Final = 1
+MAGIC: Final = b"EBB"
+HEADER: Final = MAGIC + bytes([PROTOCOL])
+MAX_MESSAGE: Final = 8_000_000
+PING_SECONDS: Final = 2.0
+LEASE_SECONDS: Final = 10.0
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=True):
+    """Root of everything on the wire."""
+
+
+# -- values inside messages ---------------------------------------------------------------------------------------
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    """One turn of a conversation; `role` is `system`, `user` or `assistant`."""
+
+    role: str
+    content: str
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """How the next token is chosen. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raises `InvalidRequest` naming the first value out of range."""
+        limits = (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature <= 100, "between 0 and 100"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("seed", 0 <= self.seed < 2**63, "between 0 and 2**63 - 1"),
+            ("stop", len(self.stop) <= 16 and all(self.stop), "at most 16 strings, none empty"),
+        )
+        for name, valid, wanted in limits:
+            if not valid:
+                raise InvalidRequest(f"{name} must be {wanted}, not {getattr(self, name)!r}")
+
+
+class Residency(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker holds of one model. All sizes in bytes; `reason` says why it is this size and not another."""
+
+    model: str
+    blocks: int
+    total_blocks: int
+    nbytes: int
+    total_nbytes: int
+    base_nbytes: int
+    target_nbytes: int
+    kv_nbytes: int = 0
+    running: int = 0
+    waiting: int = 0
+    tokens_per_second: float = 0.0
+    wish: SizeWish = AUTO
+    reason: str = ""
+
+
+class ProcessMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """One of our processes as the kernel counts it (smaps_rollup): private bytes and bytes swapped out."""
+
+    role: str
+    pid: int
+    private_nbytes: int
+    swapped_nbytes: int = 0
+
+
+class ModelSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of `ebb list`."""
+
+    name: str
+    family: str
+    codec: str
+    nbytes: int
+    base_nbytes: int
+    original_nbytes: int
+    created: str
+
+
+# -- client to supervisor (and, with its own ids, supervisor to worker) -------------------------------------------
+
+
+class Ping(Message, frozen=True):
+    """Keeps the client's lease; answered by `Pong`."""
+
+
+class Generate(Message, frozen=True):
+    """Continue `prompt`, or answer the conversation `chat`; exactly one of the two is given."""
+
+    id: int
+    model: str
+    prompt: str | None = None
+    chat: tuple[ChatMessage, ...] | None = None
+    sampling: Sampling = Sampling()
+
+
+class Cancel(Message, frozen=True):
+    """End request `id` of the same sender, which then gets `Failed(cancelled)`; unknown ids are ignored."""
+
+    id: int
+
+
+class ListModels(Message, frozen=True):
+    """Answered by `ModelList`."""
+
+    id: int
+
+
+class ShowModel(Message, frozen=True):
+    """Answered by `ModelDetail`."""
+
+    id: int
+    model: str
+
+
+class AddModel(Message, frozen=True):
+    """Read the checkpoint at `source` (a folder, absolute, or a hub id) into the library. `Progress`, then `Added`."""
+
+    id: int
+    source: str
+    name: str
+    codec: str = "bitstack"
+    levels: int | None = None
+    rank: int | None = None
+    order: str = "gain"
+    calibration: str | None = None
+    seed: int = 0
+
+
+class RemoveModel(Message, frozen=True):
+    """Answered by `Done`."""
+
+    id: int
+    model: str
+
+
+class Resize(Message, frozen=True):
+    """Set how much of a model may be resident; remembered if it is not loaded. Answered by `Resized`."""
+
+    id: int
+    model: str
+    wish: SizeWish
+
+
+class GetStatus(Message, frozen=True):
+    """Answered by `Status`."""
+
+    id: int
+
+
+class Shutdown(Message, frozen=True):
+    """Stop the daemon; answered by `Done` before it goes."""
+
+    id: int
+
+
+Request = Ping | Generate | Cancel | ListModels | ShowModel | AddModel | RemoveModel | Resize | GetStatus | Shutdown
+
+
+# -- supervisor to client (and worker or job to supervisor) -------------------------------------------------------
+
+
+class Pong(Message, frozen=True):
+    """The daemon is there."""
+
+
+class Started(Message, frozen=True):
+    """Request `id` was admitted; its prompt has this many tokens."""
+
+    id: int
+    prompt_tokens: int
+
+
+class Chunk(Message, frozen=True):
+    """More text of request `id`, and how many tokens were generated up to and including it."""
+
+    id: int
+    text: str
+    tokens: int
+
+
+class Progress(Message, frozen=True):
+    """How far a job is. `done` and `total` count bytes of source weights; `eta_seconds` is absent while unknown."""
+
+    id: int
+    stage: str
+    tensor: str = ""
+    done: int = 0
+    total: int = 0
+    eta_seconds: float | None = None
+
+
+class Finished(Message, frozen=True):
+    """Terminal: a generation ended. `reason` is `stop` (end token or stop string) or `length`."""
+
+    id: int
+    reason: str
+    prompt_tokens: int
+    tokens: int
+    seconds_to_first: float
+    seconds: float
+
+
+class Failed(Message, frozen=True):
+    """Terminal: the request ended with the error of that code (see `errors`)."""
+
+    id: int
+    code: str
+    message: str
+
+
+class ModelList(Message, frozen=True):
+    """Terminal answer to `ListModels`."""
+
+    id: int
+    models: tuple[ModelSummary, ...]
+
+
+class ModelDetail(Message, frozen=True):
+    """Terminal answer to `ShowModel`."""
+
+    id: int
+    summary: ModelSummary
+    architecture: Architecture
+    source: str
+    checksum: str
+    options: dict[str, str | int | float]
+    blocks: int
+    curve: tuple[CurvePoint, ...]
+
+
+class Added(Message, frozen=True):
+    """Terminal: the model is in the library."""
+
+    id: int
+    summary: ModelSummary
+    seconds: float
+
+
+class Resized(Message, frozen=True):
+    """Terminal answer to `Resize`.
+
+    `residency` is absent when the model is not loaded (the wish is kept). `released_nbytes` is what the kernel says
+    this worker's private memory shrank by (negative: grew), `seconds` from the request to that reading.
+    """
+
+    id: int
+    residency: Residency | None = None
+    released_nbytes: int = 0
+    seconds: float = 0.0
+
+
+class Status(Message, frozen=True):
+    """Terminal answer to `GetStatus`. Memory in bytes; `available_source` names what limits `available_nbytes`."""
+
+    id: int
+    version: str
+    pid: int
+    uptime_seconds: float
+    available_nbytes: int
+    available_source: str
+    reserve_nbytes: int
+    models: tuple[Residency, ...] = ()
+    processes: tuple[ProcessMemory, ...] = ()
+    adding: tuple[str, ...] = ()
+
+
+class Done(Message, frozen=True):
+    """Terminal: it was done and there is nothing more to say."""
+
+    id: int
+
+
+Terminal = Finished | Failed | ModelList | ModelDetail | Added | Resized | Status | Done
+Event = Pong | Started | Chunk | Progress | Terminal
+
+
+# -- supervisor to worker, worker and job to supervisor -----------------------------------------------------------
+
+
+class LoadModel(Message, frozen=True):
+    """Open the model in `folder` and hold up to `target_nbytes` of its stack. Answered by `Report` or `LoadFailed`."""
+
+    model: str
+    folder: str
+    target_nbytes: int
+
+
+class UnloadModel(Message, frozen=True):
+    """Forget a model; its requests fail with `cancelled`."""
+
+    model: str
+
+
+class SetTarget(Message, frozen=True):
+    """Move a model's edge at the next step boundary. `id` (if not 0) is answered by `Resized`."""
+
+    model: str
+    target_nbytes: int
+    id: int = 0
+
+
+class Exit(Message, frozen=True):
+    """Leave cleanly."""
+
+
+class Ready(Message, frozen=True):
+    """A child's first words: it is connected and, for a worker, no request will meet the compiler."""
+
+    pid: int
+
+
+class LoadFailed(Message, frozen=True):
+    """A model could not be opened; its requests get this error."""
+
+    model: str
+    code: str
+    message: str
+
+
+class Report(Message, frozen=True):
+    """What the worker holds; sent after each change of an edge and at most twice a second while busy."""
+
+    models: tuple[Residency, ...]
+
+
+ToWorker = LoadModel | UnloadModel | SetTarget | Generate | Cancel | Exit
+FromWorker = Ready | Report | LoadFailed | Resized | Started | Chunk | Finished | Failed
+FromJob = Ready | Progress | Added | Failed
+
+TERMINAL: Final = (Finished, Failed, ModelList, ModelDetail, Added, Resized, Status, Done)
+
+M = TypeVar("M")
+
+_encoder = msgspec.msgpack.Encoder()
+request_decoder: Final = msgspec.msgpack.Decoder(Request)
+event_decoder: Final = msgspec.msgpack.Decoder(Event)
+to_worker_decoder: Final = msgspec.msgpack.Decoder(ToWorker)
+from_child_decoder: Final = msgspec.msgpack.Decoder(FromWorker | FromJob)
+
+
+def encode(message: Message) -> list[bytes]:
+    """A message's two frames. Raises `InvalidRequest` when the body exceeds `MAX_MESSAGE` bytes."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_MESSAGE:
+        raise InvalidRequest(f"a message of {len(body)} bytes; at most {MAX_MESSAGE} can be sent")
+    return [HEADER, body]
+
+
+def decode(decoder: msgspec.msgpack.Decoder[M], frames: list[bytes]) -> M:
+    """The message in `frames`. Raises `UnsupportedVersion` or `InvalidRequest`; never anything else."""
+    if len(frames) != 2 or len(frames[0]) != len(HEADER) or not frames[0].startswith(MAGIC):
+        raise InvalidRequest("not an ebbflow message")
+    if frames[0] != HEADER:
+        raise UnsupportedVersion(f"protocol version {frames[0][-1]}; this side speaks {PROTOCOL}")
+    try:
+        return decoder.decode(frames[1])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"message not understood: {error}") from error
+
+
+def failure(id: int, error: EbbflowError) -> Failed:  # noqa: A002 - the wire's own word
+    """The terminal event for an error."""
+    return Failed(id=id, code=error.code, message=str(error))

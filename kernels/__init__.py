@@ -1,0 +1,1 @@
+"""Computes: bits to numbers. Every kernel stands beside its slow reference; `table` lists both."""
