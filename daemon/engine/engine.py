@@ -1,0 +1,166 @@
+"""One model being served: requests in, events out, one step at a time.
+
+Everything here happens between or inside steps, on the step loop's thread. What the steps hold is decided by
+`scheduler`, how large they may be by `pace`; where the weights are is `worker/resident`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...formats.errors import Cancelled, EbbflowError, PromptTooLong
+from ...formats.manifest import Manifest
+from ...formats.messages import Chunk, Failed, Finished, Generate, Started, failure
+from .kv import KvCache
+from .pace import Pace
+from .sampler import sample
+from .scheduler import Piece, Scheduler, Sequence
+from .serving import Batch, Rotary, Weights, serve
+from .tokenizer import TextStream, Tokenizer
+
+EngineEvent = Started | Chunk | Finished | Failed
+
+
+@dataclass(eq=False)
+class _Job:
+    """A request that was accepted, and where its answer stands."""
+
+    request: Generate
+    sequence: Sequence
+    prompt_tokens: int
+    text: TextStream
+    accepted: float
+    first: float | None = None
+
+    @property
+    def generated(self) -> int:
+        return len(self.sequence.tokens) - self.prompt_tokens
+
+
+class Engine:
+    """Serves the model in `folder` from `weights`, whose base is resident.
+
+    Raises `CorruptFile` when the tokenizer cannot be read.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, weights: Weights, threads: int, clock: Callable[[], float]
+    ) -> None:
+        self._manifest, self._clock = manifest, clock
+        self._tokenizer = Tokenizer(folder, manifest.bos)
+        self._network: Any = serve(manifest.architecture, weights, threads)
+        self._rotary = Rotary(manifest.architecture)
+        self._kv = KvCache(manifest.architecture)
+        self._jobs: dict[int, _Job] = {}
+        self.scheduler = Scheduler(self._kv)
+        self.pace = Pace()
+        self.tokens_per_second = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would compute anything."""
+        return self.scheduler.busy
+
+    @property
+    def kv_nbytes(self) -> int:
+        """Bytes of keys and values held."""
+        return self._kv.statistics().nbytes
+
+    def submit(self, request: Generate) -> list[EngineEvent]:
+        """Accept a request, or answer at once with why not."""
+        try:
+            tokens = self._tokens(request)
+            context = self._manifest.architecture.context
+            if len(tokens) >= context:
+                raise PromptTooLong(
+                    f"the prompt has {len(tokens)} tokens; {self._manifest.name} can read {context - 1} and answer in "
+                    "what is left: shorten it"
+                )
+            limit = min(context, len(tokens) + request.sampling.max_tokens)
+            sequence = Sequence(request.id, tokens, limit)
+            self.scheduler.submit(sequence)
+        except EbbflowError as error:
+            return [failure(request.id, error)]
+        stream = self._tokenizer.stream(request.sampling.stop)
+        self._jobs[request.id] = _Job(request, sequence, len(tokens), stream, self._clock())
+        return []
+
+    def cancel(self, key: int) -> list[EngineEvent]:
+        """End a request; an unknown one was answered already."""
+        job = self._jobs.pop(key, None)
+        if job is None:
+            return []
+        self.scheduler.finish(job.sequence)
+        return [failure(key, Cancelled("the request was cancelled"))]
+
+    def cancel_all(self) -> list[EngineEvent]:
+        """End every request, because the model goes."""
+        return [event for key in list(self._jobs) for event in self.cancel(key)]
+
+    def step(self) -> list[EngineEvent]:
+        """Admit, compute one step, sample; what to tell whom."""
+        events: list[EngineEvent] = [Started(id=s.key, prompt_tokens=len(s.tokens)) for s in self.scheduler.admit()]
+        pieces = self.scheduler.plan(self.pace.limit)
+        if not pieces:
+            return events
+        began = self._clock()
+        logits = self._forward(pieces)
+        for row, piece in enumerate(p for p in pieces if p.samples):
+            events += self._take(self._jobs[piece.sequence.key], logits[row])
+        for piece in pieces:
+            piece.sequence.computed = piece.start + piece.count
+        seconds = self._clock() - began
+        self.pace.record(sum(piece.count for piece in pieces), seconds)
+        if len(logits):
+            self.tokens_per_second += 0.2 * (len(logits) / max(seconds, 1e-9) - self.tokens_per_second)
+        return events
+
+    def _tokens(self, request: Generate) -> list[int]:
+        if request.chat is not None:
+            return self._tokenizer.render_chat(request.chat)
+        tokens = self._tokenizer.encode(request.prompt or "")
+        return tokens or [self._manifest.bos if self._manifest.bos is not None else 0]
+
+    def _forward(self, pieces: list[Piece]) -> Any:
+        """Logits `[pieces that sample, v]`."""
+        batch = Batch(pieces, self._kv.array, self._rotary, self._manifest.architecture.window)
+        hidden = self._network.forward(batch.tokens, batch)
+        rows = [int(last) for last, piece in zip(batch.last, pieces, strict=True) if piece.samples]
+        return self._network.head(hidden[rows]) if rows else ()
+
+    def _take(self, job: _Job, logits: Any) -> list[EngineEvent]:
+        """Sample one token for a request; its text, and its end if this was it."""
+        sequence = job.sequence
+        token = sample(logits, job.request.sampling, len(sequence.tokens))
+        job.first = job.first or self._clock()
+        events: list[EngineEvent] = []
+        reason = "stop" if token in self._manifest.eos else ""
+        if not reason:
+            sequence.tokens.append(token)
+            text = job.text.push(token)
+            reason = "stop" if job.text.stopped else "length" if len(sequence.tokens) >= sequence.limit else ""
+            if reason:
+                text += job.text.finish()
+        else:
+            text = job.text.finish()
+        if text:
+            events.append(Chunk(id=sequence.key, text=text, tokens=job.generated))
+        if reason:
+            events.append(self._finish(job, reason))
+        return events
+
+    def _finish(self, job: _Job, reason: str) -> Finished:
+        del self._jobs[job.sequence.key]
+        self.scheduler.finish(job.sequence)
+        now = self._clock()
+        return Finished(
+            id=job.sequence.key,
+            reason=reason,
+            prompt_tokens=job.prompt_tokens,
+            tokens=job.generated,
+            seconds_to_first=(job.first or now) - job.accepted,
+            seconds=now - job.accepted,
+        )

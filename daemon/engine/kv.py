@@ -1,0 +1,72 @@
+"""Keys and values of running sequences, in fixed blocks of 32 tokens that really go back when they are freed.
+
+One mapping `[blocks, layers, 2, g, 32, e]` float32; a block belongs to one sequence. Freed blocks are given back to
+the system at once. Sharing blocks between sequences is a later issue; this is its room.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...formats.architecture import Architecture
+from ...kernels.attention import BLOCK_TOKENS
+from ..mapping import Mapping
+
+MAX_NBYTES: Final = 2_000_000_000  # address space kept for one model's keys and values, unless one context needs more
+MAX_SEQUENCES: Final = 16
+
+
+@dataclass(frozen=True)
+class KvStatistics:
+    """Blocks held and free, and the bytes of the held ones."""
+
+    held: int
+    free: int
+    nbytes: int
+
+
+def blocks_for(tokens: int) -> int:
+    """Blocks that hold `tokens` tokens."""
+    return -(-tokens // BLOCK_TOKENS)
+
+
+class KvCache:
+    """The KV blocks of one model."""
+
+    def __init__(self, a: Architecture) -> None:
+        shape = (a.layers, 2, a.kv_heads, BLOCK_TOKENS, a.head_dim)
+        self.block_nbytes = int(np.prod(shape)) * 4
+        wanted = blocks_for(a.context)
+        self.capacity = max(wanted, min(MAX_SEQUENCES * wanted, MAX_NBYTES // self.block_nbytes))
+        self._mapping = Mapping(self.capacity * self.block_nbytes)
+        self.array: NDArray[np.float32] = self._mapping.bytes.view(np.float32).reshape(self.capacity, *shape)
+        self._free = list(range(self.capacity - 1, -1, -1))
+
+    @property
+    def available(self) -> int:
+        """Blocks that `allocate` can give."""
+        return len(self._free)
+
+    def allocate(self, count: int) -> tuple[int, ...]:
+        """`count` blocks; the caller has checked `available`."""
+        assert count <= len(self._free)
+        return tuple(self._free.pop() for _ in range(count))
+
+    def free(self, blocks: tuple[int, ...]) -> None:
+        """Take blocks back and return their memory."""
+        for block in blocks:
+            self._mapping.release(block * self.block_nbytes, (block + 1) * self.block_nbytes)
+        self._free.extend(blocks)
+
+    def statistics(self) -> KvStatistics:
+        """What is held."""
+        held = self.capacity - len(self._free)
+        return KvStatistics(held, len(self._free), held * self.block_nbytes)
+
+    def check_integrity(self) -> None:
+        """Raises `AssertionError` when a block is free twice."""
+        assert len(set(self._free)) == len(self._free)

@@ -1,0 +1,44 @@
+"""How many tokens a step may hold so that it stays short: learned from measured times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+STEP_SECONDS: Final = 0.15
+MAX_TOKENS: Final = 512
+_FORGET: Final = 0.9
+
+
+@dataclass
+class Pace:
+    """Fits `seconds = fixed + slope * tokens` to recent steps, and says how many tokens fit in `target` seconds.
+
+    The limit at most doubles with each step, so a first guess can be small and the fit never has to be trusted far
+    from what was seen.
+    """
+
+    target: float = STEP_SECONDS * 0.8  # the rest is for what the fit does not see, such as longer contexts
+    limit: int = 8
+    _weight: float = 0.0
+    _tokens: float = 0.0
+    _seconds: float = 0.0
+    _squares: float = 0.0
+    _products: float = 0.0
+
+    def record(self, tokens: int, seconds: float) -> None:
+        """A step of `tokens` tokens took `seconds`."""
+        self._weight = self._weight * _FORGET + 1
+        self._tokens = self._tokens * _FORGET + tokens
+        self._seconds = self._seconds * _FORGET + seconds
+        self._squares = self._squares * _FORGET + tokens * tokens
+        self._products = self._products * _FORGET + tokens * seconds
+        mean, mean_seconds = self._tokens / self._weight, self._seconds / self._weight
+        variance = self._squares / self._weight - mean * mean
+        slope = mean_seconds / mean / 2  # steps of one size only: call half of the time fixed
+        if variance > 0.01 * mean * mean:
+            slope = max((self._products / self._weight - mean * mean_seconds) / variance, slope / 50)
+        room = (self.target - (mean_seconds - slope * mean)) / slope
+        if seconds > self.target:
+            room = min(room, tokens * self.target / seconds)
+        self.limit = int(max(1, min(room, 2 * max(self.limit, 1), MAX_TOKENS)))

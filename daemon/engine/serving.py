@@ -1,0 +1,173 @@
+"""The forward pass for serving: numba kernels over resident blocks and KV blocks. Neither torch nor BLAS.
+
+`Batch` is one step's tokens; `serve` builds a `Network` whose linears read whatever prefix of the stack is resident
+at the moment they are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...formats.architecture import Architecture, weight_shapes
+from ...formats.blocks import unpack_dense
+from ...formats.stack import BlockEntry
+from ...kernels.attention import attend, store_kv
+from ...kernels.elementwise import add, gated, rms_norm, rotate
+from ...kernels.matmul import matmul, take_rows
+from ...kernels.rows import ROWS
+from .network import Linear, Network, build_layer
+from .rotary import rotary_frequencies
+from .scheduler import Piece
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+
+_CHUNKS_PER_THREAD: Final = 2
+
+
+class Weights(Protocol):
+    """The resident prefix of a stack (`worker/resident`)."""
+
+    @property
+    def stored(self) -> NDArray[np.uint16]:
+        """All resident bytes."""
+        ...
+
+    def table(self, tensor: str) -> I64:
+        """A tensor's resident blocks."""
+        ...
+
+    def payload(self, tensor: str) -> tuple[BlockEntry, NDArray[np.uint8]]:
+        """A vector's only block."""
+        ...
+
+
+class ServingOps:
+    """`Ops` on numpy arrays, by kernels."""
+
+    def rms_norm(self, x: F32, weight: F32, eps: float) -> F32:
+        """Over the last axis."""
+        y = np.empty_like(x)
+        rms_norm(x.reshape(-1, x.shape[-1]), weight, eps, y.reshape(-1, x.shape[-1]))
+        return y
+
+    def add(self, x: F32, y: F32) -> F32:
+        """`x + y`; `y` may be one row."""
+        z = np.empty_like(x)
+        add(x, y, z)
+        return z
+
+    def gated(self, gate: F32, up: F32) -> F32:
+        """`silu(gate) * up`."""
+        y = np.empty_like(gate)
+        gated(gate, up, y)
+        return y
+
+    def heads(self, x: F32, head_dim: int) -> F32:
+        """Split the last axis."""
+        return x.reshape(x.shape[0], -1, head_dim)
+
+
+class Scratch:
+    """Row buffers of the matrix product, one for each width, shared by all linears of a model."""
+
+    def __init__(self, threads: int) -> None:
+        self._chunks = threads * _CHUNKS_PER_THREAD
+        self._rows: dict[int, F32] = {}
+
+    def rows(self, n: int) -> F32:
+        """`[chunks, ROWS, n rounded up to 64]`, zero past n."""
+        if n not in self._rows:
+            self._rows[n] = np.zeros((self._chunks, ROWS, -(-n // 64) * 64), np.float32)
+        return self._rows[n]
+
+
+class ResidentLinear:
+    """One weight matrix `[m, n]` as the blocks that are resident now."""
+
+    def __init__(self, weights: Weights, name: str, shape: tuple[int, int], bias: F32 | None, scratch: Scratch) -> None:
+        self._weights, self._name, self._bias, self._scratch = weights, name, bias, scratch
+        self._m, self._n = shape
+
+    def __call__(self, x: F32) -> F32:
+        """`x [T, n] -> [T, m]`."""
+        rows = self._scratch.rows(self._n)
+        if rows.shape[2] != self._n:
+            x = np.pad(x, ((0, 0), (0, rows.shape[2] - self._n)))
+        y = np.empty((x.shape[0], self._m), np.float32)
+        matmul(self._weights.stored, self._weights.table(self._name), self._n, x, rows, y)
+        if self._bias is not None:
+            add(y, self._bias[None], y)
+        return y
+
+
+class Rotary:
+    """Cosines and sines `[context, e / 2]`."""
+
+    def __init__(self, a: Architecture) -> None:
+        angles = np.outer(np.arange(a.context), np.array(rotary_frequencies(a)))
+        self.cosine: F32 = np.cos(angles).astype(np.float32)
+        self.sine: F32 = np.sin(angles).astype(np.float32)
+
+
+class Batch:
+    """The tokens of one step, and attention over the sequences they belong to."""
+
+    def __init__(self, pieces: Rows[Piece], kv: F32, rotary: Rotary, window: int | None) -> None:
+        counts = [piece.count for piece in pieces]
+        self.tokens: I64 = np.concatenate(
+            [np.array(p.sequence.tokens[p.start : p.start + p.count], np.int64) for p in pieces]
+        )
+        self._positions: I64 = np.concatenate([np.arange(p.start, p.start + p.count, dtype=np.int64) for p in pieces])
+        self._sequence: I64 = np.repeat(np.arange(len(pieces), dtype=np.int64), counts)
+        self._tables: I64 = np.zeros((len(pieces), max(len(p.sequence.blocks) for p in pieces)), np.int64)
+        for row, piece in enumerate(pieces):
+            self._tables[row, : len(piece.sequence.blocks)] = piece.sequence.blocks
+        self.last: I64 = np.cumsum(counts) - 1
+        self._kv, self._rotary, self._window = kv, rotary, window or 0
+        self._longest = int(self._positions.max()) + 1
+
+    def rotate(self, x: F32) -> F32:
+        """Rotary embedding at this step's positions."""
+        y = np.empty_like(x)
+        rotate(x, self._positions, self._rotary.cosine, self._rotary.sine, y)
+        return y
+
+    def attend(self, layer: int, q: F32, k: F32, v: F32) -> F32:
+        """Store this step's keys and values, then attend."""
+        store_kv(self._kv, layer, self._tables, self._sequence, self._positions, k, v)
+        y = np.empty((q.shape[0], q.shape[1] * q.shape[2]), np.float32)
+        scratch = np.empty((q.shape[0] * k.shape[1], self._longest), np.float32)
+        attend(self._kv, layer, self._tables, self._sequence, self._positions, q, self._window, scratch, y)
+        return y
+
+
+def serve(a: Architecture, weights: Weights, threads: int) -> Network[NDArray[np.generic]]:
+    """A network over resident blocks; the base of the stack must be resident already."""
+    scratch, shapes = Scratch(threads), weight_shapes(a)
+
+    def vector(name: str) -> F32:
+        entry, payload = weights.payload(name)
+        return unpack_dense(payload[: entry.nbytes].tobytes(), entry.shape, entry.dtype)
+
+    def linear(name: str, bias: str | None) -> Linear[F32]:
+        m, n = shapes[name]
+        return ResidentLinear(weights, name, (m, n), vector(bias) if bias else None, scratch)
+
+    def embed(tokens: I64) -> F32:
+        y = np.empty((tokens.shape[0], a.hidden), np.float32)
+        take_rows(weights.stored, weights.table("embed"), a.vocab, tokens, y)
+        return y
+
+    return Network(
+        architecture=a,
+        ops=ServingOps(),
+        embed=embed,  # type: ignore[arg-type]  # ids in, floats out: one array type cannot say both
+        layers=tuple(build_layer(a, index, vector, linear) for index in range(a.layers)),
+        final_norm=vector("final_norm"),
+        head=linear("embed" if a.tied else "head", None),
+    )

@@ -1,0 +1,131 @@
+"""Text to tokens and back: a model's own tokenizer file, its chat template, and streams of text that never tear a
+character or leak a stop string.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers.decoders import DecodeStream
+
+from ...formats.errors import CorruptFile, InvalidRequest
+from ...formats.messages import ChatMessage
+
+
+class Tokenizer:
+    """The tokenizer of the model in `folder`. Raises `CorruptFile` when its files cannot be read."""
+
+    def __init__(self, folder: Path, bos: int | None) -> None:
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises nothing narrower
+            raise CorruptFile(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from error
+        self._config = _read_config(folder)
+        self._bos = bos
+        self._template = _read_template(folder, self._config)
+
+    def encode(self, text: str) -> list[int]:
+        """A prompt's tokens, with the beginning-of-text token first if the model has one."""
+        tokens = list(self._tokenizer.encode(text).ids)
+        if self._bos is not None and self._config.get("add_bos_token") and tokens[:1] != [self._bos]:
+            tokens.insert(0, self._bos)
+        return tokens
+
+    def render_chat(self, chat: Sequence[ChatMessage]) -> list[int]:
+        """A conversation's tokens by the model's own template; without one, its turns as plain lines.
+
+        Raises `InvalidRequest` when the template refuses the conversation.
+        """
+        if self._template is None:
+            return self.encode("\n".join(message.content for message in chat))
+        turns = [{"role": message.role, "content": message.content} for message in chat]
+        special = {name: _token_text(self._config.get(name)) for name in ("bos_token", "eos_token")}
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse
+        try:
+            text = environment.from_string(self._template).render(messages=turns, add_generation_prompt=True, **special)
+        except TemplateError as error:
+            raise InvalidRequest(f"the model's chat template refuses this conversation: {error}") from error
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def stream(self, stops: Sequence[str]) -> TextStream:
+        """A new stream of generated text."""
+        return TextStream(self._tokenizer, stops)
+
+
+class TextStream:
+    """Generated tokens in, text out.
+
+    Text is held back while it could still become a stop string; when one is complete, `stopped` is set and the text
+    before it is the last.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, stops: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._stops = tuple(stops)
+        self._tokens: list[int] = []
+        self._emitted = 0
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that this token makes certain; often none."""
+        self._tokens.append(token)
+        piece = self._decoder.step(self._tokenizer, token) or ""
+        self._emitted += len(piece)
+        return self._release(self._held + piece)
+
+    def finish(self) -> str:
+        """What was held back, and any character the last tokens left unfinished (as the replacement character)."""
+        if self.stopped:
+            return ""
+        whole = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        text = self._release(self._held + whole[self._emitted :])
+        rest, self._held = self._held, ""
+        return text if self.stopped else text + rest
+
+    def _release(self, text: str) -> str:
+        found = min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=-1)
+        if found >= 0:
+            self.stopped, self._held = True, ""
+            return text[:found]
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    try:
+        config = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise CorruptFile(f"{path} cannot be read: {error}") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return path.read_text()
+    template = config.get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def _token_text(token: Any) -> str:
+    return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)

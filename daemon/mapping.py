@@ -1,0 +1,55 @@
+"""Private anonymous memory that can be given back piece by piece, and what the kernel says of this process.
+
+Anonymous on purpose: dropping file-backed or shared pages passes every naive check and returns nothing (DESIGN.md,
+"Memory"). No huge pages, so that the grain of giving back is one 4 KiB page.
+"""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..formats.errors import Unsupported
+
+PAGE: Final = mmap.PAGESIZE
+_NORESERVE: Final = 0x4000  # MAP_NORESERVE, which Python 3.11 does not name
+
+
+class Mapping:
+    """`nbytes` of zeroed private memory that costs nothing until written.
+
+    Raises `Unsupported` where the system cannot give pages back.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        if sys.platform != "linux":
+            raise Unsupported("resident memory that can shrink needs Linux; other systems are not supported yet")
+        self.nbytes = nbytes
+        self._map = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
+        self._map.madvise(mmap.MADV_NOHUGEPAGE)
+        self.bytes: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
+
+    def release(self, start: int, stop: int) -> None:
+        """Give the whole pages inside `[start, stop)` back to the system; they read as zeros until written again."""
+        first, last = -(-start // PAGE) * PAGE, stop // PAGE * PAGE
+        if stop >= self.nbytes:
+            last = -(-self.nbytes // PAGE) * PAGE
+        if first < last:
+            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def address(self) -> int:
+        """Where the mapping begins."""
+        return int(self.bytes.ctypes.data)
+
+
+def private_nbytes() -> int:
+    """This process's private memory as the kernel counts it (smaps_rollup), in bytes."""
+    fields = dict(
+        line.split(":", 1) for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:] if ":" in line
+    )
+    return sum(int(fields[name].split()[0]) * 1024 for name in ("Private_Clean", "Private_Dirty"))

@@ -1,0 +1,149 @@
+"""The prefix of one stack that is in memory, and the edge where it ends.
+
+One private mapping as long as the stack's data, addressed by stack offset. Growing reads the next blocks of the file
+into place; shrinking gives the tail's pages back. Only the step loop calls this, between steps, so a step sees one
+edge. Which edge is right is the supervisor's business (`supervisor/budget`).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...formats.blocks import check_finite
+from ...formats.errors import CorruptStack, TruncatedStack
+from ...formats.stack import BlockEntry, Stack
+from ...kernels.rows import CODES, SIGNS
+from ..mapping import Mapping
+
+READ_NBYTES: Final = 8_000_000  # read at once: a shrink that arrives meanwhile waits for one such read, a few ms
+_EMPTY: Final = np.zeros((0, 3), np.int64)
+
+
+@dataclass(frozen=True)
+class ResidentStatistics:
+    """Blocks and bytes that are in memory, and in all."""
+
+    blocks: int
+    total_blocks: int
+    nbytes: int
+    total_nbytes: int
+
+
+class Resident:
+    """The resident prefix of `stack`; empty at first."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.blocks = 0
+        self._mapping = Mapping(stack.nbytes)
+        self._tables: dict[str, NDArray[np.int64]] = {}
+        self._rows: dict[str, list[tuple[int, int, int]]] = {}
+        try:
+            self._file = os.open(stack.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CorruptStack(f"{stack.path} cannot be opened: {error.strerror}") from error
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the resident prefix."""
+        return self.stack.edges[self.blocks]
+
+    @property
+    def stored(self) -> NDArray[np.uint16]:
+        """The whole mapping, as the kernels read it; beyond the edge there is nothing but zeros."""
+        return self._mapping.bytes[: self.stack.nbytes].view(np.uint16)
+
+    def table(self, tensor: str) -> NDArray[np.int64]:
+        """The resident blocks of a tensor, `[levels, 3]`: kind code, byte offset, rank."""
+        found = self._tables.get(tensor)
+        if found is None:
+            rows = self._rows.get(tensor)
+            found = self._tables[tensor] = np.array(rows, np.int64) if rows else _EMPTY
+        return found
+
+    def payload(self, tensor: str) -> tuple[BlockEntry, NDArray[np.uint8]]:
+        """The first block of a tensor and its bytes; for the vectors, which have no other."""
+        position = next(i for i in range(self.blocks) if self.stack.blocks[i].tensor == tensor)
+        return self.stack.blocks[position], self._slice(position)
+
+    def grow(self, blocks: int, nbytes: int = READ_NBYTES) -> None:
+        """Move the edge towards `blocks`, reading about `nbytes`; at least one block.
+
+        Raises `TruncatedStack`, `BadBlock` or `CorruptStack`; the edge then stays where it was.
+        """
+        stop = self.blocks
+        while stop < blocks and (stop == self.blocks or self.stack.edges[stop + 1] - self.nbytes <= nbytes):
+            stop += 1
+        if stop == self.blocks:
+            return
+        try:
+            self._read(self.nbytes, self.stack.edges[stop])
+            for position in range(self.blocks, stop):
+                check_finite(self.stack.blocks[position], self._slice(position))
+        except BaseException:
+            self._mapping.release(self.nbytes, self.stack.edges[stop])
+            raise
+        for position in range(self.blocks, stop):
+            self._admit(self.stack.blocks[position], self.stack.edges[position])
+        self.blocks = stop
+
+    def shrink(self, blocks: int) -> None:
+        """Move the edge down to `blocks` and give the tail back; never below the base, never fails."""
+        blocks = max(blocks, self.stack.base)
+        if blocks >= self.blocks:
+            return
+        old = self.nbytes
+        for position in range(self.blocks - 1, blocks - 1, -1):
+            tensor = self.stack.blocks[position].tensor
+            self._rows[tensor].pop()
+            self._tables.pop(tensor, None)
+        self.blocks = blocks
+        self._mapping.release(self.nbytes, old)
+
+    def statistics(self) -> ResidentStatistics:
+        """How much is in memory."""
+        return ResidentStatistics(self.blocks, len(self.stack.blocks), self.nbytes, self.stack.nbytes)
+
+    def tail(self) -> tuple[int, int]:
+        """Address and length of the whole pages beyond the edge, for tests that forbid touching them."""
+        start = -(-self.nbytes // 4096) * 4096
+        return self._mapping.address() + start, max(0, -(-self.stack.nbytes // 4096) * 4096 - start)
+
+    def check_integrity(self) -> None:
+        """Raises `AssertionError` when the tables and the edge disagree."""
+        assert sum(len(rows) for rows in self._rows.values()) == self.blocks
+        assert all(offset < self.nbytes for rows in self._rows.values() for _, offset, _ in rows)
+
+    def close(self) -> None:
+        """Give everything back. The object must not be used afterwards."""
+        os.close(self._file)
+        self._mapping.release(0, self.stack.nbytes)
+
+    def _slice(self, position: int) -> NDArray[np.uint8]:
+        return self._mapping.bytes[self.stack.edges[position] : self.stack.edges[position + 1]]
+
+    def _admit(self, entry: BlockEntry, offset: int) -> None:
+        code = SIGNS if entry.kind == "signs" else CODES[entry.dtype]
+        self._rows.setdefault(entry.tensor, []).append((code, offset, entry.rank))
+        self._tables.pop(entry.tensor, None)
+
+    def _read(self, start: int, stop: int) -> None:
+        view = self._mapping.bytes.data
+        at = start
+        while at < stop:
+            try:
+                count = os.preadv(self._file, [view[at:stop]], self.stack.data_start + at)
+            except OSError as error:
+                raise CorruptStack(f"{self.stack.path} cannot be read: {error.strerror}") from error
+            if not count:
+                raise TruncatedStack(
+                    f"{self.stack.path} ends at byte {at} of its data; it was {self.stack.nbytes} long"
+                )
+            at += count
+        # The copy in the page cache is of no more use, and would look like memory that somebody needs.
+        os.posix_fadvise(self._file, self.stack.data_start + start, stop - start, os.POSIX_FADV_DONTNEED)

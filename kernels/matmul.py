@@ -1,0 +1,160 @@
+"""`y[T, m] = x[T, n] @ W(resident blocks)^T` straight from the stored bytes, and rows of W for the embedding.
+
+Determinism: every output is one dot product with 16 float partials over the columns in order, added up in a fixed tree,
+whatever the number of tokens, rows, chunks or threads; no fast-math, no contraction. Tested bitwise.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from .rows import JIT_OFF, LANES, ROWS, decode_rows
+
+TOKENS: Final = 4  # tokens multiplied together with ROWS rows: 16 accumulators stay in registers
+_i64, _f32 = ir.IntType(64), ir.FloatType()
+_vf32 = ir.VectorType(_f32, LANES)
+
+
+def _dot_codegen(tokens: int) -> Any:
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        w, x, first, out = args
+        rows, inputs, results = (
+            context.make_array(kind)(context, builder, value)
+            for kind, value in ((sig.args[0], w), (sig.args[1], x), (sig.args[3], out))
+        )
+        width = builder.extract_value(inputs.shape, 1)
+        zero = ir.Constant(_i64, 0)
+        entry, loop, end = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("end")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        j = builder.phi(_i64)
+        j.add_incoming(zero, entry)
+        sums = [builder.phi(_vf32) for _ in range(ROWS * tokens)]
+
+        def vector(data: Any, row: Any) -> Any:
+            place = builder.gep(data, [builder.add(builder.mul(row, width), j)])
+            return builder.load(builder.bitcast(place, _vf32.as_pointer()), align=4)
+
+        xs = [vector(inputs.data, builder.add(first, ir.Constant(_i64, t))) for t in range(tokens)]
+        ws = [vector(rows.data, ir.Constant(_i64, i)) for i in range(ROWS)]
+        totals = [
+            builder.fadd(sums[t * ROWS + i], builder.fmul(ws[i], xs[t])) for t in range(tokens) for i in range(ROWS)
+        ]
+        following = builder.add(j, ir.Constant(_i64, LANES))
+        j.add_incoming(following, loop)
+        for phi, total in zip(sums, totals, strict=True):
+            phi.add_incoming(ir.Constant(_vf32, [0.0] * LANES), entry)
+            phi.add_incoming(total, loop)
+        builder.cbranch(builder.icmp_signed("<", following, width), loop, end)
+        builder.position_at_end(end)
+        for place, total in enumerate(totals):
+            target = builder.gep(results.data, [ir.Constant(_i64, place * LANES)])
+            builder.store(total, builder.bitcast(target, _vf32.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return codegen
+
+
+def _typed_dot_one(typing: Any, w: Any, x: Any, first: Any, out: Any) -> Any:
+    """Partials of ROWS rows of `w` with token `first` of `x`, into `out [ROWS, LANES]`. Equal widths."""
+    return types.void(w, x, types.int64, out), _dot_codegen(1)
+
+
+def _typed_dot_four(typing: Any, w: Any, x: Any, first: Any, out: Any) -> Any:
+    """The same for TOKENS tokens from `first`, into `out [TOKENS * ROWS, LANES]`."""
+    return types.void(w, x, types.int64, out), _dot_codegen(TOKENS)
+
+
+def _plain_dot(w: Any, x: Any, first: int, out: Any, tokens: int) -> None:
+    out[: tokens * ROWS] = 0
+    for j in range(0, x.shape[1], LANES):
+        for t in range(tokens):
+            out[t * ROWS : (t + 1) * ROWS] += w[:, j : j + LANES] * x[first + t, j : j + LANES]
+
+
+def _plain_dot_one(w: Any, x: Any, first: int, out: Any) -> None:
+    _plain_dot(w, x, first, out, 1)
+
+
+def _plain_dot_four(w: Any, x: Any, first: int, out: Any) -> None:
+    _plain_dot(w, x, first, out, TOKENS)
+
+
+_dot_one: Any = _plain_dot_one if JIT_OFF else intrinsic(_typed_dot_one)
+_dot_four: Any = _plain_dot_four if JIT_OFF else intrinsic(_typed_dot_four)
+
+
+@njit(nogil=True)
+def _fold(partials: NDArray[np.float32]) -> np.float32:
+    """The sum of LANES partials in a fixed tree; uses them up."""
+    for step in (8, 4, 2, 1):
+        for lane in range(step):
+            partials[lane] += partials[lane + step]
+    return np.float32(partials[0])
+
+
+@njit(nogil=True)
+def _rows_times_tokens(
+    w: NDArray[np.float32],
+    x: NDArray[np.float32],
+    partials: NDArray[np.float32],
+    y: NDArray[np.float32],
+    first: int,
+    rows: int,
+) -> None:
+    t = 0
+    while t + TOKENS <= x.shape[0]:
+        _dot_four(w, x, t, partials)
+        for s in range(TOKENS):
+            for i in range(rows):
+                y[t + s, first + i] = _fold(partials[s * ROWS + i])
+        t += TOKENS
+    while t < x.shape[0]:
+        _dot_one(w, x, t, partials)
+        for i in range(rows):
+            y[t, first + i] = _fold(partials[i])
+        t += 1
+
+
+@njit("void(u2[::1],i8[:,::1],i8,f4[:,::1],f4[:,:,::1],f4[:,::1])", nogil=True, parallel=True, cache=True)
+def matmul(
+    stored: NDArray[np.uint16],
+    blocks: NDArray[np.int64],
+    n: int,
+    x: NDArray[np.float32],
+    scratch: NDArray[np.float32],
+    y: NDArray[np.float32],
+) -> None:
+    """`y [T, m] = x @ W^T`, W `[m, n]` being the sum of `blocks [levels, 3]` (see `rows.decode_rows`).
+
+    `x [T, p]` is contiguous, p a multiple of 64 and at least n, zero past n. `scratch [chunks, ROWS, p]` is zero past
+    column n and stays so; rows are shared out over its chunks.
+    """
+    m, chunks = y.shape[1], scratch.shape[0]
+    share = -(-m // (chunks * ROWS)) * ROWS
+    rank = max(1, blocks[:, 2].max()) if blocks.shape[0] else 1
+    for chunk in prange(chunks):
+        w = scratch[chunk]
+        partials = np.empty((TOKENS * ROWS, LANES), np.float32)
+        factors = np.empty((ROWS, rank), np.float32)
+        for first in range(chunk * share, min(m, (chunk + 1) * share), ROWS):
+            rows = min(ROWS, m - first)
+            decode_rows(stored, blocks, m, n, first, rows, factors, w)
+            _rows_times_tokens(w, x, partials, y, first, rows)
+
+
+@njit("void(u2[::1],i8[:,::1],i8,i8[::1],f4[:,::1])", nogil=True, cache=True)
+def take_rows(
+    stored: NDArray[np.uint16], blocks: NDArray[np.int64], m: int, tokens: NDArray[np.int64], y: NDArray[np.float32]
+) -> None:
+    """`y[t] = W[tokens[t]]`, decoding only those rows; `y [T, n]`, tokens in `[0, m)`."""
+    rank = max(1, blocks[:, 2].max()) if blocks.shape[0] else 1
+    factors = np.empty((ROWS, rank), np.float32)
+    for t in range(tokens.shape[0]):
+        decode_rows(stored, blocks, m, y.shape[1], tokens[t], 1, factors, y[t : t + 1])

@@ -1,0 +1,221 @@
+"""Stored blocks -> rows of weights in float32, a few rows at a time; nothing of W is ever held but those rows.
+
+Method: four output rows are decoded into a scratch of four rows, level after level, each level adding its part. For a
+`signs` level and 16 columns at once, the magnitude `sum_r U[i, r] V[r, j]` is built in a vector register (V is read
+once for the four rows), its sign taken from the stored bits, and added. Rank k therefore costs k multiply-adds a weight
+however many tokens follow, and no order of additions depends on how many rows, tokens or threads there are.
+
+Layouts are those of `formats/kinds`. The vector code is an intrinsic (LLVM IR, legal on every target) because numba
+leaves this loop at half speed; under `NUMBA_DISABLE_JIT` its plain twin runs instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+F32: Final = 0
+F16: Final = 1
+BF16: Final = 2
+I8: Final = 3
+SIGNS: Final = 4
+CODES: Final = {"f32": F32, "f16": F16, "bf16": BF16, "i8": I8}
+
+ROWS: Final = 4  # rows decoded together
+LANES: Final = 16  # floats in one vector; widths are padded to a multiple of 64, hence of LANES
+JIT_OFF: Final = bool(vars(numba.config)["DISABLE_JIT"])
+_HALF_SCALE: Final = 2.0**112  # moves an fp16 exponent, placed in fp32 bits, to where it belongs
+
+_i16, _i32, _i64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_f32 = ir.FloatType()
+_vi16, _vi32, _vf32 = (ir.VectorType(kind, LANES) for kind in (_i16, _i32, _f32))
+
+
+def _data(context: Any, builder: Any, kind: Any, array: Any, offset: Any) -> Any:
+    """Pointer to element `offset` of a contiguous array."""
+    return builder.gep(context.make_array(kind)(context, builder, array).data, [offset])
+
+
+def _splat(builder: Any, value: Any) -> Any:
+    one = builder.insert_element(ir.Constant(_vf32, ir.Undefined), value, ir.Constant(_i32, 0))
+    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_i32, LANES), [0] * LANES))
+
+
+def _load(builder: Any, kind: Any, pointer: Any, align: int) -> Any:
+    return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=align)
+
+
+def _low_bits(value: int) -> Any:
+    return ir.Constant(_vi32, [value] * LANES)
+
+
+def _widen_half(builder: Any, halves: Any) -> Any:
+    """Finite fp16 bits -> fp32, exact, subnormals included."""
+    wide = builder.zext(halves, _vi32)
+
+    sign = builder.shl(builder.and_(wide, _low_bits(0x8000)), _low_bits(16))
+    rest = builder.shl(builder.and_(wide, _low_bits(0x7FFF)), _low_bits(13))
+    scaled = builder.fmul(builder.bitcast(rest, _vf32), ir.Constant(_vf32, [_HALF_SCALE] * LANES))
+    return builder.bitcast(builder.or_(builder.bitcast(scaled, _vi32), sign), _vf32)
+
+
+def _typed_add_signs(typing: Any, u16: Any, bits: Any, words: Any, v: Any, n: Any, k: Any, u: Any, w: Any) -> Any:
+    """`w[i, j] +-= sum_r u[i, r] v[r, j]` for ROWS rows and every whole group of LANES columns below n."""
+    signature = types.void(u16, types.int64, types.int64, types.int64, types.int64, types.int64, u, w)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        stored, bits, words, v, n, k, u, w = args
+        zero, one, lanes = (ir.Constant(_i64, value) for value in (0, 1, LANES))
+        base = context.make_array(sig.args[0])(context, builder, stored).data
+        factors = context.make_array(sig.args[6])(context, builder, u).data
+        rows = context.make_array(sig.args[7])
+        scratch = rows(context, builder, w)
+        stride = builder.extract_value(scratch.shape, 1)
+        entry, column, rank, finish, end = (
+            builder.block,
+            *(builder.append_basic_block(name) for name in ("column", "rank", "finish", "end")),
+        )
+        whole = builder.mul(builder.sdiv(n, lanes), lanes)
+        builder.cbranch(builder.icmp_signed("<", zero, whole), column, end)
+
+        builder.position_at_end(column)
+        j = builder.phi(_i64)
+        j.add_incoming(zero, entry)
+        builder.branch(rank)
+
+        builder.position_at_end(rank)
+        r = builder.phi(_i64)
+        r.add_incoming(zero, column)
+        magnitudes = [builder.phi(_vf32) for _ in range(ROWS)]
+        values = _widen_half(
+            builder, _load(builder, _vi16, builder.gep(base, [builder.add(v, builder.add(builder.mul(r, n), j))]), 2)
+        )
+        sums = []
+        for row, magnitude in enumerate(magnitudes):
+            magnitude.add_incoming(ir.Constant(_vf32, [0.0] * LANES), column)
+            place = builder.add(builder.mul(k, ir.Constant(_i64, row)), r)
+            factor = _splat(builder, builder.load(builder.gep(factors, [place])))
+            sums.append(builder.fadd(magnitude, builder.fmul(factor, values)))
+            magnitude.add_incoming(sums[-1], rank)
+        following = builder.add(r, one)
+        r.add_incoming(following, rank)
+        builder.cbranch(builder.icmp_signed("<", following, k), rank, finish)
+
+        builder.position_at_end(finish)
+        for row, total in enumerate(sums):
+            place = builder.add(builder.add(bits, builder.mul(words, ir.Constant(_i64, row))), builder.sdiv(j, lanes))
+            positive = builder.bitcast(builder.load(builder.gep(base, [place])), ir.VectorType(ir.IntType(1), LANES))
+            flipped = builder.bitcast(
+                builder.xor(builder.bitcast(total, _vi32), ir.Constant(_vi32, [0x80000000] * LANES)), _vf32
+            )
+            where = builder.gep(scratch.data, [builder.add(builder.mul(stride, ir.Constant(_i64, row)), j)])
+            summed = builder.fadd(_load(builder, _vf32, where, 4), builder.select(positive, total, flipped))
+            builder.store(summed, builder.bitcast(where, _vf32.as_pointer()), align=4)
+        after = builder.add(j, lanes)
+        j.add_incoming(after, finish)
+        builder.cbranch(builder.icmp_signed("<", after, whole), column, end)
+        builder.position_at_end(end)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@njit(nogil=True)
+def half_to_float(bits: np.uint16) -> np.float32:
+    """Finite fp16 bits -> float32, exact, subnormals included."""
+    # numba widens the result of a shift to 64 bits, hence the outer cast
+    rest = np.uint32(np.uint32(bits & np.uint16(0x7FFF)) << np.uint32(13)).view(np.float32) * np.float32(_HALF_SCALE)
+    return -rest if bits & np.uint16(0x8000) else rest
+
+
+@njit(nogil=True)
+def _add_signs_columns(
+    stored: NDArray[np.uint16],
+    bits: int,
+    words: int,
+    v: int,
+    stop: int,
+    n: int,
+    k: int,
+    u: NDArray[np.float32],
+    w: NDArray[np.float32],
+    rows: int,
+    start: int,
+) -> None:
+    """The same sum, scalar, for `rows` rows and the columns `[start, stop)`."""
+    for i in range(rows):
+        for j in range(start, stop):
+            total = np.float32(0)
+            for r in range(k):
+                total += u[i, r] * half_to_float(stored[v + r * n + j])
+            positive = (stored[bits + i * words + j // 16] >> np.uint16(j % 16)) & np.uint16(1)
+            w[i, j] += total if positive else -total
+
+
+def _plain_add_signs(stored: Any, bits: int, words: int, v: int, n: int, k: int, u: Any, w: Any) -> None:
+    _add_signs_columns(stored, bits, words, v, n - n % LANES, n, k, u, w, ROWS, 0)
+
+
+_add_signs_vector: Any = _plain_add_signs if JIT_OFF else intrinsic(_typed_add_signs)
+
+
+@njit(nogil=True)
+def decode_rows(
+    stored: NDArray[np.uint16],
+    blocks: NDArray[np.int64],
+    m: int,
+    n: int,
+    first: int,
+    rows: int,
+    factors: NDArray[np.float32],
+    w: NDArray[np.float32],
+) -> None:
+    """Rows `[first, first + rows)` of a weight `[m, n]` into `w [ROWS, >= n]`; columns past n are left alone.
+
+    `stored` is the resident memory as uint16; `blocks [levels, 3]` holds each level's kind code, byte offset (even)
+    and rank; `factors [ROWS, >= rank]` is scratch. `1 <= rows <= ROWS`.
+    """
+    for i in range(rows):
+        w[i, :n] = 0
+    for level in range(blocks.shape[0]):
+        kind, at, k = blocks[level, 0], blocks[level, 1] // 2, blocks[level, 2]
+        if kind == SIGNS:
+            words = -(-n // 64) * 4
+            bits, u = at + first * words, at + m * words + first * k
+            v = at + m * words + m * k
+            flat = factors.reshape(-1)
+            for place in range(rows * k):
+                flat[place] = half_to_float(stored[u + place])
+            grid = flat[: ROWS * k].reshape(ROWS, k)
+            tail = 0
+            if rows == ROWS:
+                _add_signs_vector(stored, bits, words, v, n, k, grid, w)
+                tail = n - n % LANES
+            _add_signs_columns(stored, bits, words, v, n, n, k, grid, w, rows, tail)
+        elif kind == I8:
+            bytes_ = stored.view(np.int8)
+            scales = stored[at : at + 2 * m].view(np.float32)
+            for i in range(rows):
+                start = 2 * at + 4 * m + (first + i) * n
+                scale = scales[first + i]
+                for j in range(n):
+                    w[i, j] += scale * np.float32(bytes_[start + j])
+        elif kind == F32:
+            singles = stored[at : at + 2 * m * n].view(np.float32)
+            for i in range(rows):
+                for j in range(n):
+                    w[i, j] += singles[(first + i) * n + j]
+        elif kind == BF16:
+            for i in range(rows):
+                for j in range(n):
+                    w[i, j] += np.uint32(np.uint32(stored[at + (first + i) * n + j]) << np.uint32(16)).view(np.float32)
+        else:
+            for i in range(rows):
+                for j in range(n):
+                    w[i, j] += half_to_float(stored[at + (first + i) * n + j])
