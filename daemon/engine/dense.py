@@ -31,12 +31,11 @@ class DenseOps:
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         """See `network.Ops`."""
-        activated: Tensor = functional.silu(gate)
-        return activated * up
+        return functional.silu(gate) * up
 
     def heads(self, x: Tensor, head_dim: int) -> Tensor:
         """See `network.Ops`."""
-        return x.unflatten(-1, (-1, head_dim))
+        return x.reshape(len(x), -1, head_dim)
 
 
 @dataclass(frozen=True)

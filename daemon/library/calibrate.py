@@ -1,0 +1,270 @@
+"""Calibration: tokens to judge a model by, and what its linears see and feel on them.
+
+Works offline: the model writes its own calibration text (`sample_tokens`), or a file is encoded. Moments are collected
+with one layer's weights in memory at a time: a forward pass and a backward pass over a subset for the gradients, then a
+forward pass over everything for the inputs. What is done with them is the encoders' and `order`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Final, get_args
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional
+
+from ...formats.architecture import Architecture, Role, linear_shapes
+from ...formats.checkpoint import Checkpoint
+from ...formats.errors import CorruptCheckpoint, InvalidRequest
+from ..engine.dense import DenseAttention, DenseLinear, DenseOps, KVCache, build_network, dense_layer
+from ..engine.network import Layer, Linear, layer_forward
+
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+MAX_TOKENS: Final = 32_768
+MIN_FILE_TOKENS: Final = 1024
+MAX_FILE_CHARACTERS: Final = 4_000_000
+GRADIENT_TOKENS: Final = 4096
+# The first tokens of each stream are drawn hotter: streams that begin alike would tell the same story 64 times.
+HOT_TOKENS: Final = 4
+HOT_TEMPERATURE: Final = 1.5
+# Rows worked on at once, and numbers in one block of logits: bounds on the memory of activations.
+CHUNK_TOKENS: Final = 2048
+CHUNK_LOGITS: Final = 8_000_000
+SCALE_FLOOR: Final = 1e-3  # BitStack, arXiv 2410.23918
+# Linears that read the same activations share one second moment, kept under the first one's role.
+_READS: Final[dict[Role, Role]] = {
+    "q": "q", "k": "q", "v": "q", "o": "o", "gate": "gate", "up": "gate", "down": "down",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LinearMoments:
+    """What one linear `[m, n]` sees and how much its output matters.
+
+    `inputs [n, n]` is `H = E[x xᵀ]` over tokens (one tensor object for linears that read the same activations);
+    `scale [n]` is the mean over streams of each channel's l2 norm, + 1e-3 (BitStack); `gradient [m]` is
+    `G_r = E[g_r²]`, g the gradient of the log-probability of tokens drawn from the model at the linear's output.
+    So `½ Σ_r G_r (E H Eᵀ)_rr` estimates the KL per token, in nats, of adding an error E to the weights.
+    """
+
+    inputs: Tensor
+    scale: Tensor
+    gradient: Tensor
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """A `Progress` that tells nobody."""
+
+
+@torch.no_grad()
+def sample_tokens(
+    checkpoint: Checkpoint, *, streams: int = 64, length: int = 256, seed: int = 0, progress: Progress = no_progress
+) -> Tensor:
+    """Token ids `[streams, length]` that the model writes itself, at temperature 1; the same for the same seed.
+
+    Streams begin with bos, or a random token where there is none, and contain no other bos or eos. `length` is cut to
+    the model's context, `streams` to `MAX_TOKENS` in all. Holds the whole model in float32, and its KV cache.
+    Raises `CorruptCheckpoint` when the model's logits are not finite.
+    """
+    a = checkpoint.architecture
+    length = min(length, a.context, MAX_TOKENS)
+    streams = min(streams, MAX_TOKENS // length)
+    generator = torch.Generator().manual_seed(seed)
+    network = build_network(a, checkpoint.tensor)
+    cache = KVCache(a, streams, length)
+    tokens = torch.empty((streams, length), dtype=torch.int64)
+    tokens[:, 0] = _first_tokens(checkpoint, streams, generator)
+    special = [token for token in {checkpoint.bos, *checkpoint.eos} if token is not None]
+    for position in range(1, length):
+        logits = network.head(network.forward(tokens[:, position - 1], cache.step(1)))
+        _check_finite(logits, "logits")
+        logits[:, special] = -torch.inf
+        temperature = HOT_TEMPERATURE if position <= HOT_TOKENS else 1.0
+        tokens[:, position] = _draw(logits / temperature, generator)
+        progress("sample", position + 1, length)
+    return tokens
+
+
+def encode_calibration(folder: Path, path: Path, length: int = 256, *, streams: int = 64, bos: int | None) -> Tensor:
+    """The text file `path`, encoded with the tokenizer in `folder`: token ids `[at most streams, length]`.
+
+    Streams lie evenly over the file's first 4 million characters, each with `bos` (unless None) in front.
+    Raises `InvalidRequest` when the file cannot be read as UTF-8 text or gives too few tokens.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_FILE_CHARACTERS)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"calibration file {path} cannot be read as UTF-8 text: {error}") from error
+    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    prefix = [] if bos is None else [bos]
+    fresh = length - len(prefix)
+    least = max(MIN_FILE_TOKENS, fresh)
+    if len(ids) < least:
+        raise InvalidRequest(f"calibration file {path} gives {len(ids)} tokens; at least {least} are wanted")
+    count = max(1, min(streams, MAX_TOKENS // length, len(ids) // fresh))
+    starts = [(len(ids) - fresh) * i // max(1, count - 1) for i in range(count)]
+    return torch.tensor([prefix + ids[start : start + fresh] for start in starts])
+
+
+def layer_moments(
+    checkpoint: Checkpoint, tokens: Tensor, progress: Progress = no_progress, *, seed: int = 0
+) -> Iterator[tuple[int, dict[str, LinearMoments]]]:
+    """Every layer's moments on `tokens [S, L]`, by stored name (`layers.0.q`), layer by layer from the first.
+
+    Gradients come from the first streams, at most `GRADIENT_TOKENS` tokens. Holds one layer's weights and moments (or
+    the head's weights), and the hidden states of all tokens. Raises `CorruptCheckpoint` when activations overflow.
+    """
+    a = checkpoint.architecture
+    few = tokens[: max(1, GRADIENT_TOKENS // tokens.shape[1])]
+    gradients = _output_gradients(checkpoint, few, seed, progress)
+    hidden = _embed(checkpoint, tokens)
+    for index in range(a.layers):
+        layer = dense_layer(a, index, checkpoint.tensor)
+        sums = {role: _InputSums(linear_shapes(a)[role][1]) for role in set(_READS.values())}
+        hidden = _forward(a, _watched(layer, partial(_sum_inputs, sums, tokens.shape[1])), index, hidden)
+        means = {role: total.means(tokens.numel(), len(tokens)) for role, total in sums.items()}
+        progress("moments", index + 1, a.layers)
+        yield (
+            index,
+            {f"layers.{index}.{role}": LinearMoments(*means[_READS[role]], gradients[index][role]) for role in _READS},
+        )
+
+
+class _InputSums:
+    """Sums over the inputs of the linears that read the same activations."""
+
+    def __init__(self, n: int) -> None:
+        self.outer = torch.zeros(n, n)
+        self.norms = torch.zeros(n)
+
+    def means(self, tokens: int, streams: int) -> tuple[Tensor, Tensor]:
+        """`(H, scale)`; call once."""
+        return self.outer.div_(tokens), self.norms.div_(streams).add_(SCALE_FLOOR)
+
+
+def _sum_inputs(sums: dict[Role, _InputSums], length: int, role: Role, x: Tensor, y: Tensor) -> None:
+    if role in sums:
+        sums[role].outer.addmm_(x.T, x)
+        sums[role].norms += x.unflatten(0, (-1, length)).norm(dim=1).sum(0)
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A linear whose inputs and outputs somebody looks at."""
+
+    linear: Linear[Tensor]
+    watch: Callable[[Tensor, Tensor], None]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        self.watch(x, y)
+        return y
+
+
+def _watched(layer: Layer[Tensor], watch: Callable[[Role, Tensor, Tensor], None]) -> Layer[Tensor]:
+    linears = {role: _Watched(getattr(layer, role), partial(watch, role)) for role in get_args(Role)}
+    return replace(layer, **linears)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def _forward(a: Architecture, layer: Layer[Tensor], index: int, hidden: Tensor) -> Tensor:
+    """`hidden [S, L, d]` through one layer, some streams at a time."""
+    outputs = [_run(a, layer, index, part) for part in _parts(hidden)]
+    result = torch.cat(outputs)
+    _check_finite(result, f"activations after layer {index}")
+    return result
+
+
+def _run(a: Architecture, layer: Layer[Tensor], index: int, x: Tensor) -> Tensor:
+    """One layer on whole streams: `x [S, L, d] -> [S, L, d]`."""
+    attention = DenseAttention(a, x.shape[0], x.shape[1])
+    return layer_forward(a, DenseOps(), layer, index, x.flatten(0, 1), attention).view_as(x)
+
+
+def _parts(hidden: Tensor) -> tuple[Tensor, ...]:
+    parts: tuple[Tensor, ...] = hidden.split(max(1, CHUNK_TOKENS // hidden.shape[1]))
+    return parts
+
+
+def _output_gradients(
+    checkpoint: Checkpoint, tokens: Tensor, seed: int, progress: Progress
+) -> list[dict[Role, Tensor]]:
+    """`G [m]` of every linear, by layer: each layer's input is kept on the way up, the layer run again on the way down.
+
+    Targets are drawn from the model's own distribution at every position, so that this is the true Fisher information
+    on any tokens, sampled or not.
+    """
+    a = checkpoint.architecture
+    inputs = [_embed(checkpoint, tokens)]
+    for index in range(a.layers):
+        inputs.append(_forward(a, dense_layer(a, index, checkpoint.tensor), index, inputs[-1]))
+        progress("gradients", index + 1, 2 * a.layers)
+    gradient = _head_gradient(checkpoint, inputs.pop(), torch.Generator().manual_seed(seed))
+    found: list[dict[Role, Tensor]] = []
+    for index in reversed(range(a.layers)):
+        squares: dict[Role, Tensor] = {role: torch.zeros(shape[0]) for role, shape in linear_shapes(a).items()}
+        layer = _watched(dense_layer(a, index, checkpoint.tensor), partial(_square_gradients, squares))
+        gradient = _backward(a, layer, index, inputs.pop(), gradient)
+        found.append({role: total / tokens.numel() for role, total in squares.items()})
+        progress("gradients", 2 * a.layers - index, 2 * a.layers)
+    return found[::-1]
+
+
+def _square_gradients(squares: dict[Role, Tensor], role: Role, x: Tensor, y: Tensor) -> None:
+    def add(gradient: Tensor) -> None:
+        squares[role] += gradient.square().sum(0)
+
+    y.register_hook(add)
+
+
+def _backward(a: Architecture, layer: Layer[Tensor], index: int, hidden: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient at a layer's output -> at its input `hidden`, both `[S, L, d]`."""
+    results = []
+    for x, upper in zip(_parts(hidden), _parts(gradient), strict=True):
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            y = _run(a, layer, index, x)
+        results.append(torch.autograd.grad(y, x, upper)[0])
+    return torch.cat(results)
+
+
+def _head_gradient(checkpoint: Checkpoint, hidden: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient at the last layer's output `[S, L, d]` of the log-probability of tokens drawn at every position."""
+    a = checkpoint.architecture
+    norm, head = checkpoint.tensor("final_norm"), DenseLinear(checkpoint.tensor("embed" if a.tied else "head"))
+    results = []
+    for rows in hidden.flatten(0, 1).split(max(1, CHUNK_LOGITS // a.vocab)):
+        x = rows.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = head(DenseOps().rms_norm(x, norm, a.norm_eps))
+            targets = _draw(logits.detach(), generator)
+            loss = functional.cross_entropy(logits, targets, reduction="sum")
+        results.append(-torch.autograd.grad(loss, x)[0])
+    return torch.cat(results).view_as(hidden)
+
+
+def _embed(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
+    return functional.embedding(tokens, checkpoint.tensor("embed"))
+
+
+def _first_tokens(checkpoint: Checkpoint, streams: int, generator: torch.Generator) -> Tensor:
+    if checkpoint.bos is not None:
+        return torch.full((streams,), checkpoint.bos)
+    return torch.randint(checkpoint.architecture.vocab, (streams,), generator=generator)
+
+
+def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One token id a row of `logits [T, v]`."""
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def _check_finite(x: Tensor, what: str) -> None:
+    if not bool(torch.isfinite(x).all()):
+        raise CorruptCheckpoint(f"the model's {what} are not finite: its weights cannot be right")
