@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from ...formats.architecture import Architecture, has_bias
 
@@ -75,16 +75,16 @@ class Layer(Generic[A]):
 
 @dataclass(frozen=True)
 class Network(Generic[A]):
-    """A whole model over arrays of type `A`. `embed` maps token ids `[T]` to `[T, d]`."""
+    """A whole model over arrays of type `A`. `embed` maps token ids `[T]` (an array of integers) to `[T, d]`."""
 
     architecture: Architecture
     ops: Ops[A]
-    embed: Callable[[A], A]
+    embed: Callable[[Any], A]
     layers: tuple[Layer[A], ...]
     final_norm: A
     head: Linear[A]
 
-    def forward(self, tokens: A, attention: Attention[A]) -> A:
+    def forward(self, tokens: Any, attention: Attention[A]) -> A:
         """Token ids `[T]` -> final normalised hidden states `[T, d]`; `head` turns the rows one wants into logits."""
         x = self.embed(tokens)
         for index, layer in enumerate(self.layers):

@@ -146,7 +146,7 @@ class Batch:
         return y
 
 
-def serve(a: Architecture, weights: Weights, threads: int) -> Network[NDArray[np.generic]]:
+def serve(a: Architecture, weights: Weights, threads: int) -> Network[F32]:
     """A network over resident blocks; the base of the stack must be resident already."""
     scratch, shapes = Scratch(threads), weight_shapes(a)
 
@@ -166,7 +166,7 @@ def serve(a: Architecture, weights: Weights, threads: int) -> Network[NDArray[np
     return Network(
         architecture=a,
         ops=ServingOps(),
-        embed=embed,  # type: ignore[arg-type]  # ids in, floats out: one array type cannot say both
+        embed=embed,
         layers=tuple(build_layer(a, index, vector, linear) for index in range(a.layers)),
         final_norm=vector("final_norm"),
         head=linear("embed" if a.tied else "head", None),

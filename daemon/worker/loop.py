@@ -1,0 +1,192 @@
+"""The worker's one loop: hear, move edges, step, tell. The world is met only here, between steps.
+
+Growing is done in slices between steps, so a step never waits long for the disk; a model nobody is waiting on grows at
+full speed, and one that was just loaded grows before its first request starts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Final, Protocol, assert_never
+
+from ...formats.errors import EbbflowError, OutOfMemory, UnknownModel
+from ...formats.messages import (
+    Cancel,
+    Exit,
+    Failed,
+    Finished,
+    Generate,
+    LoadFailed,
+    LoadModel,
+    Message,
+    Report,
+    Resized,
+    SetTarget,
+    ToWorker,
+    UnloadModel,
+    failure,
+)
+from ..mapping import private_nbytes
+from .served import Served
+
+GROW_SECONDS: Final = 0.025  # per step while requests run: the step target keeps room for it
+IDLE_GROW_SECONDS: Final = 0.1  # while nothing runs: how long a message may have to wait
+REPORT_SECONDS: Final = 0.5
+IDLE_SECONDS: Final = 5.0
+
+
+class Line(Protocol):
+    """The way to the supervisor (`daemon/channel.Child`)."""
+
+    def send(self, message: Message) -> None:
+        """Queue a message."""
+        ...
+
+    def receive(self, timeout_seconds: float) -> list[ToWorker]:
+        """What has arrived, waiting at most so long."""
+        ...
+
+
+class Loop:
+    """All models this worker serves."""
+
+    def __init__(self, line: Line, threads: int, clock: Callable[[], float]) -> None:
+        self._line, self._threads, self._clock = line, threads, clock
+        self._models: dict[str, Served] = {}
+        self._owner: dict[int, str] = {}
+        self._running = True
+        self._reported = float("-inf")
+
+    @property
+    def models(self) -> dict[str, Served]:
+        """What is loaded, by name."""
+        return self._models
+
+    def turn(self) -> bool:
+        """One round; whether there will be another."""
+        active = any(served.engine.busy or not served.arrived for served in self._models.values())
+        for message in self._line.receive(0.0 if active else IDLE_SECONDS):
+            self._handle(message)
+        moved = [name for name, served in self._models.items() if self._move(name, served)]
+        for served in self._models.values():
+            if served.engine.busy and (served.arrived or served.engine.scheduler.running):
+                self._step(served)
+        if moved or (active and self._clock() - self._reported >= REPORT_SECONDS):
+            self._report()
+        return self._running
+
+    def _handle(self, message: ToWorker) -> None:
+        match message:
+            case LoadModel():
+                self._load(message)
+            case UnloadModel():
+                self._unload(message.model)
+            case SetTarget():
+                self._aim(message)
+            case Generate():
+                self._submit(message)
+            case Cancel():
+                self._cancel(message.id)
+            case Exit():
+                for name in list(self._models):
+                    self._unload(name)
+                self._running = False
+            case _:
+                assert_never(message)
+
+    def _load(self, message: LoadModel) -> None:
+        if message.model in self._models:
+            self._models[message.model].aim(message.target_nbytes)
+            return
+        try:
+            served = Served(Path(message.folder), message.target_nbytes, self._threads, self._clock)
+        except (EbbflowError, MemoryError) as error:
+            known = (
+                error if isinstance(error, EbbflowError) else OutOfMemory(f"no room for the base of {message.model}")
+            )
+            self._line.send(LoadFailed(model=message.model, code=known.code, message=str(known)))
+            return
+        self._models[message.model] = served
+        self._report()
+
+    def _unload(self, name: str) -> None:
+        served = self._models.pop(name, None)
+        if served is None:
+            return
+        self._tell(served.engine.cancel_all())
+        self._answer(name, served)
+        served.close()
+        del served
+        # glibc keeps what numpy freed until it is asked for it
+        ctypes.CDLL(None).malloc_trim(0)
+        self._report()
+
+    def _aim(self, message: SetTarget) -> None:
+        served = self._models.get(message.model)
+        if served is None:
+            if message.id:
+                self._line.send(Resized(id=message.id))
+            return
+        self._answer(message.model, served)
+        if message.id:
+            served.wait(message.id)
+        served.aim(message.target_nbytes)
+        if served.arrived:
+            self._answer(message.model, served)
+
+    def _submit(self, message: Generate) -> None:
+        served = self._models.get(message.model)
+        if served is None:
+            self._line.send(failure(message.id, UnknownModel(f"{message.model!r} is not loaded; try again")))
+            return
+        self._owner[message.id] = message.model
+        self._tell(served.engine.submit(message))
+
+    def _cancel(self, key: int) -> None:
+        served = self._models.get(self._owner.get(key, ""))
+        if served is not None:
+            self._tell(served.engine.cancel(key))
+
+    def _move(self, name: str, served: Served) -> bool:
+        idle = not served.engine.scheduler.running
+        try:
+            moved = served.move(IDLE_GROW_SECONDS if idle else GROW_SECONDS)
+        except EbbflowError as error:
+            if served.waiting is not None:
+                self._line.send(failure(served.waiting.id, error))
+                served.waiting = None
+            return True
+        if moved and served.arrived:
+            self._answer(name, served)
+        return moved
+
+    def _answer(self, name: str, served: Served) -> None:
+        """Tell whoever waits for the edge where it is."""
+        waiting, served.waiting = served.waiting, None
+        if waiting is None:
+            return
+        released = waiting.private_nbytes - private_nbytes()
+        seconds = self._clock() - waiting.began
+        self._line.send(
+            Resized(id=waiting.id, residency=served.residency(name), released_nbytes=released, seconds=seconds)
+        )
+
+    def _step(self, served: Served) -> None:
+        try:
+            self._tell(served.engine.step())
+        except MemoryError:
+            short = OutOfMemory("no memory for the next step; try again, or make the model smaller")
+            ended = served.engine.cancel_all()
+            self._tell(failure(event.id, short) for event in ended)
+
+    def _tell(self, events: Iterable[Message]) -> None:
+        for event in events:
+            if isinstance(event, Failed | Finished):
+                self._owner.pop(event.id, None)
+            self._line.send(event)
+
+    def _report(self) -> None:
+        self._reported = self._clock()
+        self._line.send(Report(models=tuple(served.residency(name) for name, served in self._models.items())))

@@ -1,0 +1,98 @@
+"""One loaded model: its resident prefix, its engine, and the edge it moves towards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...formats.manifest import STACK, read_manifest
+from ...formats.messages import Residency
+from ...formats.stack import read_stack
+from ..engine.engine import Engine
+from ..mapping import private_nbytes
+from .resident import Resident
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Somebody who wants to know when the edge has arrived."""
+
+    id: int
+    began: float
+    private_nbytes: int
+
+
+class Served:
+    """The model in `folder`, opened and with its base in memory.
+
+    Raises every error of opening, reading and checking its files; then nothing is held.
+    """
+
+    def __init__(self, folder: Path, target_nbytes: int, threads: int, clock: Callable[[], float]) -> None:
+        self.manifest = read_manifest(folder)
+        self._clock = clock
+        self.resident = Resident(read_stack(folder / STACK))
+        try:
+            while self.resident.blocks < self.resident.stack.base:
+                self.resident.grow(self.resident.stack.base)
+            self.engine = Engine(folder, self.manifest, self.resident, threads, clock)
+        except BaseException:
+            self.resident.close()
+            raise
+        self.waiting: Waiting | None = None
+        self.aim(target_nbytes)
+
+    def aim(self, target_nbytes: int) -> None:
+        """Set where the edge shall be: as many whole blocks as fit, never fewer than the base."""
+        self.target_nbytes = target_nbytes
+        self.target = self.resident.stack.blocks_within(target_nbytes)
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the edge is where it shall be."""
+        return self.resident.blocks == self.target
+
+    def move(self, seconds: float) -> bool:
+        """Shrink at once, or grow for about `seconds`; whether the edge moved.
+
+        Raises what `Resident.grow` raises; the edge then stays, and so does the target.
+        """
+        if self.arrived:
+            return False
+        if self.target < self.resident.blocks:
+            self.resident.shrink(self.target)
+            return True
+        began = self._clock()
+        while not self.arrived and self._clock() - began < seconds:
+            try:
+                self.resident.grow(self.target)
+            except BaseException:
+                self.aim(self.resident.nbytes)
+                raise
+        return True
+
+    def wait(self, id: int) -> None:  # noqa: A002 - the wire's own word
+        """Remember who asked for the current target."""
+        self.waiting = Waiting(id, self._clock(), private_nbytes())
+
+    def residency(self, name: str) -> Residency:
+        """What is held now."""
+        statistics, scheduler = self.resident.statistics(), self.engine.scheduler
+        return Residency(
+            model=name,
+            blocks=statistics.blocks,
+            total_blocks=statistics.total_blocks,
+            nbytes=statistics.nbytes,
+            total_nbytes=statistics.total_nbytes,
+            base_nbytes=self.resident.stack.base_nbytes,
+            target_nbytes=self.target_nbytes,
+            kv_nbytes=self.engine.kv_nbytes,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            tokens_per_second=round(self.engine.tokens_per_second, 1) if scheduler.running else 0.0,
+        )
+
+    def close(self) -> None:
+        """Give all memory back. The engine's requests must have been ended."""
+        self.resident.close()

@@ -1,0 +1,30 @@
+"""Where compiled kernels are kept between runs. Imports nothing, because it must run before numba is imported.
+
+numba looks only at the file of the function it caches: a change in a function called from another file silently runs
+stale code. So the folder's name is a hash over all of `kernels/`, Python's and numba's versions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+
+def use_cache(root: Path) -> Path:
+    """Make numba keep compiled code below `root`, and remove what older kernels left there; returns the folder."""
+    digest = hashlib.blake2b(f"{sys.version} numba {version('numba')}".encode(), digest_size=8)
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    folder = root / f"kernels-{digest.hexdigest()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for other in root.glob("kernels-*"):
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
+    os.environ["NUMBA_CACHE_DIR"] = str(folder)
+    # workqueue's threads sleep while there is nothing to do; OpenMP's would spin
+    os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
+    return folder
