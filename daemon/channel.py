@@ -1,17 +1,28 @@
 """The daemon's ends of ZeroMQ; the only importer of zmq in `daemon`.
 
-`Child` is what the worker and the jobs hold; `Hub` is the supervisor's end, towards clients and towards children.
+`Child` is what the worker and the jobs hold; `Hub` is the supervisor's end, towards clients and towards children;
+`wait` sleeps until one of them, or a plain file descriptor, has something to say.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final, Generic, Literal, TypeVar
 
+import msgspec
 import zmq
 
-from ..formats.messages import MAX_MESSAGE, Message, ToWorker, decode, encode, to_worker_decoder
+from ..formats.errors import DaemonFailed, InvalidRequest, Unsupported
+from ..formats.messages import MAX_MESSAGE, Message, ToWorker, decode, encode, failure, to_worker_decoder
 
 LINGER_MS: Final = 500
+FRAMES: Final = 3  # sender, header, body; what a longer message has more is read and dropped
+PIPE_MESSAGES: Final = 100  # what ZeroMQ itself may hold for one peer; the rest waits in an outbox that we can count
+RETRY_SECONDS: Final = 0.02
+
+M = TypeVar("M")
 
 
 class Child:
@@ -42,3 +53,166 @@ class Child:
         """Send what is queued (at most `LINGER_MS`) and close."""
         self._socket.close()
         self._context.term()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much may wait for one peer that does not read."""
+
+    nbytes: int = 4_000_000
+    messages: int = 4_000
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A peer that cannot be told what it should be told; everything queued for it is gone."""
+
+    peer: bytes
+    reason: Literal["vanished", "overflowed"]
+
+
+@dataclass
+class _Outbox:
+    messages: deque[list[bytes]] = field(default_factory=deque)
+    nbytes: int = 0
+
+    def push(self, frames: list[bytes]) -> None:
+        self.messages.append(frames)
+        self.nbytes += sum(map(len, frames))
+
+    def pop(self) -> None:
+        self.nbytes -= sum(map(len, self.messages.popleft()))
+
+
+class Hub(Generic[M]):
+    """One bound address and the peers behind it, each known by the identity that ZeroMQ gives. One thread only.
+
+    Nothing here blocks, and nothing that a peer sends or fails to read makes it raise. A peer that reads slowly gets
+    a bounded outbox, tried again on each `flush`; `lost` names the peers for which that was not enough. Raises
+    `DaemonFailed` when the address cannot be bound.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        decoder: msgspec.msgpack.Decoder[M],
+        limits: Limits = Limits(),
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        self._decoder = decoder
+        self._limits = limits
+        self._own_context = None if context else zmq.Context()
+        self._socket = (context or self._own_context or zmq.Context.instance()).socket(zmq.ROUTER)
+        self._socket.router_mandatory = True
+        self._socket.linger = LINGER_MS
+        self._socket.maxmsgsize = MAX_MESSAGE
+        self._socket.sndhwm = PIPE_MESSAGES
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError as error:
+            self.close()
+            raise DaemonFailed(f"{address} cannot be bound: {error.strerror}") from error
+        self._outboxes: dict[bytes, _Outbox] = {}
+        self._lost: dict[bytes, Lost] = {}
+
+    @property
+    def socket(self) -> zmq.Socket[bytes]:
+        """For `wait`."""
+        return self._socket
+
+    @property
+    def pending(self) -> bool:
+        """Whether some outbox waits for a `flush`."""
+        return bool(self._outboxes)
+
+    def receive(self, limit: int = 500) -> list[tuple[bytes, M]]:
+        """What has arrived, at most `limit` messages, each with its sender.
+
+        A sender whose message cannot be understood gets `Failed` with id 0 instead.
+        """
+        messages: list[tuple[bytes, M]] = []
+        for _ in range(limit):
+            frames = self._read()
+            if frames is None:
+                break
+            peer, *rest = frames
+            try:
+                messages.append((peer, decode(self._decoder, rest)))
+            except (InvalidRequest, Unsupported) as error:
+                self.send(peer, failure(0, error))
+        return messages
+
+    def send(self, peer: bytes, message: Message) -> None:
+        """Queue a message for `peer`. Raises `InvalidRequest` when it is too large for the wire, and nothing else."""
+        frames = [peer, *encode(message)]
+        outbox = self._outboxes.get(peer)
+        if outbox is None:
+            if self._write(frames):
+                return
+            outbox = self._outboxes[peer] = _Outbox()
+        outbox.push(frames)
+        if outbox.nbytes > self._limits.nbytes or len(outbox.messages) > self._limits.messages:
+            self._lose(peer, "overflowed")
+
+    def flush(self) -> None:
+        """Try every outbox again."""
+        for peer, outbox in list(self._outboxes.items()):
+            while peer in self._outboxes and self._write(outbox.messages[0]):
+                outbox.pop()
+                if not outbox.messages:
+                    self.forget(peer)
+
+    def lost(self) -> list[Lost]:
+        """The peers lost since the last call."""
+        lost = list(self._lost.values())
+        self._lost.clear()
+        return lost
+
+    def forget(self, peer: bytes) -> None:
+        """Drop what waits for `peer`."""
+        self._outboxes.pop(peer, None)
+
+    def close(self) -> None:
+        """Send what ZeroMQ holds (at most `LINGER_MS`) and close."""
+        self._socket.close()
+        if self._own_context:
+            self._own_context.term()
+
+    def _read(self) -> list[bytes] | None:
+        try:
+            frames = [self._socket.recv(zmq.NOBLOCK)]
+        except zmq.Again:
+            return None
+        while self._socket.getsockopt(zmq.RCVMORE):
+            frame = self._socket.recv()
+            if len(frames) <= FRAMES:  # one too many is kept, so that the message is seen to be wrong
+                frames.append(frame)
+        return frames
+
+    def _write(self, frames: list[bytes]) -> bool:
+        """Whether the message is off our hands: sent, or its peer gone."""
+        try:
+            self._socket.send_multipart(frames, flags=zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self._lose(frames[0], "vanished")
+        return True
+
+    def _lose(self, peer: bytes, reason: Literal["vanished", "overflowed"]) -> None:
+        self._lost[peer] = Lost(peer, reason)
+        self.forget(peer)
+
+
+def wait(hubs: Iterable[Hub[Any]], descriptors: Iterable[int], timeout_seconds: float | None) -> None:
+    """Sleep until a hub has a message, a descriptor is readable, an outbox is due again, or the time is over."""
+    poller = zmq.Poller()
+    for hub in hubs:
+        poller.register(hub.socket, zmq.POLLIN)
+        if hub.pending:
+            timeout_seconds = RETRY_SECONDS if timeout_seconds is None else min(timeout_seconds, RETRY_SECONDS)
+    for descriptor in descriptors:
+        poller.register(descriptor, zmq.POLLIN)
+    poller.poll(None if timeout_seconds is None else max(0, round(timeout_seconds * 1000)))

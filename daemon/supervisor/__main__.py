@@ -1,0 +1,5 @@
+"""`python -m ebbflow.daemon.supervisor`."""
+
+from .main import main
+
+raise SystemExit(main())

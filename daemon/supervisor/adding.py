@@ -1,0 +1,158 @@
+"""Adding models: one job process at a time, the others in line. What a job does is in `daemon/library/job`.
+
+Whatever becomes of the job, its request gets one terminal event and the library keeps nothing half done.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Final, assert_never
+
+import msgspec
+
+from ...formats.errors import Cancelled, InvalidRequest, JobDied, ModelBusy, ModelExists
+from ...formats.messages import (
+    Added,
+    AddModel,
+    Chunk,
+    Failed,
+    Finished,
+    FromJob,
+    FromWorker,
+    LoadFailed,
+    Progress,
+    Ready,
+    Report,
+    Resized,
+    Started,
+)
+from ...formats.paths import check_name
+from .children import LEAVE_SECONDS, Launcher, Ward, fresh_identity
+from .library import Library
+from .requests import OpenRequest, Requests
+
+log = logging.getLogger(__name__)
+
+WAITING: Final = "waiting"
+
+
+@dataclass
+class _Job:
+    request: OpenRequest
+    message: AddModel  # the client's, with our id
+    ward: Ward
+    cancelled: bool = False
+
+
+class Adding:
+    """The queue of models to add, and the job that is adding one."""
+
+    def __init__(self, launcher: Launcher, requests: Requests, library: Library) -> None:
+        self._launcher = launcher
+        self._requests = requests
+        self._library = library
+        self._waiting: list[tuple[OpenRequest, AddModel]] = []
+        self._job: _Job | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The models being added, the present one first."""
+        running = (self._job.message.name,) if self._job else ()
+        return running + tuple(message.name for _, message in self._waiting)
+
+    @property
+    def ward(self) -> Ward | None:
+        """The job's process, while there is one."""
+        return self._job.ward if self._job else None
+
+    def check(self, message: AddModel) -> None:
+        """Raises `InvalidName`, `InvalidRequest`, `ModelExists` or `ModelBusy` when this cannot be added."""
+        check_name(message.name)
+        if not message.source:
+            raise InvalidRequest("source must be a folder or a hub id, not empty")
+        if message.name in self.names:
+            raise ModelBusy(f"{message.name} is being added already")
+        if self._library.exists(message.name):
+            raise ModelExists(f"{message.name} is in the library; remove it first or choose another name")
+
+    def add(self, request: OpenRequest, message: AddModel, now: float) -> None:
+        """Start a job, or put it in line. `check` was called."""
+        self._waiting.append((request, msgspec.structs.replace(message, id=request.id)))
+        if self._job:
+            self._requests.answer(Progress(id=request.id, stage=WAITING))
+        else:
+            self._start_next(now)
+
+    def cancel(self, request: OpenRequest, now: float) -> None:
+        """Stop adding; the request, if still open, gets `Failed(cancelled)` when nothing is left of it."""
+        if self._job and self._job.request is request:
+            if not self._job.cancelled:
+                self._job.cancelled = True
+                self._job.ward.process.terminate()
+                self._job.ward.kill_at(now + LEAVE_SECONDS)
+        else:
+            self._waiting = [entry for entry in self._waiting if entry[0] is not request]
+            self._requests.fail(request, Cancelled("cancelled before it began"))
+
+    def stop(self, now: float) -> None:
+        """Let nothing start any more and end what runs."""
+        for request, _ in self._waiting:
+            self._requests.fail(request, Cancelled("the daemon stops"))
+        self._waiting.clear()
+        if self._job:
+            self.cancel(self._job.request, now)
+
+    def hear(self, message: FromWorker | FromJob, now: float) -> None:
+        """Take one message of the present job."""
+        if self._job is None:
+            return
+        match message:
+            case Ready():
+                self._job.request.forwarded = True
+            case Progress():
+                if not self._job.cancelled:
+                    self._requests.answer(self._ours(message))
+            case Added():
+                self._library.scan()
+                self._end(self._ours(message), now)
+            case Failed():
+                if not self._job.cancelled:
+                    self._end(self._ours(message), now)
+            case Report() | LoadFailed() | Resized() | Started() | Chunk() | Finished():
+                log.warning("a job sent %s, which only workers send", type(message).__name__)
+            case _:
+                assert_never(message)
+
+    def tick(self, now: float) -> None:
+        """See to a job that has ended, and start the next."""
+        if self._job and self._job.ward.gone(now):
+            job, self._job = self._job, None
+            self._library.discard(job.message.name, job.ward.process.pid)
+            if job.cancelled:
+                self._requests.fail(job.request, Cancelled(f"adding {job.message.name} was cancelled"))
+            elif self._requests.is_open(job.request):
+                log.warning("job %s %s", job.ward.process.pid, job.ward.describe_end())
+                self._requests.fail(job.request, JobDied(f"the job {job.ward.describe_end()}"))
+            self._start_next(now)
+
+    def _start_next(self, now: float) -> None:
+        while self._waiting and self._job is None:
+            request, message = self._waiting.pop(0)
+            identity = fresh_identity("job")
+            try:
+                process = self._launcher.start_job(identity, message)
+            except OSError as error:
+                self._requests.fail(request, JobDied(f"the job could not be started: {error}"))
+                continue
+            log.info("job %s started to add %s", process.pid, message.name)
+            self._job = _Job(request, message, Ward(process, identity, now))
+
+    def _ours(self, message: Progress | Added | Failed) -> Progress | Added | Failed:
+        assert self._job
+        return msgspec.structs.replace(message, id=self._job.request.id)
+
+    def _end(self, event: Progress | Added | Failed, now: float) -> None:
+        assert self._job
+        self._requests.answer(event)
+        self._job.ward.kill_at(now + LEAVE_SECONDS)

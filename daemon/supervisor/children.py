@@ -1,0 +1,195 @@
+"""Child processes: starting a worker or a job, and seeing each of them to its end.
+
+What children say is heard in `worker` and `adding`. Children die with us (`leash`); they get no terminal signals (a
+session of their own), so that Ctrl-C reaches only the supervisor, which then lets them go in order.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+import msgspec
+
+from ...formats.messages import AddModel
+from ...formats.paths import Paths
+
+LEAVE_SECONDS: Final = 5.0  # between being asked to leave and being killed
+LAST_WORDS_SECONDS: Final = 0.1  # what a child sent just before its end may still be on its way
+LOG_NBYTES: Final = 1_000_000  # a log larger than this is set aside when the next child starts
+TAIL_NBYTES: Final = 2_000
+
+WORKER: Final = (sys.executable, "-P", "-m", "ebbflow.daemon.worker")
+JOB: Final = (sys.executable, "-P", "-m", "ebbflow.daemon.library.job")
+LEASH: Final = (sys.executable, "-P", "-m", "ebbflow.daemon.supervisor.leash")
+
+
+class Process(Protocol):
+    """A child process as the operating system knows it; the seam where tests put fakes."""
+
+    pid: int
+
+    @property
+    def descriptor(self) -> int | None:
+        """Becomes readable when the process ends, where the system has such a thing."""
+        ...
+
+    def exit_code(self) -> int | None:
+        """The exit code (minus the signal that killed it), or nothing while it runs."""
+        ...
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        ...
+
+    def kill(self) -> None:
+        """End it."""
+        ...
+
+    def last_lines(self) -> str:
+        """The end of what it wrote to its log."""
+        ...
+
+    def close(self) -> None:
+        """Release the descriptor; the process has ended."""
+        ...
+
+
+class Launcher(Protocol):
+    """Starts children. `identity` is the name under which they connect. Raises `OSError`."""
+
+    def start_worker(self, identity: str) -> Process:
+        """A process that will say `Ready`."""
+        ...
+
+    def start_job(self, identity: str, request: AddModel) -> Process:
+        """A process that adds one model and ends."""
+        ...
+
+
+@dataclass(frozen=True)
+class CommandLauncher:
+    """Starts the real commands; others can be given, to test what happens around them."""
+
+    paths: Paths
+    worker: tuple[str, ...] = WORKER
+    job: tuple[str, ...] = JOB
+
+    def start_worker(self, identity: str) -> Process:
+        """A process that will say `Ready`."""
+        return _Subprocess([*self.worker, self.paths.children, identity], self.paths.logs / "worker.log")
+
+    def start_job(self, identity: str, request: AddModel) -> Process:
+        """A process that adds one model and ends."""
+        places = [str(self.paths.library), str(self.paths.cache), msgspec.json.encode(request).decode()]
+        return _Subprocess([*self.job, self.paths.children, identity, *places], self.paths.logs / "job.log")
+
+
+class _Subprocess:
+    def __init__(self, command: list[str], log: Path) -> None:
+        self._log = log
+        if log.exists() and log.stat().st_size > LOG_NBYTES:
+            log.replace(log.with_suffix(".log.1"))
+        with log.open("ab") as output:
+            self._log_start = output.tell()
+            self._process = subprocess.Popen(
+                [*LEASH, str(os.getpid()), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+        self._descriptor = _pidfd(self.pid)
+
+    @property
+    def descriptor(self) -> int | None:
+        return self._descriptor
+
+    def exit_code(self) -> int | None:
+        return self._process.poll()
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def last_lines(self) -> str:
+        with self._log.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(self._log_start, end - TAIL_NBYTES))
+            return "\n".join(file.read().decode(errors="replace").splitlines()[-5:])
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _pidfd(pid: int) -> int | None:
+    if sys.platform != "linux":
+        return None
+    try:
+        return os.pidfd_open(pid)
+    except OSError:  # without one, its end is noticed at the loop's next tick instead of at once
+        return None
+
+
+class Ward:
+    """One child in our care, from its start until its end is known and its last words are heard."""
+
+    def __init__(self, process: Process, identity: str, now: float) -> None:
+        self.process = process
+        self.identity = identity.encode()
+        self.started = now
+        self._kill_at = float("inf")
+        self._ended: float | None = None
+
+    @property
+    def descriptor(self) -> int | None:
+        """What to wake up for; nothing once the end was seen."""
+        return self.process.descriptor if self._ended is None else None
+
+    @property
+    def ending(self) -> bool:
+        """Whether the process has ended and only its last words are waited for."""
+        return self._ended is not None
+
+    def kill_at(self, when: float) -> None:
+        """Kill the process at that time, or at an earlier one set before."""
+        self._kill_at = min(self._kill_at, when)
+
+    def spare(self) -> None:
+        """Kill it no more."""
+        self._kill_at = float("inf")
+
+    def gone(self, now: float) -> bool:
+        """Whether everything is over; kills the process if its time is up."""
+        if self._ended is None:
+            if self.process.exit_code() is None:
+                if now >= self._kill_at:
+                    self.process.kill()
+                return False
+            self._ended = now
+        if now - self._ended < LAST_WORDS_SECONDS:
+            return False
+        self.process.close()
+        return True
+
+    def describe_end(self) -> str:
+        """`ended with exit code 3`, `was killed by signal 9`; what it wrote last."""
+        code = self.process.exit_code() or 0
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        lines = self.process.last_lines()
+        return f"{how}\n{lines}" if lines else how
+
+
+def fresh_identity(role: str) -> str:
+    """A name that no child had before, so that a dead one's late messages are told apart."""
+    return f"{role}-{secrets.token_hex(8)}"

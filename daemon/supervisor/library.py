@@ -1,0 +1,160 @@
+"""The library index: which models there are, what their manifests say, and taking one away.
+
+Adding is a job's work (`daemon/library/job`), in a folder that gets its proper name only when it is complete; this
+file cleans up after jobs that did not get that far. Stacks are never opened here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from ...formats.errors import CorruptFile, CorruptManifest, UnknownModel, UnsupportedVersion
+from ...formats.manifest import Manifest, read_manifest
+from ...formats.messages import ModelDetail, ModelSummary
+
+log = logging.getLogger(__name__)
+
+ADDING: Final = ".adding-"
+REMOVING: Final = ".removing-"
+
+
+def delete_behind(folder: Path) -> None:
+    """Delete a folder in a thread of its own: unlinking gigabytes takes longer than a loop may stand still."""
+    threading.Thread(target=delete, args=(folder,), name=f"delete {folder.name}").start()
+
+
+def delete(folder: Path) -> None:
+    """Delete a folder now; what cannot be deleted is logged and tried again at the next start."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        log.warning("%s cannot be deleted completely", folder)
+
+
+class Library:
+    """The models below one folder. A model whose manifest cannot be read is logged once and left out."""
+
+    def __init__(self, root: Path, delete: Callable[[Path], None] = delete_behind) -> None:
+        self._root = root
+        self._delete = delete
+        self._models: dict[str, Manifest] = {}
+        self._complained: dict[str, str] = {}
+
+    def scan(self) -> None:
+        """Look at the disk again."""
+        found = {}
+        for folder in self._folders():
+            try:
+                found[folder.name] = self._read(folder)
+                self._complained.pop(folder.name, None)
+            except (CorruptFile, UnsupportedVersion) as error:
+                self._complain(folder.name, str(error))
+        self._models = found
+
+    def get(self, name: str) -> Manifest:
+        """The manifest of a model. Raises `UnknownModel`."""
+        if name not in self._models:
+            raise UnknownModel(
+                f"no model {name!r} in {self._root}; there is {', '.join(sorted(self._models)) or 'none'}"
+            )
+        return self._models[name]
+
+    def folder(self, name: str) -> Path:
+        """Where a model's files are. Raises `UnknownModel`."""
+        self.get(name)
+        return self._root / name
+
+    def exists(self, name: str) -> bool:
+        """Whether the name is taken, be it by something that cannot be read."""
+        return name in self._models or (self._root / name).exists()
+
+    def summaries(self) -> tuple[ModelSummary, ...]:
+        """One line for each model, by name."""
+        return tuple(summary(self._models[name]) for name in sorted(self._models))
+
+    def remove(self, name: str) -> None:
+        """Take a model out: at once for everybody who looks, on the disk a moment later. Raises `UnknownModel`."""
+        folder = self.folder(name)
+        trash = self._root / f"{REMOVING}{name}-{os.getpid()}"
+        if trash.exists():  # an earlier one of the same name is still being deleted
+            trash = trash.with_name(f"{REMOVING}{name}.{len(self._folders(hidden=True))}-{os.getpid()}")
+        folder.rename(trash)
+        del self._models[name]
+        self._delete(trash)
+
+    def discard(self, name: str, pid: int) -> None:
+        """Delete what the job of process `pid` left of adding `name`; nothing, if it finished."""
+        folder = self._root / f"{ADDING}{name}-{pid}"
+        if folder.exists():
+            self._delete(folder)
+
+    def clean(self) -> None:
+        """Delete what processes that no longer live left half added or half removed."""
+        for folder in self._folders(hidden=True):
+            if folder.name.startswith((ADDING, REMOVING)) and not _owner_lives(folder.name):
+                log.info("deleting left-over %s", folder)
+                self._delete(folder)
+
+    def _folders(self, hidden: bool = False) -> list[Path]:
+        try:
+            return [path for path in self._root.iterdir() if path.name.startswith(".") == hidden and path.is_dir()]
+        except OSError as error:
+            log.warning("the library %s cannot be read: %s", self._root, error)
+            return []
+
+    def _read(self, folder: Path) -> Manifest:
+        manifest = read_manifest(folder)
+        if manifest.name != folder.name:
+            raise CorruptManifest(f"the manifest in {folder} names {manifest.name!r}; rename the folder")
+        return manifest
+
+    def _complain(self, name: str, message: str) -> None:
+        if self._complained.get(name) != message:
+            self._complained[name] = message
+            log.warning("%s", message)
+
+
+def summary(manifest: Manifest) -> ModelSummary:
+    """A manifest's line of `ebb list`."""
+    return ModelSummary(
+        name=manifest.name,
+        family=manifest.architecture.family,
+        codec=manifest.codec,
+        nbytes=manifest.nbytes,
+        base_nbytes=manifest.base_nbytes,
+        original_nbytes=manifest.original_nbytes,
+        created=manifest.created,
+    )
+
+
+def detail(id: int, manifest: Manifest) -> ModelDetail:  # noqa: A002 - the wire's own word
+    """Everything a manifest says, as `ebb show` wants it."""
+    return ModelDetail(
+        id=id,
+        summary=summary(manifest),
+        architecture=manifest.architecture,
+        source=manifest.source.location,
+        checksum=manifest.source.checksum,
+        options=manifest.options,
+        blocks=manifest.blocks,
+        curve=manifest.curve,
+    )
+
+
+def _owner_lives(name: str) -> bool:
+    """Whether the process whose id ends a left-over's name exists and is not this one."""
+    _, _, digits = name.rpartition("-")
+    if not digits.isdecimal() or int(digits) == os.getpid():
+        return False
+    try:
+        os.kill(int(digits), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,308 @@
+"""The supervisor's loop: hears clients and children, lets time pass, and never waits for any of them.
+
+`turn` is one round and takes the time as an argument, so that a test can be the clock. What is decided where: how
+requests are numbered in `requests`, the worker's life in `worker`, jobs in `adding`, sizes in `budget`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, assert_never
+
+from ...formats.errors import (
+    Cancelled,
+    EbbflowError,
+    InternalError,
+    InvalidRequest,
+    ModelBusy,
+    TooBusy,
+)
+from ...formats.messages import (
+    AddModel,
+    Cancel,
+    Done,
+    FromJob,
+    FromWorker,
+    Generate,
+    GetStatus,
+    ListModels,
+    ModelList,
+    Ping,
+    Pong,
+    ProcessMemory,
+    RemoveModel,
+    Request,
+    Resize,
+    ShowModel,
+    Shutdown,
+    Status,
+    failure,
+)
+from ..channel import Hub, wait
+from .adding import Adding
+from .budget import Budget
+from .children import Launcher, Ward
+from .library import Library, detail
+from .reading import Reading
+from .requests import OpenRequest, Requests
+from .sensor import Sensor
+from .worker import Worker, check_wish
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS: Final = 0.2  # while anything is going on
+LAST_WORDS_TICK_SECONDS: Final = 0.02  # while a dead child's last messages are waited for
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Everything the supervisor touches that is not its own; tests bring their own."""
+
+    clients: Hub[Request]
+    children: Hub[FromWorker | FromJob]
+    launcher: Launcher
+    sensor: Sensor
+
+
+class Server:
+    """One daemon. `reserve` is the memory to leave free, in bytes."""
+
+    def __init__(self, outside: Outside, library: Library, *, reserve: int, idle_seconds: float, now: float) -> None:
+        self._clients = outside.clients
+        self._children = outside.children
+        self._sensor = outside.sensor
+        self._library = library
+        self._reserve = reserve
+        self._started = now
+        self._version = importlib.metadata.version("ebbflow")
+        self._stopping = False
+        self._finished = False
+        self.requests = Requests(self._clients.send)
+        self.budget = Budget(reserve)
+        self.adding = Adding(outside.launcher, self.requests, library)
+        self.worker = Worker(
+            outside.launcher,
+            self._children.send,
+            self.requests,
+            library,
+            self.budget,
+            self._read_sensor,
+            self._sensor.oom_kills,
+            idle_seconds,
+        )
+        library.clean()
+        library.scan()
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was told to stop and everything has ended."""
+        return self._finished
+
+    def turn(self, now: float) -> None:
+        """One round: hear everybody, then see to what is due."""
+        for client, request in self._clients.receive():
+            self._hear_client(client, request, now)
+        for identity, message in self._children.receive():
+            self._hear_child(identity, message, now)
+        self._clients.flush()
+        self._children.flush()
+        self._see_to_clients(now)
+        self._see_to_children(now)
+        if self._stopping and not self._wards():
+            self._finish()
+
+    def sleep(self, descriptors: list[int]) -> None:
+        """Wait until a turn is worth taking, or one of `descriptors` is readable."""
+        ends = [ward.descriptor for ward in self._wards()]
+        timeout = None
+        if any(ward.ending for ward in self._wards()):
+            timeout = LAST_WORDS_TICK_SECONDS
+        elif ends or len(self.requests):
+            timeout = TICK_SECONDS
+        wait((self._clients, self._children), [*descriptors, *(end for end in ends if end is not None)], timeout)
+
+    def stop(self, now: float) -> None:
+        """End everything and then `finish`; asked for a second time, kill what has not ended."""
+        if self._stopping:
+            for ward in self._wards():
+                ward.kill_at(now)
+            return
+        log.info("stopping")
+        self._stopping = True
+        for request in self.requests:
+            if not isinstance(request.message, Shutdown):
+                self._end(request, Cancelled("the daemon stops"), now)
+        self.adding.stop(now)
+        self.worker.stop(now)
+
+    # -- clients ----------------------------------------------------------------------------------------------------
+
+    def _hear_client(self, client: bytes, request: Request, now: float) -> None:
+        """Take one request; whatever goes wrong with it is told to the client and harms nobody else."""
+        self.requests.hear(client, now)
+        asked = 0 if isinstance(request, Ping) else request.id
+        try:
+            self._handle(client, request, now)
+        except EbbflowError as error:
+            self._clients.send(client, failure(asked, error))
+        except Exception as error:
+            log.exception("a request failed: %r", type(request).__name__)
+            self._clients.send(client, failure(asked, InternalError(f"{type(error).__name__}; see the daemon's log")))
+
+    def _handle(self, client: bytes, request: Request, now: float) -> None:
+        match request:
+            case Ping():
+                self._clients.send(client, Pong())
+            case Cancel():
+                self._cancel(self.requests.find(client, request.id), now)
+            case ListModels():
+                self._library.scan()
+                self._clients.send(client, ModelList(id=request.id, models=self._library.summaries()))
+            case ShowModel():
+                self._clients.send(client, detail(request.id, self._library.get(request.model)))
+            case RemoveModel():
+                self._remove(request.model)
+                self._clients.send(client, Done(id=request.id))
+            case GetStatus():
+                self._clients.send(client, self._status(request.id, now))
+            case Generate() | AddModel() | Resize() | Shutdown():
+                self._begin(client, request, now)
+            case _:
+                assert_never(request)
+
+    def _begin(self, client: bytes, message: Generate | AddModel | Resize | Shutdown, now: float) -> None:
+        """Check a request that lasts, enter it in the table and set it going."""
+        if self.requests.find(client, message.id):
+            # An answer with this id would be taken for the end of the request that is open.
+            self._clients.send(client, failure(0, InvalidRequest(f"request {message.id} is still open")))
+            return
+        if self._stopping and not isinstance(message, Shutdown):
+            raise Cancelled("the daemon stops")
+        match message:
+            case Generate():
+                check_generate(message)
+                self._library.get(message.model)
+                self.worker.generate(self.requests.open(client, message, now), now)
+            case AddModel():
+                self.adding.check(message)
+                self.adding.add(self.requests.open(client, message, now), message, now)
+            case Resize():
+                check_wish(message.wish, self._library.get(message.model))
+                self.worker.resize(self.requests.open(client, message, now), message)
+            case Shutdown():
+                self.requests.open(client, message, now)
+                if not self._stopping:
+                    self.stop(now)
+            case _:
+                assert_never(message)
+
+    def _cancel(self, request: OpenRequest | None, now: float) -> None:
+        """Have whoever works on a request stop; one that is unknown, or over in a moment, is left alone."""
+        if request is None:
+            return
+        match request.message:
+            case Generate():
+                self.worker.cancel(request)
+            case AddModel():
+                self.adding.cancel(request, now)
+            case Resize() | Shutdown():
+                return
+            case _:
+                assert_never(request.message)
+
+    def _end(self, request: OpenRequest, error: EbbflowError, now: float) -> None:
+        """Close a request here and now, and have whoever works on it stop."""
+        self.requests.fail(request, error)
+        self._cancel(request, now)
+
+    def _remove(self, model: str) -> None:
+        if model in self.adding.names:
+            raise ModelBusy(f"{model} is being added; cancel that first")
+        self._library.get(model)
+        waiting = len(self.requests.of_model(model))
+        if waiting:
+            raise ModelBusy(f"{waiting} requests use {model}; wait for them or cancel them")
+        self.worker.unload(model)
+        self._library.remove(model)
+
+    def _see_to_clients(self, now: float) -> None:
+        """Close what is open for clients that are gone or do not read."""
+        for lost in self._clients.lost():
+            for request in self.requests.of_client(lost.peer):
+                self._end(request, TooBusy("too much was left unread; read events as they come"), now)
+        for client in self.requests.expired(now):
+            log.info("a client with %d open requests is gone", len(self.requests.of_client(client)))
+            for request in self.requests.of_client(client):
+                self.requests.forget(request)
+                self._cancel(request, now)
+            self._clients.forget(client)
+
+    # -- children ---------------------------------------------------------------------------------------------------
+
+    def _hear_child(self, identity: bytes, message: FromWorker | FromJob, now: float) -> None:
+        """Take one message of a child in our care; the late words of others are ignored."""
+        try:
+            if self.worker.ward and identity == self.worker.ward.identity:
+                self.worker.hear(message, now)
+            elif self.adding.ward and identity == self.adding.ward.identity:
+                self.adding.hear(message, now)
+        except Exception:
+            log.exception("a child's message failed: %r", type(message).__name__)
+
+    def _see_to_children(self, now: float) -> None:
+        for lost in self._children.lost():
+            if self.worker.ward and lost.peer == self.worker.ward.identity:
+                self.worker.unreachable(now)
+        self.worker.tick(now)
+        self.adding.tick(now)
+
+    def _wards(self) -> list[Ward]:
+        return [ward for ward in (self.worker.ward, self.adding.ward) if ward]
+
+    def _finish(self) -> None:
+        for request in self.requests:
+            self.requests.answer(Done(id=request.id))
+        self._finished = True
+
+    # -- memory -----------------------------------------------------------------------------------------------------
+
+    def _read_sensor(self) -> Reading:
+        return self._sensor.read([os.getpid(), *(ward.process.pid for ward in self._wards())])
+
+    def _processes(self) -> Iterator[ProcessMemory]:
+        pids = [("supervisor", os.getpid())]
+        pids += [
+            (role, ward.process.pid) for role, ward in (("worker", self.worker.ward), ("job", self.adding.ward)) if ward
+        ]
+        for role, pid in pids:
+            memory = self._sensor.process(role, pid)
+            if memory:
+                yield memory
+
+    def _status(self, id: int, now: float) -> Status:  # noqa: A002 - the wire's own word
+        reading = self._read_sensor()
+        return Status(
+            id=id,
+            version=self._version,
+            pid=os.getpid(),
+            uptime_seconds=now - self._started,
+            available_nbytes=reading.available,
+            available_source=reading.source,
+            reserve_nbytes=self._reserve,
+            models=self.worker.residencies(),
+            processes=tuple(self._processes()),
+            adding=self.adding.names,
+        )
+
+
+def check_generate(message: Generate) -> None:
+    """Raises `InvalidRequest` for a generation that cannot be asked for."""
+    if (message.prompt is None) == (message.chat is None):
+        raise InvalidRequest("give either a prompt or a chat, and not both")
+    if message.chat is not None and not message.chat:
+        raise InvalidRequest("the chat has no messages")
+    message.sampling.check()

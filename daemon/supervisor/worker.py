@@ -1,0 +1,317 @@
+"""The supervisor's side of its worker: started on first need, fed, watched, sent home when idle, mourned when dead.
+
+What a worker does is in `daemon/worker`. Here is only what holds whatever it does: every request that was given to it
+ends, also when it crashes, hangs at its start or is killed.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable
+from typing import Final, Literal, assert_never
+
+import msgspec
+
+from ...formats.errors import Cancelled, EbbflowError, InvalidSize, WorkerDied, from_wire
+from ...formats.manifest import Manifest
+from ...formats.messages import (
+    Added,
+    Cancel,
+    Chunk,
+    Exit,
+    Failed,
+    Finished,
+    FromJob,
+    FromWorker,
+    Generate,
+    LoadFailed,
+    LoadModel,
+    Message,
+    Progress,
+    Ready,
+    Report,
+    Residency,
+    Resize,
+    Resized,
+    SetTarget,
+    Started,
+    UnloadModel,
+)
+from ...formats.units import SizeWish, format_size
+from .budget import Budget, Holding
+from .children import LEAVE_SECONDS, Launcher, Ward, fresh_identity
+from .library import Library
+from .reading import Reading
+from .requests import OpenRequest, Requests
+
+log = logging.getLogger(__name__)
+
+READY_SECONDS: Final = 120.0
+START_ATTEMPTS: Final = 3  # in a row without `Ready`; after that every new request gets one attempt
+SENSE_SECONDS: Final = 0.2
+
+Phase = Literal["absent", "starting", "ready", "leaving"]
+
+
+class Worker:
+    """At most one worker process, and everything that waits for it.
+
+    `send` brings a message to a child, `read` reads the sensor, `oom_kills` the kernel's counter of that name.
+    """
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        send: Callable[[bytes, Message], None],
+        requests: Requests,
+        library: Library,
+        budget: Budget,
+        read: Callable[[], Reading],
+        oom_kills: Callable[[], int],
+        idle_seconds: float,
+    ) -> None:
+        self._launcher = launcher
+        self._send = send
+        self._requests = requests
+        self._library = library
+        self._budget = budget
+        self._read = read
+        self._oom_kills = oom_kills
+        self._idle_seconds = idle_seconds
+        self._phase: Phase = "absent"
+        self._ward: Ward | None = None
+        self._loaded: dict[str, Residency | None] = {}  # models it was told to load, as it last reported them
+        self._failed_starts = 0
+        self._oom_kills_before = 0
+        self._busy_at = 0.0
+        self._sensed_at = float("-inf")
+
+    @property
+    def phase(self) -> Phase:
+        """Where in its life the worker is."""
+        return self._phase
+
+    @property
+    def ward(self) -> Ward | None:
+        """The process, while there is one."""
+        return self._ward
+
+    # -- what clients want ------------------------------------------------------------------------------------------
+
+    def generate(self, request: OpenRequest, now: float) -> None:
+        """Have a generation done, by a worker started for it if need be."""
+        if self._phase == "absent":
+            self._start(now)
+        if self._phase == "ready":
+            self._forward(request)
+
+    def resize(self, request: OpenRequest, message: Resize) -> None:
+        """Change a model's wish (`check_wish` was called); answered by the worker if it holds the model, else here."""
+        self._budget.set_wish(message.model, message.wish)
+        target = self._budget.target(message.model)
+        if target is None:
+            self._requests.answer(Resized(id=request.id))
+        else:
+            request.forwarded = True
+            self._say(SetTarget(model=message.model, target_nbytes=target, id=request.id))
+
+    def cancel(self, request: OpenRequest) -> None:
+        """End a request; it gets its terminal event from here, or from the worker that knows of it."""
+        if request.forwarded:
+            self._say(Cancel(id=request.id))
+        else:
+            self._requests.fail(request, Cancelled("cancelled before it began"))
+
+    def unload(self, model: str) -> None:
+        """Have a model forgotten."""
+        if self._loaded.pop(model, None) is not None or self._budget.target(model) is not None:
+            self._say(UnloadModel(model=model))
+        self._budget.forget(model)
+
+    def residencies(self) -> tuple[Residency, ...]:
+        """What the worker last reported, with the wish and the reason that it does not know."""
+        return tuple(self._explain(residency) for residency in self._loaded.values() if residency)
+
+    # -- what the worker says ---------------------------------------------------------------------------------------
+
+    def hear(self, message: FromWorker | FromJob, now: float) -> None:
+        """Take one message of the present worker."""
+        match message:
+            case Ready():
+                self._become_ready(now)
+            case Report():
+                self._note(message.models)
+            case LoadFailed():
+                self._give_up(message)
+            case Resized():
+                if message.residency:
+                    self._note((message.residency,))
+                    message = msgspec.structs.replace(message, residency=self._explain(message.residency))
+                self._requests.answer(message)
+            case Started() | Chunk() | Finished() | Failed():
+                self._requests.answer(message)
+            case Progress() | Added():
+                log.warning("the worker sent %s, which only jobs send", type(message).__name__)
+            case _:
+                assert_never(message)
+
+    def unreachable(self, now: float) -> None:
+        """It does not read what we send: it cannot be helped."""
+        if self._ward:
+            log.warning("the worker %s does not read its messages; killing it", self._ward.process.pid)
+            self._ward.kill_at(now)
+
+    # -- time -------------------------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        """See to whatever is due."""
+        if self._ward is None:
+            return
+        if self._ward.gone(now):
+            self._bury(self._ward, now)
+        elif self._phase == "ready" and not self._ward.ending:
+            self._follow_memory(now)
+            self._go_home_if_idle(now)
+
+    def stop(self, now: float) -> None:
+        """Send the worker home for good; it is gone within `LEAVE_SECONDS`. Its requests are closed already."""
+        if self._phase == "ready":
+            self._leave(now)
+        elif self._phase == "starting" and self._ward:
+            self._phase = "leaving"
+            self._ward.kill_at(now)
+
+    # -- birth and death --------------------------------------------------------------------------------------------
+
+    def _start(self, now: float) -> None:
+        identity = fresh_identity("worker")
+        try:
+            process = self._launcher.start_worker(identity)
+        except OSError as error:
+            self._fail_all(WorkerDied(f"the worker could not be started: {error}"))
+            return
+        log.info("worker %s started", process.pid)
+        self._ward = Ward(process, identity, now)
+        self._ward.kill_at(now + READY_SECONDS)
+        self._phase = "starting"
+        self._oom_kills_before = self._oom_kills()
+
+    def _become_ready(self, now: float) -> None:
+        if self._phase != "starting" or self._ward is None:
+            return
+        self._ward.spare()
+        self._phase = "ready"
+        self._failed_starts = 0
+        self._busy_at = now
+        for request in self._served():
+            self._forward(request)
+
+    def _leave(self, now: float) -> None:
+        self._say(Exit())
+        if self._ward:
+            self._ward.kill_at(now + LEAVE_SECONDS)
+        self._phase = "leaving"
+        self._forget_models(now, out_of_memory=False)
+
+    def _bury(self, ward: Ward, now: float) -> None:
+        phase, self._phase, self._ward = self._phase, "absent", None
+        end = ward.describe_end()
+        log.log(logging.INFO if phase == "leaving" else logging.WARNING, "worker %s %s", ward.process.pid, end)
+        out_of_memory = ward.process.exit_code() == -signal.SIGKILL and self._oom_kills() > self._oom_kills_before
+        self._forget_models(now, out_of_memory and phase != "leaving")
+        late = phase == "starting" and now - ward.started >= READY_SECONDS
+        self._failed_starts += phase == "starting"
+        again = phase == "leaving" or (phase == "starting" and self._failed_starts < START_ATTEMPTS and not late)
+        if again and self._served():
+            self._start(now)
+        else:
+            hint = f"it was not ready after {READY_SECONDS:.0f} s and " if late else ""
+            self._fail_all(WorkerDied(f"the worker is gone: {hint}{end}"))
+
+    def _forget_models(self, now: float, out_of_memory: bool) -> None:
+        self._loaded.clear()
+        self._budget.worker_gone(now, out_of_memory)
+
+    def _served(self) -> list[OpenRequest]:
+        """Every request that is this worker's to answer."""
+        return [request for request in self._requests if isinstance(request.message, (Generate, Resize))]
+
+    def _fail_all(self, error: EbbflowError) -> None:
+        for request in self._served():
+            self._requests.fail(request, error)
+
+    # -- feeding ----------------------------------------------------------------------------------------------------
+
+    def _say(self, message: Message) -> None:
+        if self._ward and self._phase == "ready":
+            self._send(self._ward.identity, message)
+
+    def _forward(self, request: OpenRequest) -> None:
+        try:
+            self._load(request.model)
+            self._say(msgspec.structs.replace(request.message, id=request.id))
+            request.forwarded = True
+        except EbbflowError as error:
+            self._requests.fail(request, error)
+
+    def _load(self, model: str) -> None:
+        if model in self._loaded:
+            return
+        manifest = self._library.get(model)
+        targets = self._budget.load(model, manifest.base_nbytes, manifest.nbytes, self._read())
+        self._tell(targets, but=model)
+        folder = str(self._library.folder(model))
+        self._say(LoadModel(model=model, folder=folder, target_nbytes=targets[model]))
+        self._loaded[model] = None
+
+    def _give_up(self, message: LoadFailed) -> None:
+        self._loaded.pop(message.model, None)
+        self._budget.unload(message.model)
+        for request in self._served():
+            if request.model == message.model:
+                self._requests.fail(request, from_wire(message.code, message.message))
+
+    def _note(self, residencies: tuple[Residency, ...]) -> None:
+        for residency in residencies:
+            if residency.model in self._loaded:
+                self._loaded[residency.model] = residency
+
+    def _explain(self, residency: Residency) -> Residency:
+        if self._budget.target(residency.model) is None:
+            return residency
+        wish, reason = self._budget.wish(residency.model), self._budget.reason(residency.model)
+        return msgspec.structs.replace(residency, wish=wish, reason=reason)
+
+    # -- memory and idleness ----------------------------------------------------------------------------------------
+
+    def _follow_memory(self, now: float) -> None:
+        if not self._loaded or now - self._sensed_at < SENSE_SECONDS:
+            return
+        self._sensed_at = now
+        holdings = {r.model: Holding(r.nbytes, r.target_nbytes) for r in self._loaded.values() if r}
+        self._tell(self._budget.update(now, self._read(), holdings))
+
+    def _tell(self, targets: dict[str, int], but: str = "") -> None:
+        for model, target in targets.items():
+            if model != but:
+                self._say(SetTarget(model=model, target_nbytes=target))
+
+    def _go_home_if_idle(self, now: float) -> None:
+        if self._served():
+            self._busy_at = now
+        elif now - self._busy_at >= self._idle_seconds:
+            self._leave(now)
+
+
+def check_wish(wish: SizeWish, manifest: Manifest) -> None:
+    """Raises `InvalidSize` when the model cannot have that size."""
+    if wish.nbytes is not None and wish.fraction is not None:
+        raise InvalidSize("a size is either bytes or a fraction, not both")
+    if wish.fraction is not None and not 0 < wish.fraction <= 1:
+        raise InvalidSize(f"{wish.fraction} is not between 0 and 1 of the model")
+    if wish.resolve(manifest.nbytes) < manifest.base_nbytes:
+        raise InvalidSize(
+            f"{wish} of {manifest.name} is less than its base: it needs {format_size(manifest.base_nbytes)} "
+            f"({manifest.base_nbytes} bytes) of its {format_size(manifest.nbytes)}"
+        )
