@@ -125,4 +125,5 @@ def _pack_int8(weight: F32) -> bytes:
     rows = weight.reshape(weight.shape[0] if weight.ndim > 1 else 1, -1)
     scale = (np.abs(rows).max(axis=1) / 127).astype("<f4")
     values = np.rint(rows / np.where(scale > 0, scale, 1)[:, None]).astype(np.int8)
-    return scale.tobytes() + values.tobytes()
+    data: bytes = scale.tobytes() + values.tobytes()
+    return data

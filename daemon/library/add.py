@@ -1,0 +1,170 @@
+"""Adding a model: checkpoint -> moments -> encoded blocks -> ordered stack -> measured and named, in the library.
+
+The pipeline only. The process around it is `job`, the folder it works in is `place`'s, so that the library is as it was
+after any failure, kill or full disk; calibration text is `texts`'s, which alone writes into the cache. What a block is
+worth is in `gain`, where it goes in `order`.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from torch import Tensor
+
+from ...formats.architecture import Architecture, weight_shapes
+from ...formats.checkpoint import open_checkpoint
+from ...formats.errors import DiskFull, Unsupported
+from ...formats.manifest import STACK, CurvePoint, Manifest, Source, write_manifest
+from ...formats.messages import AddModel, ModelSummary
+from ...formats.stack import BlockEntry, Stack, StackIndex, padded, read_blocks, read_stack, write_stack
+from .encode import EncodePlan, encode_model, expected_nbytes
+from .encode_bitstack import choose_levels, choose_rank
+from .gain import GainEstimate, second_order_gain
+from .measure import measure_curve
+from .order import Candidate, check_rule, stack_order
+from .place import check_room, copy_tokenizer, free_place, making
+from .progress import Clock, Reporter, Send
+from .source import find_source
+from .spool import Spool
+from .texts import Texts, file_texts, sampled_texts
+
+CODECS: Final = ("bitstack",)
+CURVE_POINTS: Final = 8
+
+
+def add_model(
+    request: AddModel,
+    library: Path,
+    cache: Path,
+    send: Send,
+    *,
+    clock: Clock = time.monotonic,
+    estimate: GainEstimate = second_order_gain,
+) -> ModelSummary:
+    """Add the model that `request` asks for and say how far it is through `send`, at most ten times a second.
+
+    Raises `InvalidName`, `ModelExists`, `InvalidRequest`, `Unsupported`, `CorruptCheckpoint`, `DiskFull`, `Retryable`
+    (hub out of reach) or what `send` raises; the library is then untouched.
+    """
+    try:
+        return _add(request, library, cache, send, clock, estimate)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"no room left in {library} while adding {request.name}; nothing was added") from error
+        raise
+
+
+def _add(
+    request: AddModel, library: Path, cache: Path, send: Send, clock: Clock, estimate: GainEstimate
+) -> ModelSummary:
+    place = free_place(library, request.name)
+    levels = _check_options(request)
+    Reporter(request.id, 0, send, clock).begin("reading")
+    checkpoint = open_checkpoint(find_source(request.source))
+    reporter = Reporter(request.id, checkpoint.nbytes, send, clock)
+    plan = EncodePlan(checkpoint, levels, request.rank, request.seed, estimate, reporter)
+    check_room(library, 2 * expected_nbytes(checkpoint.architecture, levels, request.rank))
+    with making(place) as folder:
+        checksum = checkpoint.checksum()
+        texts = _texts(request, plan, checksum, cache)
+        stack = _make_stack(plan, request.order, texts.calibration, folder)
+        curve = _measure(plan, stack, texts.held_back)
+        manifest = _manifest(request, plan, checksum, stack, curve)
+        copy_tokenizer(checkpoint.folder, folder)
+        write_manifest(folder, manifest)
+    return summary(manifest)
+
+
+def summary(manifest: Manifest) -> ModelSummary:
+    """A manifest's line in `ebb list`."""
+    return ModelSummary(
+        name=manifest.name,
+        family=manifest.architecture.family,
+        codec=manifest.codec,
+        nbytes=manifest.nbytes,
+        base_nbytes=manifest.base_nbytes,
+        original_nbytes=manifest.original_nbytes,
+        created=manifest.created,
+    )
+
+
+def _check_options(request: AddModel) -> int:
+    """The number of levels. Raises `Unsupported` or `InvalidRequest`."""
+    if request.codec not in CODECS:
+        raise Unsupported(f"codec {request.codec!r}; this version knows {', '.join(CODECS)}")
+    check_rule(request.order)
+    choose_rank(1, 1, request.rank)
+    return choose_levels(request.levels)
+
+
+def _texts(request: AddModel, plan: EncodePlan, checksum: str, cache: Path) -> Texts:
+    plan.reporter.begin("sampling")
+    if request.calibration is not None:
+        return file_texts(plan.checkpoint, Path(request.calibration))
+    return sampled_texts(plan.checkpoint, checksum, request.seed, cache, plan.reporter)
+
+
+def _make_stack(plan: EncodePlan, rule: str, tokens: Tensor, folder: Path) -> Stack:
+    """Encode, order, write and read back."""
+    with Spool(folder / "spool") as spool:
+        encode_model(plan, tokens, spool)
+        plan.reporter.begin("ordering")
+        index, positions = order_entries(plan.checkpoint.architecture, spool.entries, rule)
+        plan.reporter.begin("writing")
+        write_stack(folder / STACK, index, lambda i: spool.read(positions[i]))
+    stack = read_stack(folder / STACK)
+    for position, (entry, _) in enumerate(read_blocks(stack)):
+        plan.reporter.fraction(stack.edges[position], stack.nbytes, entry.tensor)
+    return stack
+
+
+def order_entries(a: Architecture, entries: list[BlockEntry], rule: str) -> tuple[StackIndex, tuple[int, ...]]:
+    """The index of the stack, and for each of its blocks the position in `entries`, which come in any order."""
+    network = {name: i for i, name in enumerate(weight_shapes(a))}
+    ids = sorted(range(len(entries)), key=lambda i: (network[entries[i].tensor], entries[i].level))
+    candidates = [Candidate(e.tensor, e.level, padded(e.nbytes), e.gain) for e in (entries[i] for i in ids)]
+    order = stack_order(candidates, rule)
+    positions = tuple(ids[i] for i in order.positions)
+    return StackIndex(order.base, tuple(entries[i] for i in positions)), positions
+
+
+def _measure(plan: EncodePlan, stack: Stack, tokens: Tensor) -> tuple[CurvePoint, ...]:
+    """The curve at sizes spread evenly from the base to the whole stack."""
+    plan.reporter.begin("checking quality")
+    step = (stack.nbytes - stack.base_nbytes) / (CURVE_POINTS - 1)
+    sizes = [stack.base_nbytes + round(i * step) for i in range(CURVE_POINTS)]
+    blocks = sorted({stack.blocks_within(size) for size in sizes})
+    return measure_curve(
+        plan.checkpoint, stack, tokens, blocks, lambda what, done, total: plan.reporter.fraction(done, total)
+    )
+
+
+def _manifest(
+    request: AddModel, plan: EncodePlan, checksum: str, stack: Stack, curve: tuple[CurvePoint, ...]
+) -> Manifest:
+    options: dict[str, str | int | float] = {
+        "levels": plan.levels,
+        "rank": request.rank or "by shape",
+        "order": request.order,
+        "calibration": request.calibration or "sampled",
+        "seed": request.seed,
+    }
+    return Manifest(
+        name=request.name,
+        architecture=plan.checkpoint.architecture,
+        source=Source(request.source, checksum),
+        codec=request.codec,
+        options=options,
+        nbytes=stack.nbytes,
+        base_nbytes=stack.base_nbytes,
+        blocks=len(stack.blocks),
+        original_nbytes=plan.checkpoint.nbytes,
+        bos=plan.checkpoint.bos,
+        eos=plan.checkpoint.eos,
+        curve=curve,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )

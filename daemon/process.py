@@ -1,0 +1,33 @@
+"""What a child process asks of the kernel for itself. Linux; elsewhere each function does nothing.
+
+Starting and watching children is `supervisor`'s business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import signal
+import sys
+from pathlib import Path
+from typing import Final
+
+PR_SET_PDEATHSIG: Final = 1  # <linux/prctl.h>
+
+
+def die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
+    """From now on the kernel sends this process `by` when its parent (the *thread* that started it) ends."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, int(by), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+
+
+def set_oom_score(value: int) -> None:
+    """Make this process the kernel's choice when memory runs out: -1000 never, 0 as any, 1000 always first.
+
+    Raising it needs no right; where the kernel refuses (lowering it), nothing changes.
+    """
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(value))
