@@ -26,6 +26,8 @@ from ..engine.network import Layer, Linear, layer_forward
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
+_InputMoments = tuple[Tensor, Tensor]
+
 MAX_TOKENS: Final = 32_768
 MIN_FILE_TOKENS: Final = 1024
 MAX_FILE_CHARACTERS: Final = 4_000_000
@@ -95,14 +97,19 @@ def encode_calibration(folder: Path, path: Path, length: int = 256, *, streams: 
     """The text file `path`, encoded with the tokenizer in `folder`: token ids `[at most streams, length]`.
 
     Streams lie evenly over the file's first 4 million characters, each with `bos` (unless None) in front.
-    Raises `InvalidRequest` when the file cannot be read as UTF-8 text or gives too few tokens.
+    Raises `InvalidRequest` when the file cannot be read as UTF-8 text or gives too few tokens, `CorruptCheckpoint` when
+    the tokenizer cannot be read.
     """
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(MAX_FILE_CHARACTERS)
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"calibration file {path} cannot be read as UTF-8 text: {error}") from error
-    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise CorruptCheckpoint(f"the tokenizer.json in {folder} cannot be read: {error}") from error
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
     prefix = [] if bos is None else [bos]
     fresh = length - len(prefix)
     least = max(MIN_FILE_TOKENS, fresh)
@@ -118,23 +125,37 @@ def layer_moments(
 ) -> Iterator[tuple[int, dict[str, LinearMoments]]]:
     """Every layer's moments on `tokens [S, L]`, by stored name (`layers.0.q`), layer by layer from the first.
 
-    Gradients come from the first streams, at most `GRADIENT_TOKENS` tokens. Holds one layer's weights and moments (or
-    the head's weights), and the hidden states of all tokens. Raises `CorruptCheckpoint` when activations overflow.
+    Gradients come from evenly chosen streams, at most `GRADIENT_TOKENS` tokens. Holds one layer's weights and moments
+    (or the head's weights), and the hidden states of all tokens. Raises `CorruptCheckpoint` when activations overflow.
     """
     a = checkpoint.architecture
-    few = tokens[: max(1, GRADIENT_TOKENS // tokens.shape[1])]
-    gradients = _output_gradients(checkpoint, few, seed, progress)
+    gradients = _output_gradients(checkpoint, _subset(tokens), seed, progress)
     hidden = _embed(checkpoint, tokens)
     for index in range(a.layers):
-        layer = dense_layer(a, index, checkpoint.tensor)
-        sums = {role: _InputSums(linear_shapes(a)[role][1]) for role in set(_READS.values())}
-        hidden = _forward(a, _watched(layer, partial(_sum_inputs, sums, tokens.shape[1])), index, hidden)
-        means = {role: total.means(tokens.numel(), len(tokens)) for role, total in sums.items()}
+        hidden, found = _layer_inputs(checkpoint, index, hidden)
         progress("moments", index + 1, a.layers)
         yield (
             index,
-            {f"layers.{index}.{role}": LinearMoments(*means[_READS[role]], gradients[index][role]) for role in _READS},
+            {f"layers.{index}.{role}": LinearMoments(*found[_READS[role]], gradients[index][role]) for role in _READS},
         )
+        del found  # before the next layer's moments are made
+
+
+def _subset(tokens: Tensor) -> Tensor:
+    count = max(1, GRADIENT_TOKENS // tokens.shape[1])
+    return tokens[:: -(-len(tokens) // count), :GRADIENT_TOKENS]
+
+
+def _layer_inputs(checkpoint: Checkpoint, index: int, hidden: Tensor) -> tuple[Tensor, dict[Role, _InputMoments]]:
+    """`hidden [S, L, d]` after the layer, and `(H, scale)` of its linears' inputs. Forgets the weights on return."""
+    a = checkpoint.architecture
+    streams, length, _ = hidden.shape
+    shapes = linear_shapes(a)
+    sums = {role: _InputSums(shapes[role][1]) for role in set(_READS.values())}
+    layer = _watched(dense_layer(a, index, checkpoint.tensor), partial(_sum_inputs, sums, length))
+    return _forward(a, layer, index, hidden), {
+        role: total.means(streams * length, streams) for role, total in sums.items()
+    }
 
 
 class _InputSums:
@@ -144,7 +165,7 @@ class _InputSums:
         self.outer = torch.zeros(n, n)
         self.norms = torch.zeros(n)
 
-    def means(self, tokens: int, streams: int) -> tuple[Tensor, Tensor]:
+    def means(self, tokens: int, streams: int) -> _InputMoments:
         """`(H, scale)`; call once."""
         return self.outer.div_(tokens), self.norms.div_(streams).add_(SCALE_FLOOR)
 
@@ -209,12 +230,22 @@ def _output_gradients(
     gradient = _head_gradient(checkpoint, inputs.pop(), torch.Generator().manual_seed(seed))
     found: list[dict[Role, Tensor]] = []
     for index in reversed(range(a.layers)):
-        squares: dict[Role, Tensor] = {role: torch.zeros(shape[0]) for role, shape in linear_shapes(a).items()}
-        layer = _watched(dense_layer(a, index, checkpoint.tensor), partial(_square_gradients, squares))
-        gradient = _backward(a, layer, index, inputs.pop(), gradient)
-        found.append({role: total / tokens.numel() for role, total in squares.items()})
+        gradient, squares = _layer_gradients(checkpoint, index, inputs.pop(), gradient)
+        found.append(squares)
         progress("gradients", 2 * a.layers - index, 2 * a.layers)
     return found[::-1]
+
+
+def _layer_gradients(
+    checkpoint: Checkpoint, index: int, hidden: Tensor, gradient: Tensor
+) -> tuple[Tensor, dict[Role, Tensor]]:
+    """The gradient at the layer's input, given that at its output, and `G` of its linears."""
+    a = checkpoint.architecture
+    squares: dict[Role, Tensor] = {role: torch.zeros(shape[0]) for role, shape in linear_shapes(a).items()}
+    layer = _watched(dense_layer(a, index, checkpoint.tensor), partial(_square_gradients, squares))
+    gradient = _backward(a, layer, index, hidden, gradient)
+    streams, length, _ = hidden.shape
+    return gradient, {role: total / (streams * length) for role, total in squares.items()}
 
 
 def _square_gradients(squares: dict[Role, Tensor], role: Role, x: Tensor, y: Tensor) -> None:

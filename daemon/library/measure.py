@@ -96,8 +96,8 @@ class _Original:
         self._tokens = tokens
         x = functional.embedding(tokens.flatten(), checkpoint.tensor("embed"))
         for index in range(a.layers):
-            layer = dense_layer(a, index, checkpoint.tensor)
-            x = layer_forward(a, DenseOps(), layer, index, x, self._attention(a))
+            # Not named: the last layer would stay while the next is read.
+            x = layer_forward(a, DenseOps(), dense_layer(a, index, checkpoint.tensor), index, x, self._attention(a))
         x = DenseOps().rms_norm(x, checkpoint.tensor("final_norm"), a.norm_eps)
         self._hidden = self._with_target(x)
         self._head = DenseLinear(checkpoint.tensor("embed" if a.tied else "head"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +101,42 @@ def test_moments_predict_the_kl_of_a_small_error(name: str, tmp_path: Path) -> N
     assert 0.6 < predicted / measured < 1.7
 
 
-def test_moments_load_one_layer_at_a_time(tmp_path: Path) -> None:
+def test_moments_hold_one_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(write_tiny_model(tmp_path, num_hidden_layers=3))
+    tokens = sample_tokens(checkpoint, streams=2, length=8)
+    loaded: list[tuple[str, weakref.ref[torch.Tensor]]] = []
+    read = Checkpoint.tensor
+
+    def watched(self: Checkpoint, name: str) -> torch.Tensor:
+        weights = read(self, name)
+        loaded.append((name, weakref.ref(weights)))
+        alive = {name.split(".")[1] if "." in name else "outer" for name, held in loaded if held() is not None}
+        assert len(alive) == 1, f"{alive} are in memory at once"
+        return weights
+
+    monkeypatch.setattr(Checkpoint, "tensor", watched)
+    for index, _ in layer_moments(checkpoint, tokens):
+        assert all(held() is None for _, held in loaded), f"weights are held after layer {index}"
+    assert len(loaded) > 3 * 3 * 7
+
+
+def test_moments_tell_their_progress(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_tiny_model(tmp_path, num_hidden_layers=3))
     tokens = sample_tokens(checkpoint, streams=2, length=8)
     seen: list[tuple[str, int, int]] = []
-    steps = layer_moments(checkpoint, tokens, lambda *step: seen.append(step))
-    assert next(steps)[0] == 0
+    assert next(layer_moments(checkpoint, tokens, lambda *step: seen.append(step)))[0] == 0
     assert seen == [("gradients", i, 6) for i in range(1, 7)] + [("moments", 1, 3)]
+
+
+@pytest.mark.parametrize(("shape", "expected"), [((40, 16), (4, 16)), ((3, 16), (3, 16)), ((2, 100), (1, 64))])
+def test_gradients_use_evenly_chosen_streams(
+    shape: tuple[int, int], expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "GRADIENT_TOKENS", 64)
+    tokens = torch.arange(shape[0])[:, None].expand(shape)
+    chosen = calibrate._subset(tokens)
+    assert chosen.shape == expected
+    assert len(set(chosen[:, 0].diff().tolist())) <= 1
 
 
 def test_the_same_seed_gives_the_same_tokens_and_moments(tmp_path: Path) -> None:
@@ -193,3 +223,11 @@ def test_a_calibration_file_without_enough_text_is_refused(content: bytes, tmp_p
 def test_a_missing_calibration_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="cannot be read"):
         encode_calibration(write_tiny_model(tmp_path / "model"), tmp_path / "none", 64, bos=None)
+
+
+def test_a_broken_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "model")
+    (folder / "tokenizer.json").write_text("{}")
+    (tmp_path / "text").write_text("x" * 2000)
+    with pytest.raises(CorruptCheckpoint, match=r"tokenizer\.json"):
+        encode_calibration(folder, tmp_path / "text", 64, bos=None)
