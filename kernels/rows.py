@@ -1,7 +1,7 @@
 """Stored blocks -> rows of weights in float32, a few rows at a time; nothing of W is ever held but those rows.
 
 Method: four output rows are decoded into a scratch of four rows, level after level, each level adding its part. For a
-`signs` level and 16 columns at once, the magnitude `sum_r U[i, r] V[r, j]` is built in a vector register (V is read
+`signs` level and 64 columns at once, the magnitude `sum_r U[i, r] V[r, j]` is built in vector registers (V is read
 once for the four rows), its sign taken from the stored bits, and added. Rank k therefore costs k multiply-adds a weight
 however many tokens follow, and no order of additions depends on how many rows, tokens or threads there are.
 
@@ -28,7 +28,9 @@ SIGNS: Final = 4
 CODES: Final = {"f32": F32, "f16": F16, "bf16": BF16, "i8": I8}
 
 ROWS: Final = 4  # rows decoded together
-LANES: Final = 16  # floats in one vector; widths are padded to a multiple of 64, hence of LANES
+LANES: Final = 16  # floats in one vector
+WORD: Final = 64  # columns whose signs are one stored word
+GROUPS: Final = WORD // LANES
 JIT_OFF: Final = bool(vars(numba.config)["DISABLE_JIT"])
 _HALF_SCALE: Final = 2.0**112  # moves an fp16 exponent, placed in fp32 bits, to where it belongs
 
@@ -66,22 +68,19 @@ def _widen_half(builder: Any, halves: Any) -> Any:
 
 
 def _typed_add_signs(typing: Any, u16: Any, bits: Any, words: Any, v: Any, n: Any, k: Any, u: Any, w: Any) -> Any:
-    """`w[i, j] +-= sum_r u[i, r] v[r, j]` for ROWS rows and every whole group of LANES columns below n."""
+    """`w[i, j] +-= sum_r u[i, r] v[r, j]` for ROWS rows and every whole group of WORD columns below n."""
     signature = types.void(u16, types.int64, types.int64, types.int64, types.int64, types.int64, u, w)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         stored, bits, words, v, n, k, u, w = args
-        zero, one, lanes = (ir.Constant(_i64, value) for value in (0, 1, LANES))
+        zero, one, word = (ir.Constant(_i64, value) for value in (0, 1, WORD))
         base = context.make_array(sig.args[0])(context, builder, stored).data
         factors = context.make_array(sig.args[6])(context, builder, u).data
-        rows = context.make_array(sig.args[7])
-        scratch = rows(context, builder, w)
+        scratch = context.make_array(sig.args[7])(context, builder, w)
         stride = builder.extract_value(scratch.shape, 1)
-        entry, column, rank, finish, end = (
-            builder.block,
-            *(builder.append_basic_block(name) for name in ("column", "rank", "finish", "end")),
-        )
-        whole = builder.mul(builder.sdiv(n, lanes), lanes)
+        entry = builder.block
+        column, rank, finish, end = (builder.append_basic_block(name) for name in ("column", "rank", "finish", "end"))
+        whole = builder.mul(builder.sdiv(n, word), word)
         builder.cbranch(builder.icmp_signed("<", zero, whole), column, end)
 
         builder.position_at_end(column)
@@ -92,34 +91,40 @@ def _typed_add_signs(typing: Any, u16: Any, bits: Any, words: Any, v: Any, n: An
         builder.position_at_end(rank)
         r = builder.phi(_i64)
         r.add_incoming(zero, column)
-        magnitudes = [builder.phi(_vf32) for _ in range(ROWS)]
-        values = _widen_half(
-            builder, _load(builder, _vi16, builder.gep(base, [builder.add(v, builder.add(builder.mul(r, n), j))]), 2)
-        )
+        magnitudes = [[builder.phi(_vf32) for _ in range(GROUPS)] for _ in range(ROWS)]
+        at = builder.gep(base, [builder.add(v, builder.add(builder.mul(r, n), j))])
+        halves = [builder.gep(at, [ir.Constant(_i64, g * LANES)]) for g in range(GROUPS)]
+        values = [_widen_half(builder, _load(builder, _vi16, half, 2)) for half in halves]
         sums = []
-        for row, magnitude in enumerate(magnitudes):
-            magnitude.add_incoming(ir.Constant(_vf32, [0.0] * LANES), column)
+        for row, before in enumerate(magnitudes):
             place = builder.add(builder.mul(k, ir.Constant(_i64, row)), r)
             factor = _splat(builder, builder.load(builder.gep(factors, [place])))
-            sums.append(builder.fadd(magnitude, builder.fmul(factor, values)))
-            magnitude.add_incoming(sums[-1], rank)
+            after = [builder.fadd(old, builder.fmul(factor, new)) for old, new in zip(before, values, strict=True)]
+            for old, new in zip(before, after, strict=True):
+                old.add_incoming(ir.Constant(_vf32, [0.0] * LANES), column)
+                old.add_incoming(new, rank)
+            sums.append(after)
         following = builder.add(r, one)
         r.add_incoming(following, rank)
         builder.cbranch(builder.icmp_signed("<", following, k), rank, finish)
 
         builder.position_at_end(finish)
-        for row, total in enumerate(sums):
-            place = builder.add(builder.add(bits, builder.mul(words, ir.Constant(_i64, row))), builder.sdiv(j, lanes))
-            positive = builder.bitcast(builder.load(builder.gep(base, [place])), ir.VectorType(ir.IntType(1), LANES))
-            flipped = builder.bitcast(
-                builder.xor(builder.bitcast(total, _vi32), ir.Constant(_vi32, [0x80000000] * LANES)), _vf32
+        for row, totals in enumerate(sums):
+            place = builder.add(
+                builder.add(bits, builder.mul(words, ir.Constant(_i64, row))), builder.sdiv(j, ir.Constant(_i64, 16))
             )
-            where = builder.gep(scratch.data, [builder.add(builder.mul(stride, ir.Constant(_i64, row)), j)])
-            summed = builder.fadd(_load(builder, _vf32, where, 4), builder.select(positive, total, flipped))
-            builder.store(summed, builder.bitcast(where, _vf32.as_pointer()), align=4)
-        after = builder.add(j, lanes)
-        j.add_incoming(after, finish)
-        builder.cbranch(builder.icmp_signed("<", after, whole), column, end)
+            signs = builder.load(builder.bitcast(builder.gep(base, [place]), _i64.as_pointer()), align=2)
+            target = builder.gep(scratch.data, [builder.add(builder.mul(stride, ir.Constant(_i64, row)), j)])
+            for group, total in enumerate(totals):
+                part = builder.trunc(builder.lshr(signs, ir.Constant(_i64, group * LANES)), _i16)
+                positive = builder.bitcast(part, ir.VectorType(ir.IntType(1), LANES))
+                flipped = builder.bitcast(builder.xor(builder.bitcast(total, _vi32), _low_bits(0x80000000)), _vf32)
+                where = builder.gep(target, [ir.Constant(_i64, group * LANES)])
+                summed = builder.fadd(_load(builder, _vf32, where, 4), builder.select(positive, total, flipped))
+                builder.store(summed, builder.bitcast(where, _vf32.as_pointer()), align=4)
+        after_word = builder.add(j, word)
+        j.add_incoming(after_word, finish)
+        builder.cbranch(builder.icmp_signed("<", after_word, whole), column, end)
         builder.position_at_end(end)
         return context.get_dummy_value()
 
@@ -159,7 +164,7 @@ def _add_signs_columns(
 
 
 def _plain_add_signs(stored: Any, bits: int, words: int, v: int, n: int, k: int, u: Any, w: Any) -> None:
-    _add_signs_columns(stored, bits, words, v, n - n % LANES, n, k, u, w, ROWS, 0)
+    _add_signs_columns(stored, bits, words, v, n - n % WORD, n, k, u, w, ROWS, 0)
 
 
 _add_signs_vector: Any = _plain_add_signs if JIT_OFF else intrinsic(_typed_add_signs)
@@ -196,7 +201,7 @@ def decode_rows(
             tail = 0
             if rows == ROWS:
                 _add_signs_vector(stored, bits, words, v, n, k, grid, w)
-                tail = n - n % LANES
+                tail = n - n % WORD
             _add_signs_columns(stored, bits, words, v, n, n, k, grid, w, rows, tail)
         elif kind == I8:
             bytes_ = stored.view(np.int8)

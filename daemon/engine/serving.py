@@ -17,7 +17,7 @@ from ...formats.blocks import unpack_dense
 from ...formats.stack import BlockEntry
 from ...kernels.attention import attend, store_kv
 from ...kernels.elementwise import add, gated, rms_norm, rotate
-from ...kernels.matmul import matmul, take_rows
+from ...kernels.matmul import matmul, row_stride, take_rows
 from ...kernels.rows import ROWS
 from .network import Linear, Network, build_layer
 from .rotary import rotary_frequencies
@@ -72,6 +72,11 @@ class ServingOps:
         return x.reshape(x.shape[0], -1, head_dim)
 
 
+def padded_width(n: int) -> int:
+    """Columns of an input that the kernels want: n rounded up to 64."""
+    return -(-n // 64) * 64
+
+
 class Scratch:
     """Row buffers of the matrix product, one for each width, shared by all linears of a model."""
 
@@ -80,9 +85,9 @@ class Scratch:
         self._rows: dict[int, F32] = {}
 
     def rows(self, n: int) -> F32:
-        """`[chunks, ROWS, n rounded up to 64]`, zero past n."""
+        """`[chunks, ROWS, row_stride(width)]` for inputs of n columns, zero past n."""
         if n not in self._rows:
-            self._rows[n] = np.zeros((self._chunks, ROWS, -(-n // 64) * 64), np.float32)
+            self._rows[n] = np.zeros((self._chunks, ROWS, row_stride(padded_width(n))), np.float32)
         return self._rows[n]
 
 
@@ -95,11 +100,11 @@ class ResidentLinear:
 
     def __call__(self, x: F32) -> F32:
         """`x [T, n] -> [T, m]`."""
-        rows = self._scratch.rows(self._n)
-        if rows.shape[2] != self._n:
-            x = np.pad(x, ((0, 0), (0, rows.shape[2] - self._n)))
+        if padded_width(self._n) != self._n:
+            x = np.pad(x, ((0, 0), (0, padded_width(self._n) - self._n)))
         y = np.empty((x.shape[0], self._m), np.float32)
-        matmul(self._weights.stored, self._weights.table(self._name), self._n, x, rows, y)
+        table = self._weights.table(self._name)
+        matmul(self._weights.stored, table, self._n, x, self._scratch.rows(self._n), y)
         if self._bias is not None:
             add(y, self._bias[None], y)
         return y
