@@ -1,0 +1,45 @@
+"""Serving with exact weights equals transformers, for every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ebbflow.daemon.engine.kv import KvCache
+from ebbflow.daemon.engine.scheduler import Piece, Sequence
+from ebbflow.daemon.engine.serving import Batch, Rotary, serve
+from ebbflow.daemon.worker.resident import Resident
+from ebbflow.formats.checkpoint import open_checkpoint
+from ebbflow.formats.manifest import STACK
+from ebbflow.formats.stack import read_stack
+from support.stacks import write_exact_model
+from support.tiny_models import FAMILIES, write_tiny_model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
+    import transformers
+
+    source = write_tiny_model(tmp_path / "source", family)
+    checkpoint = open_checkpoint(source)
+    a = checkpoint.architecture
+    folder = write_exact_model(tmp_path / "model", a, lambda name: checkpoint.tensor(name).numpy())
+    resident = Resident(read_stack(folder / STACK))
+    while resident.blocks < resident.stack.base:
+        resident.grow(resident.stack.base)
+    network = serve(a, resident, threads=2)
+    tokens = np.random.default_rng(0).integers(0, a.vocab, 41).tolist()
+    kv = KvCache(a)
+    sequence = Sequence(0, tokens, len(tokens), blocks=kv.allocate(2))
+    rotary = Rotary(a)
+    logits = []
+    for start, count in ((0, 1), (1, 37), (38, 3)):  # in uneven pieces, across a KV block's edge
+        batch = Batch([Piece(sequence, start, count)], kv.array, rotary, a.window)
+        logits.append(network.head(network.forward(batch.tokens, batch)))
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens])).logits[0].numpy()
+    np.testing.assert_allclose(np.concatenate(logits), expected, atol=1e-4 * max(1.0, float(np.abs(expected).max())))
+    resident.close()

@@ -1,0 +1,126 @@
+"""Small library models written straight from weights, without a job: exact ones, and ones with many levels."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from ebbflow.formats.architecture import Architecture, weight_shapes, weight_uses
+from ebbflow.formats.blocks import pack_dense, pack_signs
+from ebbflow.formats.manifest import MANIFEST, STACK, TOKENIZER_FILES, Manifest, Source, write_manifest
+from ebbflow.formats.stack import BlockEntry, StackIndex, content_hash, read_stack, write_stack
+from numpy.typing import NDArray
+from support.tiny_models import write_tokenizer
+
+TINY = Architecture(
+    family="llama",
+    vocab=258,
+    hidden=64,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    intermediate=96,
+    context=512,
+    norm_eps=1e-5,
+    rotary_theta=10000.0,
+)
+
+
+def write_model(
+    folder: Path, a: Architecture, blocks: list[tuple[BlockEntry, bytes]], base: int, eos: tuple[int, ...] = ()
+) -> Path:
+    """A model folder holding these blocks in this order, with a byte-level tokenizer."""
+    folder.mkdir(parents=True)
+    index = StackIndex(base, tuple(entry for entry, _ in blocks))
+    write_stack(folder / STACK, index, lambda position: blocks[position][1])
+    stack = read_stack(folder / STACK)
+    manifest = Manifest(
+        name=folder.name,
+        architecture=a,
+        source=Source("a test", ""),
+        codec="bitstack",
+        options={},
+        nbytes=stack.nbytes,
+        base_nbytes=stack.base_nbytes,
+        blocks=len(blocks),
+        original_nbytes=stack.nbytes,
+        bos=0,
+        eos=eos,
+    )
+    write_manifest(folder, manifest)
+    write_tokenizer(folder)
+    return folder
+
+
+def dense_entry(a: Architecture, name: str, weight: NDArray[np.float32], dtype: str) -> tuple[BlockEntry, bytes]:
+    """One tensor as one dense block."""
+    payload = pack_dense(weight, dtype)
+    entry = BlockEntry(
+        kind="dense",
+        tensor=name,
+        level=0,
+        shape=weight.shape,
+        nbytes=len(payload),
+        gain=0.0,
+        hash=content_hash(payload),
+        uses=weight_uses(a, name),
+        dtype=dtype,
+    )
+    return entry, payload
+
+
+def write_exact_model(folder: Path, a: Architecture, tensor: Callable[[str], NDArray[np.float32]]) -> Path:
+    """Every weight as it is, in float32: what serving computes can be compared with any other implementation."""
+    blocks = [dense_entry(a, name, tensor(name), "f32") for name in weight_shapes(a)]
+    return write_model(folder, a, blocks, len(blocks))
+
+
+def write_signs_model(folder: Path, a: Architecture = TINY, levels: int = 3, rank: int = 2, seed: int = 0) -> Path:
+    """Random weights as `levels` shrinking sign levels; level 0 of everything is the base."""
+    rng = np.random.default_rng(seed)
+    base: list[tuple[BlockEntry, bytes]] = []
+    rest: list[tuple[BlockEntry, bytes]] = []
+    for name, shape in weight_shapes(a).items():
+        if len(shape) == 1:
+            base.append(dense_entry(a, name, np.ones(shape, np.float32), "f32"))
+        elif name in ("embed", "head"):
+            base.append(dense_entry(a, name, rng.standard_normal(shape).astype(np.float32), "i8"))
+        else:
+            for level in range(levels):
+                (base if level == 0 else rest).append(_signs(a, name, shape, level, rank, rng))
+    rest.sort(key=lambda block: block[0].level)
+    return write_model(folder, a, base + rest, len(base))
+
+
+def _signs(
+    a: Architecture, name: str, shape: tuple[int, ...], level: int, rank: int, rng: np.random.Generator
+) -> tuple[BlockEntry, bytes]:
+    m, n = shape
+    size = 0.6**level / (rank * n**0.5)
+    u = (rng.random((m, rank)) + 0.5).astype(np.float16)
+    v = ((rng.random((rank, n)) + 0.5) * size * 2).astype(np.float16)
+    payload = pack_signs(rng.random((m, n)) < 0.5, u, v)
+    entry = BlockEntry(
+        kind="signs",
+        tensor=name,
+        level=level,
+        shape=shape,
+        nbytes=len(payload),
+        gain=size * size,
+        hash=content_hash(payload),
+        uses=weight_uses(a, name),
+        rank=rank,
+    )
+    return entry, payload
+
+
+def copy_model(source: Path, target: Path) -> Path:
+    """A second copy of a model folder."""
+    target.mkdir(parents=True)
+    for name in (MANIFEST, STACK, *TOKENIZER_FILES):
+        if (source / name).exists():
+            shutil.copy(source / name, target / name)
+    return target
