@@ -1,1 +1,55 @@
-"""Asks: the client library and the command line."""
+"""Asks: the client library and the command line.
+
+::
+
+    from ebbflow.client import Client, ensure_daemon
+
+    ensure_daemon()
+    with Client() as client, client.generate("pystd-16m", "def main(") as stream:
+        for piece in stream:
+            print(piece, end="")
+"""
+
+from ..formats.messages import (
+    ChatMessage,
+    Finished,
+    ModelDetail,
+    ModelSummary,
+    ProcessMemory,
+    Progress,
+    Residency,
+    Resized,
+    Sampling,
+    Status,
+)
+from ..formats.units import AUTO, SizeWish
+from . import errors
+from .aio import AsyncClient, AsyncProgressStream, AsyncTextStream
+from .client import Client
+from .exchange import Lease
+from .launch import ensure_daemon
+from .stream import ProgressStream, TextStream
+
+__all__ = [
+    "AUTO",
+    "AsyncClient",
+    "AsyncProgressStream",
+    "AsyncTextStream",
+    "ChatMessage",
+    "Client",
+    "Finished",
+    "Lease",
+    "ModelDetail",
+    "ModelSummary",
+    "ProcessMemory",
+    "Progress",
+    "ProgressStream",
+    "Residency",
+    "Resized",
+    "Sampling",
+    "SizeWish",
+    "Status",
+    "TextStream",
+    "ensure_daemon",
+    "errors",
+]

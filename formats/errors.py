@@ -232,6 +232,7 @@ class AlreadyRunning(DaemonFailed):
     """Another daemon holds this runtime folder's lock."""
 
     code = "already_running"
+    exit_code = 73  # its own, so that a client that lost the race to start one can tell
 
 
 class InternalError(EbbflowError):

@@ -1,0 +1,182 @@
+"""`AsyncClient`: the daemon as an object, for coroutines. The twin of `client` and `stream`: only waiting differs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Generic, Self, Unpack
+
+from ..formats.errors import DaemonGone
+from ..formats.messages import Finished, ModelDetail, ModelSummary, Progress, Resized, Status
+from ..formats.paths import default_paths
+from ..formats.units import SizeWish
+from . import asks
+from .asks import AddOptions, Ask, Piece, Reader, Result, SamplingOptions, Turn
+from .channel import Channel
+from .exchange import Lease, Reply, Sink
+
+
+def _sink(replies: asyncio.Queue[Reply]) -> Sink:
+    loop = asyncio.get_running_loop()
+
+    def put(reply: Reply) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to read
+            loop.call_soon_threadsafe(replies.put_nowait, reply)
+
+    return put
+
+
+class AsyncStream(Generic[Piece, Result]):
+    """Pieces of one answer, in order; iterating raises the typed error with which the request ended, if it did.
+
+    Leaving its `async with` block, `aclose()` and being forgotten cancel a request that has not ended.
+    """
+
+    def __init__(self, channel: Channel, ask: Ask[Piece, Result]) -> None:
+        self._replies: asyncio.Queue[Reply] = asyncio.Queue()
+        self._reader = Reader(ask)
+        self._channel = channel
+        self._id = channel.open(ask.request, _sink(self._replies))
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Piece:
+        while not self._reader.ended:
+            piece = self._reader.read(await self._replies.get())
+            if piece is not None:
+                return piece
+        raise StopAsyncIteration
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._give_up()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_id"):
+            self._give_up()
+
+    def cancel(self) -> None:
+        """Ask for the end and keep reading: iteration then raises `Cancelled`, unless the answer was complete."""
+        self._channel.cancel(self._id)
+
+    async def aclose(self) -> None:
+        """Cancel what has not ended, and iterate no further. Idempotent."""
+        self._give_up()
+
+    async def wait(self) -> Result:
+        """Read to the end and return the result. Raises like iterating; `Cancelled` after `aclose()`."""
+        async with self:
+            async for _ in self:
+                pass
+        return self._reader.outcome()
+
+    def _give_up(self) -> None:
+        if not self._reader.ended:
+            self._reader.ended = True
+            self.cancel()
+
+
+class AsyncTextStream(AsyncStream[str, Finished]):
+    """Pieces of generated text."""
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """Tokens of the prompt, once the request was admitted."""
+        return self._reader.started.prompt_tokens if self._reader.started else None
+
+    @property
+    def result(self) -> Finished | None:
+        """How generation ended; `None` before that, and after an error or `aclose()`."""
+        return self._reader.result
+
+    async def text(self) -> str:
+        """All the text that has not been read yet. Raises like iterating."""
+        async with self:
+            return "".join([piece async for piece in self])
+
+
+class AsyncProgressStream(AsyncStream[Progress, ModelSummary]):
+    """How far an `add` is."""
+
+    async def result(self) -> ModelSummary:
+        """Wait for the end and return the new model. Raises like iterating; `Cancelled` after `aclose()`."""
+        return await self.wait()
+
+
+class AsyncClient:
+    """A connection to the daemon at `address` (default: this user's). Streams belong to the loop that made them.
+
+    Connects when first asked something; `launch.ensure_daemon` starts a daemon. Methods raise the typed errors of
+    `ebbflow.client.errors`: `InvalidRequest` before anything is sent, `DaemonGone` when nobody answers.
+    """
+
+    def __init__(self, address: str | None = None, *, lease: Lease | None = None) -> None:
+        self._channel = Channel(address or default_paths().clients, lease or Lease())
+        self._finalizer = weakref.finalize(self, self._channel.close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """End every open request with `Cancelled` and disconnect. Idempotent."""
+        await asyncio.to_thread(self._finalizer)
+
+    def generate(self, model: str, prompt: str, **sampling: Unpack[SamplingOptions]) -> AsyncTextStream:
+        """Continue `prompt`; options are those of `Sampling`."""
+        return AsyncTextStream(self._channel, asks.generate(model, prompt, sampling))
+
+    def chat(self, model: str, messages: Iterable[Turn], **sampling: Unpack[SamplingOptions]) -> AsyncTextStream:
+        """Answer a conversation of `ChatMessage`s, or of mappings with `role` and `content`."""
+        return AsyncTextStream(self._channel, asks.chat(model, messages, sampling))
+
+    async def models(self) -> tuple[ModelSummary, ...]:
+        """The library's models."""
+        return await self._answer(asks.models())
+
+    async def show(self, model: str) -> ModelDetail:
+        """Everything the library knows about a model, with its size/quality curve."""
+        return await self._answer(asks.show(model))
+
+    def add(self, source: str | Path, name: str | None = None, **options: Unpack[AddOptions]) -> AsyncProgressStream:
+        """Read the checkpoint in a folder (or a hub's `org/name`) into the library, as `name` or the folder's name."""
+        return AsyncProgressStream(self._channel, asks.add(source, name, options))
+
+    async def remove(self, model: str) -> None:
+        """Delete a model from the library."""
+        await self._answer(asks.remove(model))
+
+    async def resize(self, model: str, size: str | SizeWish) -> Resized:
+        """Set how much of a model may be resident: `300MB`, `60%` of its stack, or `auto`."""
+        return await self._answer(asks.resize(model, size))
+
+    async def status(self) -> Status:
+        """The daemon, its processes and what they hold."""
+        return await self._answer(asks.status())
+
+    async def ping(self) -> None:
+        """Return if the daemon answers."""
+        await self._answer(asks.ping())
+
+    async def shutdown(self) -> None:
+        """Stop the daemon; returns when it has gone."""
+        async with AsyncStream(self._channel, asks.gone()) as gone:
+            await self._answer(asks.shutdown())
+            with contextlib.suppress(DaemonGone):
+                await gone.wait()
+
+    async def _answer(self, ask: Ask[Piece, Result]) -> Result:
+        return await AsyncStream(self._channel, ask).wait()

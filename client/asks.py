@@ -1,0 +1,263 @@
+"""What can be asked of the daemon: how each request is made and what its replies mean.
+
+Pure, and shared by `Client` and `AsyncClient`: they differ only in how they wait. An `Ask` makes a request once it has
+an id; a `Reader` turns the replies to it into pieces (text, progress), one result, or one typed error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypedDict, TypeVar
+
+import msgspec
+
+from ..formats.errors import Cancelled, InternalError, InvalidRequest, from_wire
+from ..formats.messages import (
+    Added,
+    AddModel,
+    ChatMessage,
+    Chunk,
+    Done,
+    Failed,
+    Finished,
+    Generate,
+    GetStatus,
+    ListModels,
+    ModelDetail,
+    ModelList,
+    ModelSummary,
+    Ping,
+    Progress,
+    RemoveModel,
+    Request,
+    Resize,
+    Resized,
+    Sampling,
+    ShowModel,
+    Shutdown,
+    Started,
+    Status,
+    Terminal,
+)
+from ..formats.paths import check_name
+from ..formats.units import SizeWish, parse_wish
+from .exchange import Reply, Watch
+
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
+T = TypeVar("T")
+
+Turn = ChatMessage | Mapping[str, str]
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Keyword arguments of `generate` and `chat`; see `Sampling` for meanings and defaults."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    stop: str | Iterable[str]
+
+
+class AddOptions(TypedDict, total=False):
+    """Keyword arguments of `add`; see `AddModel` for meanings and defaults."""
+
+    codec: str
+    levels: int | None
+    rank: int | None
+    order: str
+    calibration: str | Path | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Ask(Generic[Piece, Result]):
+    """A request that lacks its id, what a reply on the way is worth, and what the terminal one means."""
+
+    request: Callable[[int], Request | Watch]
+    piece: Callable[[Reply], Piece | None]
+    result: Callable[[Terminal], Result]
+
+
+class Reader(Generic[Piece, Result]):
+    """Reads the replies to one ask, in order."""
+
+    def __init__(self, ask: Ask[Piece, Result]) -> None:
+        self._ask = ask
+        self.started: Started | None = None
+        self.ended = False
+        self._terminal: Terminal | None = None
+
+    def read(self, reply: Reply) -> Piece | None:
+        """The piece in a reply, if any. Raises the error that the daemon, or the connection, reports."""
+        match reply:
+            case Started():
+                self.started = reply
+                return None
+            case Chunk() | Progress():
+                return self._ask.piece(reply)
+            case _:
+                self.ended = True
+                self._terminal = reply
+                self.outcome()
+                return None
+
+    @property
+    def result(self) -> Result | None:
+        """The result, if that is how the request ended."""
+        if self._terminal is None or isinstance(self._terminal, Failed):
+            return None
+        return self._ask.result(self._terminal)
+
+    def outcome(self) -> Result:
+        """The result, after the end. Raises the request's error, or `Cancelled` when its reader gave up before."""
+        if self._terminal is None:
+            raise Cancelled("closed before its end")
+        if isinstance(self._terminal, Failed):
+            raise from_wire(self._terminal.code, self._terminal.message)
+        return self._ask.result(self._terminal)
+
+
+def _expect(kind: type[T]) -> Callable[[Terminal], T]:
+    def result(terminal: Terminal) -> T:
+        if not isinstance(terminal, kind):
+            raise InternalError(f"the daemon answered {type(terminal).__name__} where {kind.__name__} was wanted")
+        return terminal
+
+    return result
+
+
+def _nothing(_reply: Reply) -> None:
+    return None
+
+
+def _text(reply: Reply) -> str | None:
+    return reply.text if isinstance(reply, Chunk) and reply.text else None
+
+
+def _progress(reply: Reply) -> Progress | None:
+    return reply if isinstance(reply, Progress) else None
+
+
+def sampling_from(options: SamplingOptions) -> Sampling:
+    """Checked sampling parameters. Raises `InvalidRequest`."""
+    _check_names(options, SamplingOptions)
+    stop = options.get("stop", ())
+    plain = {**options, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+    try:
+        sampling = msgspec.convert(plain, Sampling)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"sampling options: {error}") from error
+    sampling.check()
+    return sampling
+
+
+def _check_names(options: Mapping[str, object], known: type) -> None:
+    unknown = sorted(set(options) - set(known.__annotations__))
+    if unknown:
+        raise InvalidRequest(f"no option {', '.join(unknown)}; there are {', '.join(known.__annotations__)}")
+
+
+def generate(model: str, prompt: str, options: SamplingOptions) -> Ask[str, Finished]:
+    """Continue `prompt`. Raises `InvalidRequest`."""
+    sampling = sampling_from(options)
+    return Ask(lambda id_: Generate(id=id_, model=model, prompt=prompt, sampling=sampling), _text, _expect(Finished))
+
+
+def chat(model: str, messages: Iterable[Turn], options: SamplingOptions) -> Ask[str, Finished]:
+    """Answer a conversation. Raises `InvalidRequest`."""
+    sampling = sampling_from(options)
+    try:
+        turns = msgspec.convert(list(messages), tuple[ChatMessage, ...])
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"messages are role and content, both text: {error}") from error
+    return Ask(lambda id_: Generate(id=id_, model=model, chat=turns, sampling=sampling), _text, _expect(Finished))
+
+
+def models() -> Ask[None, tuple[ModelSummary, ...]]:
+    """The library's models."""
+    listed = _expect(ModelList)
+    return Ask(lambda id_: ListModels(id=id_), _nothing, lambda terminal: listed(terminal).models)
+
+
+def show(model: str) -> Ask[None, ModelDetail]:
+    """Everything the library knows about a model."""
+    return Ask(lambda id_: ShowModel(id=id_, model=model), _nothing, _expect(ModelDetail))
+
+
+def add(source: str | Path, name: str | None, options: AddOptions) -> Ask[Progress, ModelSummary]:
+    """Read a checkpoint into the library; a folder is made absolute and, without `name`, gives its own.
+
+    Raises `InvalidRequest` when `source` looks like a folder and is none, `InvalidName` when the name is unusable.
+    """
+    _check_names(options, AddOptions)
+    location = locate(source)
+    chosen = check_name(name if name is not None else location.rstrip("/").rpartition("/")[2])
+    calibration = options.get("calibration")
+    plain = {**options, "calibration": None if calibration is None else str(_file(Path(calibration)))}
+    fields = {"type": "AddModel", "id": 0, "source": location, "name": chosen, **plain}
+    try:
+        request = msgspec.convert(fields, AddModel)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"options of add: {error}") from error
+    added = _expect(Added)
+    return Ask(
+        lambda id_: msgspec.structs.replace(request, id=id_), _progress, lambda terminal: added(terminal).summary
+    )
+
+
+def locate(source: str | Path) -> str:
+    """An existing folder -> its absolute path; `org/name` as it is. Raises `InvalidRequest` for a missing folder."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    text = str(source)
+    if isinstance(source, Path) or path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise InvalidRequest(f"{source} is not a folder; give a Hugging Face model folder or the id of one, org/name")
+    return text
+
+
+def _file(path: Path) -> Path:
+    path = path.expanduser()
+    if not path.is_file():
+        raise InvalidRequest(f"{path} is not a file; calibration wants a text file")
+    return path.resolve()
+
+
+def remove(model: str) -> Ask[None, None]:
+    """Delete a model from the library."""
+    return Ask(lambda id_: RemoveModel(id=id_, model=model), _nothing, _done)
+
+
+def resize(model: str, size: str | SizeWish) -> Ask[None, Resized]:
+    """Set how much of a model may be resident. Raises `InvalidSize`."""
+    wish = size if isinstance(size, SizeWish) else parse_wish(size)
+    return Ask(lambda id_: Resize(id=id_, model=model, wish=wish), _nothing, _expect(Resized))
+
+
+def status() -> Ask[None, Status]:
+    """The daemon, its processes and what they hold."""
+    return Ask(lambda id_: GetStatus(id=id_), _nothing, _expect(Status))
+
+
+def shutdown() -> Ask[None, None]:
+    """Stop the daemon."""
+    return Ask(lambda id_: Shutdown(id=id_), _nothing, _done)
+
+
+def ping() -> Ask[None, None]:
+    """Hear one word of the daemon."""
+    return Ask(lambda _id: Ping(), _nothing, _done)
+
+
+def gone() -> Ask[None, None]:
+    """Wait until the connection ends; raises `DaemonGone` then, for that is how its only reply reads."""
+    return Ask(lambda _id: Watch(), _nothing, _done)
+
+
+def _done(terminal: Terminal) -> None:
+    _expect(Done)(terminal)

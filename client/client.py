@@ -1,0 +1,87 @@
+"""`Client`: the daemon as an object, for programs that wait. `aio.AsyncClient` is its twin for coroutines."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Self, Unpack
+
+from ..formats.errors import DaemonGone
+from ..formats.messages import ModelDetail, ModelSummary, Resized, Status
+from ..formats.paths import default_paths
+from ..formats.units import SizeWish
+from . import asks
+from .asks import AddOptions, SamplingOptions, Turn
+from .channel import Channel
+from .exchange import Lease
+from .stream import ProgressStream, Stream, TextStream, answer
+
+
+class Client:
+    """A connection to the daemon at `address` (default: this user's). Any thread may use it.
+
+    Connects when first asked something; `launch.ensure_daemon` starts a daemon. Methods raise the typed errors of
+    `ebbflow.client.errors`: `InvalidRequest` before anything is sent, `DaemonGone` when nobody answers.
+    """
+
+    def __init__(self, address: str | None = None, *, lease: Lease | None = None) -> None:
+        self._channel = Channel(address or default_paths().clients, lease or Lease())
+        self._finalizer = weakref.finalize(self, self._channel.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End every open request with `Cancelled` and disconnect. Idempotent."""
+        self._finalizer()
+
+    def generate(self, model: str, prompt: str, **sampling: Unpack[SamplingOptions]) -> TextStream:
+        """Continue `prompt`; options are those of `Sampling`."""
+        return TextStream(self._channel, asks.generate(model, prompt, sampling))
+
+    def chat(self, model: str, messages: Iterable[Turn], **sampling: Unpack[SamplingOptions]) -> TextStream:
+        """Answer a conversation of `ChatMessage`s, or of mappings with `role` and `content`."""
+        return TextStream(self._channel, asks.chat(model, messages, sampling))
+
+    def models(self) -> tuple[ModelSummary, ...]:
+        """The library's models."""
+        return answer(self._channel, asks.models())
+
+    def show(self, model: str) -> ModelDetail:
+        """Everything the library knows about a model, with its size/quality curve."""
+        return answer(self._channel, asks.show(model))
+
+    def add(self, source: str | Path, name: str | None = None, **options: Unpack[AddOptions]) -> ProgressStream:
+        """Read the checkpoint in a folder (or a hub's `org/name`) into the library, as `name` or the folder's name."""
+        return ProgressStream(self._channel, asks.add(source, name, options))
+
+    def remove(self, model: str) -> None:
+        """Delete a model from the library."""
+        answer(self._channel, asks.remove(model))
+
+    def resize(self, model: str, size: str | SizeWish) -> Resized:
+        """Set how much of a model may be resident: `300MB`, `60%` of its stack, or `auto`."""
+        return answer(self._channel, asks.resize(model, size))
+
+    def status(self) -> Status:
+        """The daemon, its processes and what they hold."""
+        return answer(self._channel, asks.status())
+
+    def ping(self) -> None:
+        """Return if the daemon answers."""
+        answer(self._channel, asks.ping())
+
+    def shutdown(self) -> None:
+        """Stop the daemon; returns when it has gone."""
+        with Stream(self._channel, asks.gone()) as gone:
+            answer(self._channel, asks.shutdown())
+            with contextlib.suppress(DaemonGone):
+                gone.wait()

@@ -1,0 +1,96 @@
+"""Starting a daemon in the background when none answers. Stopping it is a request (`Client.shutdown`)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from ..formats.errors import AlreadyRunning, DaemonFailed, DaemonGone
+from ..formats.paths import Paths, default_paths
+from .client import Client
+
+# -P: the daemon must not import from the folder the user happens to stand in.
+COMMAND: Final = (sys.executable, "-P", "-m", "ebbflow.daemon.supervisor")
+START_SECONDS: Final = 15.0
+LOG_LINES: Final = 10
+
+
+def ensure_daemon(*, seconds: float = START_SECONDS, command: Sequence[str] = COMMAND) -> None:
+    """Return when this user's daemon answers; start it in the background, with `command`, if none does.
+
+    Any number of processes may do this at once: one daemon wins. Raises `DaemonFailed`, with the last lines of its
+    log, when it exits or does not answer within `seconds`; it is left running in the second case.
+    """
+    paths = default_paths()
+    with Client(paths.clients) as client:
+        if not answers(client):
+            _start(client, paths, seconds, command)
+
+
+def answers(client: Client) -> bool:
+    """Whether a daemon answers; takes a few milliseconds, or up to the lease if there is one that hangs."""
+    try:
+        client.ping()
+    except DaemonGone:
+        return False
+    return True
+
+
+def _start(client: Client, paths: Paths, seconds: float, command: Sequence[str]) -> None:
+    deadline = time.monotonic() + seconds
+    began = _size(paths.log)
+    process = _spawn(paths, command)
+    while not answers(client):  # each try takes as long as a refused connection
+        code = process.poll()
+        if code == AlreadyRunning.exit_code and time.monotonic() < deadline:
+            # Another one is starting, or one is stopping: theirs will answer, or the next of ours.
+            if not answers(client):
+                process = _spawn(paths, command)
+        elif code is not None and not answers(client):
+            raise DaemonFailed(f"the daemon ended with code {code} before it answered{_tail(paths.log, began)}")
+        elif time.monotonic() >= deadline:
+            raise DaemonFailed(
+                f"the daemon (process {process.pid}) has not answered within {seconds:g} s{_tail(paths.log, began)}"
+            )
+    # Waited for in the background, so that it does not stay a zombie of a client that lives longer.
+    threading.Thread(target=process.wait, name="ebbflow-reaper", daemon=True).start()
+
+
+def _spawn(paths: Paths, command: Sequence[str]) -> subprocess.Popen[bytes]:
+    environment = dict(os.environ)
+    if "EBBFLOW_HOME" in environment:
+        environment["EBBFLOW_HOME"] = str(Path(environment["EBBFLOW_HOME"]).absolute())
+    try:
+        paths.logs.mkdir(parents=True, exist_ok=True)
+        with paths.log.open("ab") as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",  # a daemon must not keep the user's folder busy
+                env=environment,
+                start_new_session=True,
+            )
+    except OSError as error:
+        raise DaemonFailed(f"the daemon cannot be started: {error}") from error
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _tail(path: Path, start: int) -> str:
+    """What the log got since `start`: its last lines, as the end of a message."""
+    with path.open("rb") as file:
+        file.seek(start)
+        lines = file.read().decode(errors="replace").splitlines()[-LOG_LINES:]
+    if not lines:
+        return f"; its log, {path}, says nothing"
+    return "\n".join([f"; {path} ends with:", *(f"    {line}" for line in lines)])
