@@ -15,17 +15,16 @@ from typing import Final
 
 from torch import Tensor
 
-from ...formats.architecture import Architecture, weight_shapes
 from ...formats.checkpoint import open_checkpoint
 from ...formats.errors import DiskFull, Unsupported
 from ...formats.manifest import STACK, CurvePoint, Manifest, Source, write_manifest
 from ...formats.messages import AddModel, ModelSummary
-from ...formats.stack import BlockEntry, Stack, StackIndex, padded, read_blocks, read_stack, write_stack
+from ...formats.stack import Stack, read_blocks, read_stack, write_stack
 from .encode import EncodePlan, encode_model, expected_nbytes
 from .encode_bitstack import choose_levels, choose_rank
 from .gain import GainEstimate, second_order_gain
 from .measure import measure_curve
-from .order import Candidate, check_rule, stack_order
+from .order import check_rule, order_entries
 from .place import check_room, copy_tokenizer, free_place, making
 from .progress import Clock, Reporter, Send
 from .source import find_source
@@ -120,16 +119,6 @@ def _make_stack(plan: EncodePlan, rule: str, tokens: Tensor, folder: Path) -> St
     for position, (entry, _) in enumerate(read_blocks(stack)):
         plan.reporter.fraction(stack.edges[position], stack.nbytes, entry.tensor)
     return stack
-
-
-def order_entries(a: Architecture, entries: list[BlockEntry], rule: str) -> tuple[StackIndex, tuple[int, ...]]:
-    """The index of the stack, and for each of its blocks the position in `entries`, which come in any order."""
-    network = {name: i for i, name in enumerate(weight_shapes(a))}
-    ids = sorted(range(len(entries)), key=lambda i: (network[entries[i].tensor], entries[i].level))
-    candidates = [Candidate(e.tensor, e.level, padded(e.nbytes), e.gain) for e in (entries[i] for i in ids)]
-    order = stack_order(candidates, rule)
-    positions = tuple(ids[i] for i in order.positions)
-    return StackIndex(order.base, tuple(entries[i] for i in positions)), positions
 
 
 def _measure(plan: EncodePlan, stack: Stack, tokens: Tensor) -> tuple[CurvePoint, ...]:

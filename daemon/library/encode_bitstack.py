@@ -6,11 +6,15 @@ s the channels' activation norms, each level stores
     S = sign(R),    U V = the best rank-k approximation of |R| diag(s),    V <- V diag(1 / s)
 
 and R loses  S * (U V)  as it was really stored, rounded to f16: a later level repairs the rounding of an earlier one.
-Ours, not the paper's: the two factors of each rank are balanced, so that neither leaves f16's range; the rank follows
-the shape (`default_rank`), because on narrow matrices the paper's 16 costs more than the signs; and there are 8 levels
-where the paper has 16. On the demo model the error's energy falls to a quarter with each level, evenly
-(relative output error 0.48 after one level, 0.05 after four, 4e-3 after eight): after eight it is that of rounding
-the weights to bf16, in which the source came, and sixteen would take more bytes than the source itself.
+Ours, not the paper's: the two factors of each rank are balanced, so that neither leaves f16's range, and the rank
+follows the shape (`default_rank`): on narrow matrices the paper's 16 costs more than the signs, and a level's work when
+serving grows with its rank. On the demo model, linears at 512 to 1280 wide, that is better per byte than 8 or 16 up to
+half the source's bytes, and worse above (at 26 MB a KL of 0.021 against 0.014 with rank 8): `--rank` is there for that.
+
+Levels: 14 where the paper has 16. The error falls by 0.6, 0.6, 0.67, 0.75 with the first four levels, then ever more
+slowly, for what is left is a few large weights that a low-rank magnitude cannot follow (relative error 0.18 after 4
+levels, 0.10 after 8, 0.074 after 14). KL on the demo, nats per token: 2.06 for the base, 0.030 with 10 levels, 0.025
+with 12, 0.021 with 14, 0.018 with 16; but 16 levels are larger than the bf16 source, 14 the most that are not.
 
 Which block goes where in the stack is `order`'s business, what a block's gain is `gain`'s; this file only reports the
 error that each level leaves. Needs torch.

@@ -18,7 +18,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from ...formats.architecture import Architecture, weight_shapes
 from ...formats.errors import Unsupported
+from ...formats.stack import BlockEntry, StackIndex, padded
 
 RULES: Final = ("gain", "paper")
 
@@ -72,6 +74,16 @@ def stack_order(candidates: Sequence[Candidate], rule: str = "gain") -> Order:
     groups = [group for tensor in _later_levels(candidates) for group in (merge(tensor) if rule == "gain" else tensor)]
     groups.sort(key=lambda group: -group.worth if rule == "gain" else (group.level, -group.worth))
     return Order(len(base), tuple(base) + tuple(i for group in groups for i in group.positions))
+
+
+def order_entries(a: Architecture, entries: list[BlockEntry], rule: str) -> tuple[StackIndex, tuple[int, ...]]:
+    """The index of the stack, and for each of its blocks the position in `entries`, which come in any order."""
+    network = {name: i for i, name in enumerate(weight_shapes(a))}
+    ids = sorted(range(len(entries)), key=lambda i: (network[entries[i].tensor], entries[i].level))
+    candidates = [Candidate(e.tensor, e.level, padded(e.nbytes), e.gain) for e in (entries[i] for i in ids)]
+    order = stack_order(candidates, rule)
+    positions = tuple(ids[i] for i in order.positions)
+    return StackIndex(order.base, tuple(entries[i] for i in positions)), positions
 
 
 def merge(levels: Iterable[_Group]) -> list[_Group]:

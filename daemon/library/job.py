@@ -1,0 +1,129 @@
+"""`python -m ebbflow.daemon.library.job ADDRESS IDENTITY LIBRARY CACHE REQUEST`: the process that adds one model.
+
+`REQUEST` is an `AddModel` as JSON. Says `Ready`, `Progress` ... and then `Added` or `Failed`, each with the request's
+id, and exits with 0 whenever it could say so. SIGTERM cancels. What is added, and how, is `add`'s business; whoever
+reads a death without last words (kill -9, the kernel's out-of-memory killer) is the supervisor.
+
+`EBBFLOW_JOB_MEMORY` (a size such as 8GB) caps the process's own memory; beyond it the job fails with `OutOfMemory`.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Final, NoReturn
+
+import msgspec
+
+from ...formats.errors import Cancelled, EbbflowError, InternalError, InvalidRequest, OutOfMemory
+from ...formats.messages import Added, AddModel, Message, Progress, Ready, failure
+from ...formats.units import parse_size
+from ..channel import Child
+from ..process import die_with_parent, set_oom_score
+
+MEMORY_VARIABLE: Final = "EBBFLOW_JOB_MEMORY"
+OOM_SCORE: Final = 800  # before the worker: a job can be run again, an answer cannot
+NICENESS: Final = 10
+USAGE: Final = "usage: python -m ebbflow.daemon.library.job ADDRESS IDENTITY LIBRARY CACHE REQUEST"
+
+Send = Callable[[Message], None]
+
+
+class Cancellation:
+    """Turns SIGTERM into `Cancelled`, once, so that cleaning up is not interrupted by a second signal."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        signal.signal(signal.SIGTERM, self._cancel)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the supervisor
+
+    def check(self) -> None:
+        """Raises `Cancelled` if somebody asked: an exception from a handler can be lost in a callback of C code."""
+        if self._asked:
+            self._raise()
+
+    def _cancel(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self._asked = True
+        self._raise()
+
+    def _raise(self) -> NoReturn:
+        raise Cancelled("adding the model was cancelled; the library is as it was")
+
+
+def main(arguments: list[str]) -> int:
+    """Run one job; the process's exit code."""
+    if len(arguments) != 5:
+        print(USAGE, file=sys.stderr)  # noqa: T201 - it has no other way to say so
+        return InvalidRequest.exit_code
+    cancellation = Cancellation()
+    die_with_parent(by=signal.SIGTERM)
+    set_oom_score(OOM_SCORE)
+    os.nice(NICENESS)
+    address, identity, library, cache, text = arguments
+    request = msgspec.json.decode(text, type=AddModel)
+    channel = Child(address, identity)
+    try:
+        channel.send(Ready(pid=os.getpid()))
+        channel.send(outcome(request, Path(library), Path(cache), channel.send, cancellation.check))
+    finally:
+        channel.close()
+    return 0
+
+
+def outcome(request: AddModel, library: Path, cache: Path, send: Send, check: Callable[[], None]) -> Message:
+    """Do it; `Added`, or `Failed` for whatever went wrong. An unexpected error's traceback goes to the log."""
+    try:
+        return _add(request, library, cache, send, check)
+    except EbbflowError as error:
+        return failure(request.id, error)
+    except MemoryError as error:
+        return failure(request.id, _out_of_memory(error))
+    except Exception as error:  # noqa: BLE001 - the last line of defence: every request gets a reply
+        if _is_allocation_failure(error):
+            return failure(request.id, _out_of_memory(error))
+        traceback.print_exc()
+        return failure(request.id, InternalError(f"adding {request.name} met a bug: {type(error).__name__}: {error}"))
+
+
+def _add(request: AddModel, library: Path, cache: Path, send: Send, check: Callable[[], None]) -> Message:
+    begun = time.monotonic()
+    _limit_memory()
+    # A second of import, after which SIGTERM and the memory cap hold already.
+    import torch
+
+    from .add import add_model
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+    def tell(progress: Progress) -> None:
+        check()
+        send(progress)
+
+    return Added(id=request.id, summary=add_model(request, library, cache, tell), seconds=time.monotonic() - begun)
+
+
+def _limit_memory() -> None:
+    wish = os.environ.get(MEMORY_VARIABLE)
+    if wish:
+        nbytes = parse_size(wish)
+        resource.setrlimit(resource.RLIMIT_DATA, (nbytes, nbytes))
+
+
+def _is_allocation_failure(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def _out_of_memory(error: Exception) -> OutOfMemory:
+    return OutOfMemory(f"not enough memory to add this model: {error}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
