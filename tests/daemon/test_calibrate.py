@@ -120,6 +120,17 @@ def test_moments_hold_one_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(loaded) > 3 * 3 * 7
 
 
+def test_moments_of_a_layer_are_forgotten_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(write_tiny_model(tmp_path))
+    steps = layer_moments(checkpoint, sample_tokens(checkpoint, streams=2, length=8))
+    held = weakref.ref(next(steps)[1]["layers.0.down"].inputs)
+    alive: list[bool] = []
+    read = Checkpoint.tensor
+    monkeypatch.setattr(Checkpoint, "tensor", lambda self, name: alive.append(held() is not None) or read(self, name))
+    assert next(steps)[0] == 1
+    assert alive and not any(alive)
+
+
 def test_moments_tell_their_progress(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_tiny_model(tmp_path, num_hidden_layers=3))
     tokens = sample_tokens(checkpoint, streams=2, length=8)
