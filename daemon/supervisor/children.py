@@ -1,7 +1,8 @@
 """Child processes: starting a worker or a job, and seeing each of them to its end.
 
-What children say is heard in `worker` and `adding`. Children die with us (`leash`); they get no terminal signals (a
-session of their own), so that Ctrl-C reaches only the supervisor, which then lets them go in order.
+What children say is heard in `worker` and `adding`. Children get no terminal signals (a session of their own), so that
+Ctrl-C reaches only the supervisor, which then lets them go in order; that they die with it when it is killed, they ask
+of the kernel themselves (`daemon/process`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ TAIL_NBYTES: Final = 2_000
 
 WORKER: Final = (sys.executable, "-P", "-m", "ebbflow.daemon.worker")
 JOB: Final = (sys.executable, "-P", "-m", "ebbflow.daemon.library.job")
-LEASH: Final = (sys.executable, "-P", "-m", "ebbflow.daemon.supervisor.leash")
 
 
 class Process(Protocol):
@@ -98,7 +98,7 @@ class _Subprocess:
         with log.open("ab") as output:
             self._log_start = output.tell()
             self._process = subprocess.Popen(
-                [*LEASH, str(os.getpid()), *command],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

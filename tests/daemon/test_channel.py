@@ -1,0 +1,220 @@
+"""`Hub` and `wait`: what arrives, what cannot be sent, and what strangers send."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import zmq
+from ebbflow.daemon.channel import PIPE_MESSAGES, Child, Hub, Limits, Lost, wait
+from ebbflow.formats.errors import DaemonFailed, InvalidRequest
+from ebbflow.formats.messages import (
+    HEADER,
+    MAGIC,
+    MAX_MESSAGE,
+    Chunk,
+    Exit,
+    Failed,
+    ListModels,
+    Ping,
+    Pong,
+    Ready,
+    event_decoder,
+    from_child_decoder,
+    request_decoder,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.house import Peer
+
+ADDRESS = "inproc://hub"
+
+
+@pytest.fixture
+def context():
+    with zmq.Context() as context:
+        yield context
+
+
+@pytest.fixture
+def hub(context):
+    hub = Hub(ADDRESS, request_decoder, Limits(nbytes=100_000, messages=50), context=context)
+    yield hub
+    hub.close()
+
+
+@pytest.fixture
+def peer(context, hub):
+    peer = Peer(context, ADDRESS, event_decoder)
+    yield peer
+    peer.close()
+
+
+def meet(hub, peer) -> bytes:
+    peer.say(Ping())
+    [(identity, message)] = hub.receive()
+    assert message == Ping()
+    return identity
+
+
+def test_messages_arrive_with_their_sender_and_answers_go_back(hub, peer):
+    peer.say(Ping(), ListModels(id=7))
+    (first, _), (second, message) = hub.receive()
+    assert first == second
+    assert message == ListModels(id=7)
+    hub.send(first, Pong())
+    assert peer.hear() == [Pong()]
+    assert not hub.pending
+    assert hub.lost() == []
+
+
+def test_receive_takes_no_more_than_it_is_asked_to(hub, peer):
+    peer.say(*(ListModels(id=number) for number in range(10)))
+    assert [message.id for _, message in hub.receive(limit=4)] == [0, 1, 2, 3]
+    assert len(hub.receive()) == 6
+
+
+@pytest.mark.parametrize(
+    ("frames", "code"),
+    [
+        ([b""], "invalid_request"),
+        ([HEADER], "invalid_request"),
+        ([HEADER, b"", b""], "invalid_request"),
+        ([HEADER] * 40, "invalid_request"),
+        ([b"HTTP", b"\x80"], "invalid_request"),
+        ([HEADER, b"\xc1"], "invalid_request"),
+        ([HEADER, b"\x81\xa4type\xa7Unheard"], "invalid_request"),
+        ([MAGIC + b"\x09", b"\x80"], "unsupported_version"),
+    ],
+)
+def test_garbage_is_answered_and_does_no_harm(hub, peer, frames, code):
+    peer.socket.send_multipart(frames)
+    peer.say(ListModels(id=1))
+    assert [message for _, message in hub.receive()] == [ListModels(id=1)]
+    [failed] = peer.hear()
+    assert isinstance(failed, Failed)
+    assert (failed.id, failed.code) == (0, code)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.binary(max_size=40), min_size=1, max_size=5), st.booleans())
+def test_no_frames_raise(frames, with_header):
+    with zmq.Context() as context:
+        hub = Hub(ADDRESS, request_decoder, context=context)
+        peer = Peer(context, ADDRESS, event_decoder)
+        peer.socket.send_multipart([HEADER, *frames] if with_header else frames)
+        for _, message in hub.receive():
+            assert isinstance(message, request_decoder.type)
+        peer.close()
+        hub.close()
+
+
+def until_lost(hub, act) -> list[Lost]:
+    """Repeat until ZeroMQ's own thread has seen to a closed socket."""
+    for _ in range(100_000):
+        hub.receive()
+        act()
+        if lost := hub.lost():
+            return lost
+        os.sched_yield()
+    raise AssertionError("nobody was lost")
+
+
+def test_a_vanished_peer_is_named_at_the_next_send(hub, peer, context):
+    identity = meet(hub, peer)
+    hub.send(b"nobody", Pong())
+    assert hub.lost() == [Lost(b"nobody", "vanished")]
+    assert hub.lost() == []
+    peer.close()
+    assert until_lost(hub, lambda: hub.send(identity, Pong())) == [Lost(identity, "vanished")]
+
+
+@pytest.fixture
+def slow(context, hub):
+    """A peer that lets only one message wait on its side."""
+    peer = Peer(context, ADDRESS, event_decoder, rcvhwm=1)
+    yield peer
+    peer.close()
+
+
+def test_a_slow_reader_gets_everything_in_order(hub, slow):
+    identity = meet(hub, slow)
+    count = PIPE_MESSAGES + 40
+    for number in range(count):
+        hub.send(identity, Chunk(id=number, text="", tokens=0))
+    assert hub.pending
+    heard = []
+    while hub.pending:
+        heard += slow.hear()
+        hub.flush()
+    heard += slow.hear()
+    assert [message.id for message in heard] == list(range(count))
+    assert hub.lost() == []
+
+
+@pytest.mark.parametrize(("text", "fits"), [("", 50), ("x" * 10_000, 10)])
+def test_an_outbox_is_bounded_in_messages_and_bytes(hub, slow, text, fits):
+    identity = meet(hub, slow)
+    while not hub.pending:
+        hub.send(identity, Chunk(id=1, text="", tokens=0))
+    for _ in range(fits - 1):
+        hub.send(identity, Chunk(id=1, text=text, tokens=0))
+    assert hub.lost() == []
+    hub.send(identity, Chunk(id=1, text=text, tokens=0))
+    assert hub.lost() == [Lost(identity, "overflowed")]
+    assert not hub.pending
+
+
+def test_a_peer_that_vanishes_with_a_full_outbox_frees_it(hub, slow):
+    identity = meet(hub, slow)
+    while not hub.pending:
+        hub.send(identity, Pong())
+    hub.send(identity, Pong())
+    slow.close()
+    assert until_lost(hub, hub.flush) == [Lost(identity, "vanished")]
+    assert not hub.pending
+
+
+def test_what_is_too_large_to_send_is_refused_here(hub, peer):
+    identity = meet(hub, peer)
+    with pytest.raises(InvalidRequest, match="8000000"):
+        hub.send(identity, Chunk(id=1, text="x" * MAX_MESSAGE, tokens=0))
+    hub.send(identity, Pong())
+    assert peer.hear() == [Pong()]
+
+
+def test_an_address_that_cannot_be_bound_is_a_typed_error(tmp_path: Path):
+    with pytest.raises(DaemonFailed, match="cannot be bound"):
+        Hub(f"ipc://{tmp_path}/no/such/folder/sock", request_decoder)
+
+
+def test_child_and_hub_speak_over_ipc(tmp_path: Path):
+    hub = Hub(f"ipc://{tmp_path}/c", from_child_decoder)
+    child = Child(f"ipc://{tmp_path}/c", "worker-1")
+    child.send(Ready(pid=1))
+    wait([hub], [], 20)
+    assert hub.receive() == [(b"worker-1", Ready(pid=1))]
+    hub.send(b"worker-1", Exit())
+    assert child.receive(20) == [Exit()]
+    child.close()
+    hub.close()
+
+
+def test_wait_returns_for_a_message_a_descriptor_or_the_time(hub, peer):
+    wait([hub], [], 0)
+    peer.say(Ping())
+    wait([hub], [], None)
+    hub.receive()
+    reader, writer = os.pipe()
+    os.write(writer, b"x")
+    wait([hub], [reader], None)
+    os.close(reader)
+    os.close(writer)
+
+
+def test_wait_comes_back_soon_while_an_outbox_is_due(hub, slow):
+    identity = meet(hub, slow)
+    while not hub.pending:
+        hub.send(identity, Pong())
+    wait([hub], [], None)  # would never return otherwise
