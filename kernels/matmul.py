@@ -1,7 +1,8 @@
 """`y[T, m] = x[T, n] @ W(resident blocks)^T` straight from the stored bytes, and rows of W for the embedding.
 
 Determinism: every output is one dot product with 16 float partials over the columns in order, added up in a fixed tree,
-whatever the number of tokens, rows, chunks or threads; no fast-math, no contraction. Tested bitwise.
+whatever the number of tokens, rows, chunks or threads; no fast-math, and multiply-add is fused only where it is written
+so (`fma`). Tested bitwise.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from .rows import JIT_OFF, LANES, ROWS, decode_rows
+from .rows import JIT_OFF, LANES, ROWS, decode_rows, fused
 
 TOKENS: Final = 4  # tokens multiplied together with ROWS rows: 16 accumulators stay in registers
 _i64, _f32 = ir.IntType(64), ir.FloatType()
@@ -52,9 +53,7 @@ def _dot_codegen(tokens: int) -> Any:
 
         xs = [vector(inputs.data, builder.add(first, ir.Constant(_i64, t)), width) for t in range(tokens)]
         ws = [vector(rows.data, ir.Constant(_i64, i), stride) for i in range(ROWS)]
-        totals = [
-            builder.fadd(sums[t * ROWS + i], builder.fmul(ws[i], xs[t])) for t in range(tokens) for i in range(ROWS)
-        ]
+        totals = [fused(builder, ws[i], xs[t], sums[t * ROWS + i]) for t in range(tokens) for i in range(ROWS)]
         following = builder.add(j, ir.Constant(_i64, LANES))
         j.add_incoming(following, loop)
         for phi, total in zip(sums, totals, strict=True):
@@ -142,8 +141,8 @@ def matmul(
 ) -> None:
     """`y [T, m] = x @ W^T`, W `[m, n]` being the sum of `blocks [levels, 3]` (see `rows.decode_rows`).
 
-    `x [T, p]` is contiguous, p a multiple of 64 and at least n, zero past n. `scratch [chunks, ROWS, row_stride(p)]` is zero past
-    column n and stays so; rows are shared out over its chunks.
+    `x [T, p]` is contiguous, p a multiple of 64 and at least n, zero past n. `scratch [chunks, ROWS, row_stride(p)]` is
+    zero past column n and stays so; rows are shared out over its chunks.
     """
     m, chunks = y.shape[1], scratch.shape[0]
     share = -(-m // (chunks * ROWS)) * ROWS

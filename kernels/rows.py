@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import llvmlite.binding
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -32,6 +34,8 @@ LANES: Final = 16  # floats in one vector
 WORD: Final = 64  # columns whose signs are one stored word
 GROUPS: Final = WORD // LANES
 JIT_OFF: Final = bool(vars(numba.config)["DISABLE_JIT"])
+# Without the instruction LLVM calls a function that numba cannot link.
+_F16C: Final = bool(llvmlite.binding.get_host_cpu_features().get("f16c"))
 _HALF_SCALE: Final = 2.0**112  # moves an fp16 exponent, placed in fp32 bits, to where it belongs
 
 _i16, _i32, _i64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -49,6 +53,12 @@ def _splat(builder: Any, value: Any) -> Any:
     return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_i32, LANES), [0] * LANES))
 
 
+def fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """`a * b + c` for vectors, rounded once."""
+    kind = ir.FunctionType(_vf32, [_vf32] * 3)
+    return builder.call(get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32"), [a, b, c])
+
+
 def _load(builder: Any, kind: Any, pointer: Any, align: int) -> Any:
     return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=align)
 
@@ -59,6 +69,8 @@ def _low_bits(value: int) -> Any:
 
 def _widen_half(builder: Any, halves: Any) -> Any:
     """Finite fp16 bits -> fp32, exact, subnormals included."""
+    if _F16C:
+        return builder.fpext(builder.bitcast(halves, ir.VectorType(ir.HalfType(), LANES)), _vf32)
     wide = builder.zext(halves, _vi32)
 
     sign = builder.shl(builder.and_(wide, _low_bits(0x8000)), _low_bits(16))
@@ -99,7 +111,7 @@ def _typed_add_signs(typing: Any, u16: Any, bits: Any, words: Any, v: Any, n: An
         for row, before in enumerate(magnitudes):
             place = builder.add(builder.mul(k, ir.Constant(_i64, row)), r)
             factor = _splat(builder, builder.load(builder.gep(factors, [place])))
-            after = [builder.fadd(old, builder.fmul(factor, new)) for old, new in zip(before, values, strict=True)]
+            after = [fused(builder, factor, new, old) for old, new in zip(before, values, strict=True)]
             for old, new in zip(before, after, strict=True):
                 old.add_incoming(ir.Constant(_vf32, [0.0] * LANES), column)
                 old.add_incoming(new, rank)
