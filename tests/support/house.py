@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 
 import zmq
-from ebbflow.daemon.channel import Hub, Limits
+from ebbflow.daemon.channel import Hub, Lost
 from ebbflow.daemon.supervisor.library import Library, delete
 from ebbflow.daemon.supervisor.reading import Reading
 from ebbflow.daemon.supervisor.server import Outside, Server
@@ -130,11 +130,10 @@ class FakeSensor:
 class House:
     """Everything around one `Server`; `turn` lets time pass and the server act on what has come."""
 
-    def __init__(self, root: Path, *, idle_seconds: float = 300.0, limits: Limits = Limits()) -> None:  # noqa: B008
+    def __init__(self, root: Path, *, idle_seconds: float = 300.0) -> None:
         self.root = root
         self.context = zmq.Context()
-        self.limits = limits
-        self.clients = Hub("inproc://clients", request_decoder, limits, context=self.context)
+        self.clients = Hub("inproc://clients", request_decoder, context=self.context)
         self.children = Hub("inproc://children", from_child_decoder, context=self.context)
         self.launcher = FakeLauncher()
         self.sensor = FakeSensor()
@@ -144,15 +143,15 @@ class House:
         outside = Outside(self.clients, self.children, self.launcher, self.sensor)  # type: ignore[arg-type]
         self.server = Server(outside, self.library, reserve=GB // 2, idle_seconds=idle_seconds, now=self.now)
 
-    def client(self) -> Peer:
-        return self._peer("inproc://clients", event_decoder)
+    def client(self, rcvhwm: int = 0) -> Peer:
+        return self._peer("inproc://clients", event_decoder, rcvhwm=rcvhwm)
 
     def child(self, process: FakeProcess) -> Peer:
         """The line of a process that the server started, as that process would hold it."""
         return self._peer("inproc://children", to_worker_decoder, process.identity)
 
-    def _peer(self, address: str, decoder, identity: bytes = b"") -> Peer:
-        self.peers.append(Peer(self.context, address, decoder, identity))
+    def _peer(self, *arguments, **options) -> Peer:
+        self.peers.append(Peer(self.context, *arguments, **options))
         return self.peers[-1]
 
     def turn(self, seconds: float = 0.0) -> None:
@@ -166,6 +165,9 @@ class House:
         worker.say(Ready(pid=self.launcher.workers[-1].pid))
         self.turn()
         return worker
+
+    def lost(self, peer: bytes) -> Lost:
+        return Lost(peer, "overflowed")
 
     def close(self) -> None:
         for peer in self.peers:

@@ -1,0 +1,452 @@
+"""The worker's life as the supervisor sees it: started, crashed, killed, idle, replaced."""
+
+from __future__ import annotations
+
+import pytest
+from ebbflow.daemon.supervisor.children import LAST_WORDS_SECONDS, LEAVE_SECONDS
+from ebbflow.daemon.supervisor.worker import READY_SECONDS, START_ATTEMPTS
+from ebbflow.formats.messages import (
+    LEASE_SECONDS,
+    Added,
+    Cancel,
+    Chunk,
+    Done,
+    Exit,
+    Failed,
+    Generate,
+    LoadModel,
+    Ping,
+    Ready,
+    Report,
+    Resize,
+    Resized,
+    SetTarget,
+    Shutdown,
+)
+from ebbflow.formats.units import SizeWish
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.house import GB, MB, House, finished, generate, holds
+from support.models import write_model
+
+
+@pytest.fixture
+def house(tmp_path):
+    write_model(tmp_path, "demo")
+    house = House(tmp_path, idle_seconds=60)
+    yield house
+    house.close()
+
+
+@pytest.fixture
+def client(house):
+    return house.client()
+
+
+def begin(house, client, number=1, **options):
+    """A request that the (ready) worker is at: the worker's line and the two messages that it got."""
+    client.say(generate(number, **options))
+    house.turn()
+    worker = house.ready_worker()
+    load, forwarded = worker.hear()
+    return worker, load, forwarded
+
+
+def pass_time(house, client, seconds):
+    """Let time pass for a client that is alive."""
+    step = LEASE_SECONDS / 2
+    while seconds > 0:
+        client.say(Ping())
+        house.turn(min(step, seconds))
+        seconds -= step
+    client.hear()
+
+
+def failures(messages):
+    return [(message.id, message.code) for message in messages if isinstance(message, Failed)]
+
+
+def mourn(house):
+    """The turn in which an end is noticed, and the one in which the last words are over."""
+    house.turn()
+    house.turn(LAST_WORDS_SECONDS * 1.5)
+
+
+def die(house, code=-9):
+    """The newest worker ends."""
+    house.launcher.workers[-1].code = code
+    mourn(house)
+
+
+def test_a_dead_workers_requests_fail_at_once_and_the_next_gets_a_new_one(house, client):
+    begin(house, client)
+    client.say(generate(2))
+    house.turn()
+    before = house.now
+    die(house)
+    assert house.now - before < 1
+    heard = client.hear()
+    assert failures(heard) == [(1, "worker_died"), (2, "worker_died")]
+    assert "killed by signal 9" in heard[0].message
+    assert len(house.launcher.workers) == 1
+    assert house.launcher.workers[0].closed
+    worker, load, forwarded = begin(house, client, 3)
+    assert len(house.launcher.workers) == 2
+    assert load.target_nbytes == GB
+    worker.say(finished(forwarded.id))
+    house.turn()
+    assert client.hear() == [finished(3)]
+
+
+def test_last_words_of_a_dead_worker_count(house, client):
+    worker, _, forwarded = begin(house, client)
+    client.say(generate(2))
+    house.turn()
+    house.launcher.workers[0].code = 1
+    house.turn()
+    worker.say(finished(forwarded.id))
+    house.turn(LAST_WORDS_SECONDS * 1.5)
+    assert client.hear()[0] == finished(1)
+    assert len(house.server.requests) == 0
+
+
+def test_late_words_of_a_worker_that_is_buried_do_not(house, client):
+    old, _, forwarded = begin(house, client)
+    die(house)
+    _, _, again = begin(house, client, 2)
+    client.hear()
+    old.say(Ready(pid=1), Chunk(id=again.id, text="ghost", tokens=1), finished(forwarded.id), finished(again.id))
+    house.turn()
+    assert client.hear() == []
+
+
+def test_a_worker_that_dies_while_starting_is_tried_again_but_not_for_ever(house, client):
+    client.say(generate(1))
+    house.turn()
+    for attempt in range(START_ATTEMPTS):
+        assert len(house.launcher.workers) == attempt + 1
+        assert client.hear() == []
+        house.launcher.workers[-1].lines = "ImportError: no numba"
+        die(house, code=1)
+    [failed] = client.hear()
+    assert (failed.id, failed.code) == (1, "worker_died")
+    assert "exit code 1" in failed.message
+    assert "ImportError: no numba" in failed.message
+    house.turn(100)
+    assert len(house.launcher.workers) == START_ATTEMPTS
+    client.say(generate(2))
+    house.turn()
+    die(house, code=1)
+    assert failures(client.hear()) == [(2, "worker_died")]
+    assert len(house.launcher.workers) == START_ATTEMPTS + 1
+
+
+def test_a_good_start_forgives_bad_ones(house, client):
+    client.say(generate(1))
+    house.turn()
+    die(house, code=1)
+    die(house, code=1)
+    house.ready_worker()
+    die(house)
+    assert failures(client.hear()) == [(1, "worker_died")]
+    client.say(generate(2))
+    house.turn()
+    die(house, code=1)
+    assert client.hear() == []
+    assert len(house.launcher.workers) == 5
+
+
+def test_a_worker_that_does_not_get_ready_is_killed(house, client):
+    client.say(generate(1))
+    house.turn()
+    pass_time(house, client, READY_SECONDS - 1)
+    assert house.launcher.workers[0].signals == []
+    client.say(Ping())
+    house.turn(1)
+    assert house.launcher.workers[0].signals == ["KILL"]
+    mourn(house)
+    [_, failed] = client.hear()
+    assert failed.code == "worker_died"
+    assert "not ready after 120 s" in failed.message
+    assert len(house.launcher.workers) == 1
+
+
+def test_a_worker_that_is_ready_may_live_for_ever(house, client):
+    begin(house, client)
+    pass_time(house, client, 10 * READY_SECONDS)
+    assert house.launcher.workers[0].signals == []
+
+
+def test_a_worker_that_cannot_be_started_is_a_typed_error(house, client):
+    house.launcher.broken = OSError(12, "Cannot allocate memory")
+    client.say(generate(1))
+    house.turn()
+    [failed] = client.hear()
+    assert failed.code == "worker_died"
+    assert "Cannot allocate memory" in failed.message
+    house.launcher.broken = None
+    begin(house, client, 2)
+
+
+@pytest.mark.parametrize(
+    ("code", "kills", "target"), [(-9, 1, int(0.8 * GB)), (-9, 0, GB), (-11, 1, GB)], ids=["oom", "kill -9", "segfault"]
+)
+def test_a_worker_killed_for_memory_is_replaced_by_a_smaller_one(house, client, code, kills, target):
+    begin(house, client)
+    house.sensor.kills += kills
+    die(house, code)
+    _, load, _ = begin(house, client, 2)
+    assert load.target_nbytes == target
+
+
+def test_an_idle_worker_is_sent_home(house, client):
+    worker, load, forwarded = begin(house, client)
+    worker.say(holds(load))
+    pass_time(house, client, 100)
+    assert worker.hear() == []  # busy all the time
+    worker.say(finished(forwarded.id))
+    house.turn()
+    house.turn(59)
+    assert worker.hear() == []
+    house.turn(1)
+    assert worker.hear() == [Exit()]
+    house.turn(LEAVE_SECONDS - 0.5)
+    assert house.launcher.workers[0].signals == []
+    house.turn(0.5)
+    assert house.launcher.workers[0].signals == ["KILL"]
+    mourn(house)
+    assert house.server.worker.phase == "absent"
+    assert len(house.launcher.workers) == 1
+
+
+def test_the_sensor_rests_while_nothing_is_loaded(house, client):
+    for _ in range(20):
+        house.turn(0.2)
+    assert house.sensor.readings == 0
+    worker, load, forwarded = begin(house, client)
+    worker.say(holds(load), finished(forwarded.id))
+    house.turn()
+    readings = house.sensor.readings
+    for _ in range(20):
+        house.turn(0.1)
+    assert house.sensor.readings - readings == pytest.approx(10, abs=1)
+
+
+def test_a_request_that_comes_while_the_worker_leaves_gets_the_next_one(house, client):
+    worker, _, forwarded = begin(house, client)
+    worker.say(finished(forwarded.id))
+    house.turn(60)
+    house.turn(60)
+    assert Exit() in worker.hear()
+    client.hear()
+    client.say(generate(2))
+    house.turn()
+    assert worker.hear() == []
+    die(house, 0)
+    assert client.hear() == []
+    house.ready_worker()
+    assert len(house.launcher.workers) == 2
+
+
+def test_a_request_cancelled_during_the_start_leaves_a_worker_that_goes_home(house, client):
+    client.say(generate(1), Cancel(id=1))
+    house.turn()
+    worker = house.ready_worker()
+    assert worker.hear() == []
+    house.turn(61)
+    assert worker.hear() == [Exit()]
+
+
+# -- sizes --------------------------------------------------------------------------------------------------------
+
+
+def test_a_wish_for_a_model_that_is_not_loaded_is_remembered(house, client):
+    client.say(Resize(id=1, model="demo", wish=SizeWish(nbytes=300 * MB)))
+    house.turn()
+    assert client.hear() == [Resized(id=1)]
+    assert house.launcher.workers == []
+    _, load, _ = begin(house, client, 2)
+    assert load.target_nbytes == 300 * MB
+    die(house)
+    _, load, _ = begin(house, client, 3)
+    assert load.target_nbytes == 300 * MB
+
+
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        (SizeWish(nbytes=100 * MB), "200000000"),
+        (SizeWish(fraction=0.1), "200 MB"),
+        (SizeWish(fraction=1.5), "between 0 and 1"),
+        (SizeWish(fraction=float("nan")), "between 0 and 1"),
+        (SizeWish(nbytes=GB, fraction=0.5), "not both"),
+        (SizeWish(nbytes=-1), "200 MB"),
+    ],
+)
+def test_impossible_sizes_are_refused_with_numbers(house, client, wish, said):
+    client.say(Resize(id=1, model="demo", wish=wish))
+    house.turn()
+    [failed] = client.hear()
+    assert failed.code == "invalid_size"
+    assert said in failed.message
+    assert len(house.server.requests) == 0
+
+
+def test_a_loaded_model_is_resized_by_the_worker_and_the_answer_says_why(house, client):
+    worker, load, _ = begin(house, client)
+    worker.say(holds(load))
+    house.turn()
+    client.say(Resize(id=2, model="demo", wish=SizeWish(fraction=0.5)))
+    house.turn()
+    [order] = worker.hear()
+    assert (order.model, order.target_nbytes) == ("demo", GB // 2)
+    [residency] = holds(order).models
+    worker.say(Resized(id=order.id, residency=residency, released_nbytes=GB // 2, seconds=0.1))
+    house.turn()
+    [resized] = client.hear()
+    assert (resized.id, resized.released_nbytes, resized.seconds) == (2, GB // 2, 0.1)
+    assert (resized.residency.wish, resized.residency.reason) == (SizeWish(fraction=0.5), "asked for 50%")
+
+
+def test_a_resize_under_way_fails_with_its_worker_and_the_wish_stays(house, client):
+    begin(house, client)
+    client.say(Resize(id=2, model="demo", wish=SizeWish(fraction=0.5)))
+    house.turn()
+    die(house)
+    assert failures(client.hear()) == [(1, "worker_died"), (2, "worker_died")]
+    _, load, _ = begin(house, client, 3)
+    assert load.target_nbytes == GB // 2
+
+
+def test_memory_getting_short_shrinks_a_model_in_the_same_turn(house, client):
+    worker, load, _ = begin(house, client)
+    worker.say(holds(load))
+    house.turn(0.2)
+    house.sensor.available = 400 * MB
+    house.turn(0.2)
+    [order] = worker.hear()
+    assert order.id == 0
+    assert GB - 130 * MB < order.target_nbytes <= GB - 100 * MB
+    worker.say(holds(order))
+    house.sensor.available = 10 * GB
+    house.turn(0.2)
+    for _ in range(100):
+        house.turn(0.2)
+        for order in worker.hear():
+            worker.say(holds(order))
+        client.say(Ping())
+    assert order.target_nbytes == GB
+
+
+def test_a_worker_that_reads_nothing_is_killed(house, client, monkeypatch):
+    begin(house, client)
+    monkeypatch.setattr(house.children, "lost", lambda: [house.lost(house.launcher.workers[0].identity)])
+    house.turn()
+    monkeypatch.undo()
+    house.turn()
+    assert house.launcher.workers[0].signals == ["KILL"]
+    mourn(house)
+    assert failures(client.hear()) == [(1, "worker_died")]
+
+
+# -- the end ------------------------------------------------------------------------------------------------------
+
+
+def test_shutdown_ends_requests_then_the_worker_then_answers(house, client):
+    worker, _, _ = begin(house, client)
+    client.say(Shutdown(id=9), generate(3))
+    house.turn()
+    assert failures(client.hear()) == [(1, "cancelled"), (3, "cancelled")]
+    assert [type(message) for message in worker.hear()] == [Cancel, Exit]
+    assert not house.server.finished
+    die(house, 0)
+    assert client.hear() == [Done(id=9)]
+    assert house.server.finished
+    assert len(house.server.requests) == 0
+
+
+def test_a_second_signal_does_not_wait(house, client):
+    begin(house, client)
+    house.server.stop(house.now)
+    house.turn()
+    assert house.launcher.workers[0].signals == []
+    house.server.stop(house.now)
+    house.turn()
+    assert house.launcher.workers[0].signals == ["KILL"]
+    mourn(house)
+    assert house.server.finished
+
+
+def test_stopping_while_a_worker_starts_starts_no_other(house, client):
+    client.say(generate(1))
+    house.turn()
+    house.server.stop(house.now)
+    house.turn()
+    mourn(house)
+    assert house.launcher.workers[0].signals == ["KILL"]
+    assert house.server.finished
+    assert failures(client.hear()) == [(1, "cancelled")]
+
+
+# -- whatever happens ---------------------------------------------------------------------------------------------
+
+WORDS = st.sampled_from(["ask", "cancel", "die", "oom", "ready", "answer", "odd", "wait", "long", "resize", "vanish"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(WORDS, max_size=40))
+def test_every_request_ends_exactly_once_whatever_happens(tmp_path_factory, words):
+    root = tmp_path_factory.mktemp("library")
+    write_model(root, "demo")
+    house = House(root, idle_seconds=3)
+    client, worker, asked, heard, forwarded = house.client(), None, 0, [], []
+    for word in [*words, "wait"]:
+        process = house.launcher.workers[-1] if house.launcher.workers else None
+        alive = process is not None and process.code is None
+        match word:
+            case "ask":
+                asked += 1
+                client.say(generate(asked))
+            case "resize":
+                asked += 1
+                client.say(Resize(id=asked, model="demo", wish=SizeWish(fraction=0.5)))
+            case "cancel" if asked:
+                client.say(Cancel(id=asked))
+            case "die" | "oom" if alive:
+                house.sensor.kills += word == "oom"
+                process.code = -9
+            case "ready" if alive:
+                worker = house.child(process) if worker is None or worker.of is not process else worker
+                worker.of = process
+                worker.say(Ready(pid=1))
+            case "odd" if worker:
+                worker.say(Report(models=()), Added(id=1, summary=house.library.summaries()[0], seconds=0))
+            case "answer" if forwarded:
+                worker.say(forwarded.pop())
+            case "wait" | "long":
+                client.say(Ping())
+                house.turn(0.2 if word == "wait" else 4)
+            case "vanish":
+                house.turn(LEASE_SECONDS + 1)
+        house.turn()
+        if worker:
+            for message in worker.hear():
+                match message:
+                    case Generate():
+                        forwarded.append(finished(message.id))
+                    case SetTarget(id=number) if number:
+                        forwarded.append(Resized(id=number))
+                    case LoadModel() | SetTarget():
+                        worker.say(holds(message))
+        heard += client.hear()
+    house.server.stop(house.now)
+    for _ in range(60):
+        house.turn(0.2)
+    heard += client.hear()
+    assert house.server.finished
+    ends = [m.id for m in heard if isinstance(m, Failed | Resized) or type(m).__name__ == "Finished"]
+    assert len(ends) == len(set(ends))
+    if "vanish" not in words:
+        assert sorted(ends) == list(range(1, asked + 1))
+    assert all(process.closed for process in house.launcher.workers)
+    house.close()
