@@ -18,7 +18,7 @@ from typing import Final
 
 import msgspec
 
-from ..formats.errors import Cancelled, DaemonGone, EbbflowError, InvalidRequest, UnsupportedVersion
+from ..formats.errors import Cancelled, DaemonGone, EbbflowError, InvalidRequest, NotRunning, UnsupportedVersion
 from ..formats.messages import (
     LEASE_SECONDS,
     PING_SECONDS,
@@ -159,17 +159,17 @@ class Exchange:
 
     def unreachable(self, reason: str) -> None:
         """No attempt to connect can be made."""
-        self._gone(f"cannot connect to {self._address}: {reason}")
+        self._gone(DaemonGone(f"cannot connect to {self._address}: {reason}"))
 
     def refused(self) -> None:
         """An attempt to connect failed."""
         self._refusals += 1
         if not self._connected and self._refusals >= REFUSALS:
-            self._gone(f"no daemon listens at {self._address}; start one with `ebb serve`")
+            self._gone(NotRunning(f"the daemon is not running (nobody listens at {self._address}); try `ebb serve`"))
 
     def lost(self) -> None:
         """The connection ended."""
-        self._gone("the daemon went away; the same request may be sent again")
+        self._gone(DaemonGone("the daemon went away; the same request may be sent again"))
 
     def receive(self, frames: Frames, now: float) -> None:
         """What arrived. Garbage and events for requests that are not open are dropped."""
@@ -198,7 +198,7 @@ class Exchange:
         if slept:  # this process was stopped: silence that nobody could hear does not count
             self._since = now
         if now - self._since >= self._patience():
-            self._gone(f"the daemon at {self._address} has said nothing for {self._patience():g} s")
+            self._gone(DaemonGone(f"the daemon at {self._address} has said nothing for {self._patience():g} s"))
         elif now - self._pinged >= self._lease.ping_seconds:
             self._ping(now)
 
@@ -222,12 +222,12 @@ class Exchange:
             if isinstance(entry.request, Ping):
                 self._end(id_, Done(id=id_))
 
-    def _gone(self, message: str) -> None:
+    def _gone(self, error: DaemonGone) -> None:
         self._connection = None
         self._connected = False
         self._refusals = 0
         self._outgoing.clear()
-        self._end_all(DaemonGone(message))
+        self._end_all(error)
 
     def _end_all(self, error: EbbflowError) -> None:
         for id_ in self.open_ids:

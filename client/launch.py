@@ -21,16 +21,20 @@ START_SECONDS: Final = 15.0
 LOG_LINES: Final = 10
 
 
-def ensure_daemon(*, seconds: float = START_SECONDS, command: Sequence[str] = COMMAND) -> None:
+def ensure_daemon(*, seconds: float = START_SECONDS, command: Sequence[str] = COMMAND) -> bool:
     """Return when this user's daemon answers; start it in the background, with `command`, if none does.
+
+    Gives whether this call started it.
 
     Any number of processes may do this at once: one daemon wins. Raises `DaemonFailed`, with the last lines of its
     log, when it exits or does not answer within `seconds`; it is left running in the second case.
     """
     paths = default_paths()
     with Client(paths.clients) as client:
-        if not answers(client):
-            _start(client, paths, seconds, command)
+        if answers(client):
+            return False
+        _start(client, paths, seconds, command)
+        return True
 
 
 def answers(client: Client) -> bool:
@@ -58,8 +62,6 @@ def _start(client: Client, paths: Paths, seconds: float, command: Sequence[str])
             raise DaemonFailed(
                 f"the daemon (process {process.pid}) has not answered within {seconds:g} s{_tail(paths.log, began)}"
             )
-    # Waited for in the background, so that it does not stay a zombie of a client that lives longer.
-    threading.Thread(target=process.wait, name="ebbflow-reaper", daemon=True).start()
 
 
 def _spawn(paths: Paths, command: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -67,9 +69,9 @@ def _spawn(paths: Paths, command: Sequence[str]) -> subprocess.Popen[bytes]:
     if "EBBFLOW_HOME" in environment:
         environment["EBBFLOW_HOME"] = str(Path(environment["EBBFLOW_HOME"]).absolute())
     try:
-        paths.logs.mkdir(parents=True, exist_ok=True)
+        paths.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
         with paths.log.open("ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -80,6 +82,9 @@ def _spawn(paths: Paths, command: Sequence[str]) -> subprocess.Popen[bytes]:
             )
     except OSError as error:
         raise DaemonFailed(f"the daemon cannot be started: {error}") from error
+    # Waited for in the background, so that it does not stay a zombie of a client that lives longer.
+    threading.Thread(target=process.wait, name="ebbflow-reaper", daemon=True).start()
+    return process
 
 
 def _size(path: Path) -> int:

@@ -30,6 +30,7 @@
     │   ├── WorkerDied
     │   ├── JobDied
     │   └── DaemonGone
+    │       └── NotRunning
     ├── DaemonFailed              the daemon could not start
     │   └── AlreadyRunning
     └── InternalError             our bug
@@ -219,6 +220,12 @@ class DaemonGone(Retryable):
 
     code = "daemon_gone"
     exit_code = 69
+
+
+class NotRunning(DaemonGone):
+    """Nobody listens where the daemon would; made by the client itself."""
+
+    code = "not_running"
 
 
 class DaemonFailed(EbbflowError):

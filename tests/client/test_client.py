@@ -195,7 +195,7 @@ def test_the_next_request_meets_the_next_daemon_and_the_last_one_does_not(addres
 
 def test_nothing_listening_is_known_soon(address: str):
     for_ever = Lease(connect_seconds=1000, silence_seconds=1000)
-    with Client(address, lease=for_ever) as client, pytest.raises(errors.DaemonGone, match="no daemon listens"):
+    with Client(address, lease=for_ever) as client, pytest.raises(errors.NotRunning, match="nobody listens"):
         client.ping()
 
 

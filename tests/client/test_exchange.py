@@ -179,7 +179,7 @@ def test_one_refusal_may_be_a_full_backlog_and_the_second_is_final():
     talk.exchange.refused()
     assert talk.replies[id_] == []
     talk.exchange.refused()
-    assert talk.codes(id_) == ["daemon_gone"]
+    assert talk.codes(id_) == ["not_running"]
     assert talk.sent() == []  # what was meant for a dead daemon must not reach the next one
     talk.open()
     talk.exchange.refused()

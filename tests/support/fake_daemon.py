@@ -84,6 +84,10 @@ class FakeDaemon:
         self._stop.set()
         self._thread.join(PATIENCE)
 
+    def wait_until_stopped(self) -> None:
+        """Returns after a `Shutdown`."""
+        self._thread.join()
+
     def wait_for(self, kind: type[R]) -> R:
         """The next request of that type that a client sends, or has sent since the last call."""
         while True:

@@ -1,0 +1,76 @@
+"""The command `ebb`: its group, and the boundary where errors become one line and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import io
+import os
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from ...formats.errors import EbbflowError, InternalError
+from .add import add
+from .models import list_models, rm, show
+from .output import note
+from .ps import ps
+from .resize import resize
+from .run import run
+from .serve import serve, status, stop
+
+EPILOG = """\b
+Exit codes:
+    0  done                                  69  the daemon is not running, went away, or cannot start
+    1  another error                         70  a bug of ours (the log has the traceback)
+    2  the request or its usage is wrong     73  another daemon is running
+    3  no such model                         75  not now: memory, disk, too busy, a process died; try again
+    4  not supported                        130  cancelled, or Ctrl-C
+    5  a file is corrupt
+
+\b
+EBBFLOW_HOME=FOLDER keeps everything in one folder; EBBFLOW_DEBUG=1 shows tracebacks.
+Completion: eval "$(_EBB_COMPLETE=bash_source ebb)", also zsh_source and fish_source.
+"""
+
+
+class Commands(click.Group):
+    """A group that ends every error with one line on stderr and the error's exit code, never with a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a model may write what this terminal cannot show
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except EbbflowError as error:
+            _end(ctx, str(error), error.exit_code)
+        except (KeyboardInterrupt, click.Abort):
+            ctx.exit(130)
+        except Exception as error:  # the last boundary: whatever it is, no traceback
+            if os.environ.get("EBBFLOW_DEBUG") or (isinstance(error, OSError) and error.errno == errno.EPIPE):
+                raise  # click leaves quietly when nobody reads our output any more
+            message = f"unexpected {type(error).__name__}: {error}; EBBFLOW_DEBUG=1 shows where"
+            _end(ctx, message, InternalError.exit_code)
+
+
+def _end(ctx: click.Context, message: str, code: int) -> NoReturn:
+    note(f"ebb: {message}")
+    ctx.exit(code)
+
+
+@click.group(cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(importlib.metadata.version("ebbflow"), prog_name="ebb")
+def main() -> None:
+    """Runs local language models inside whatever memory the machine can spare right now."""
+
+
+for command in (serve, stop, status, add, list_models, show, rm, run, ps, resize):
+    main.add_command(command)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from ebbflow.client import Client, ensure_daemon, errors
+from support.fake_daemon import FakeDaemon
+
+# What a daemon does as far as its starter can tell: take the lock or say that it is taken, then answer.
+DAEMON = """
+import fcntl, os, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from support.fake_daemon import FakeDaemon
+run = Path(os.environ["EBBFLOW_HOME"]) / "run"
+run.mkdir(exist_ok=True)
+lock = (run / "daemon.lock").open("w")
+try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    sys.exit(73)
+daemon = FakeDaemon(f"ipc://{{run}}/ebbflow.sock")
+with daemon:
+    daemon.wait_until_stopped()
+"""
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="ebb") as folder:  # pytest's own folders may be too long for a socket
+        monkeypatch.setenv("EBBFLOW_HOME", folder)
+        yield Path(folder)
+
+
+def command() -> list[str]:
+    return [sys.executable, "-c", DAEMON.format(tests=str(Path(__file__).parents[1]))]
+
+
+def fails(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_a_daemon_that_answers_is_left_alone(home: Path):
+    (home / "run").mkdir()
+    with FakeDaemon(f"ipc://{home}/run/ebbflow.sock"):
+        assert not ensure_daemon(command=["/does/not/exist"])
+    assert not (home / "logs").exists()
+
+
+def test_one_is_started_and_any_number_of_clients_at_once_succeed(home: Path):
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: ensure_daemon(command=command()), range(3)))
+    with Client() as client:
+        client.ping()
+        client.shutdown()
+        with pytest.raises(errors.NotRunning):
+            client.ping()
+
+
+def test_one_that_fails_is_an_error_with_its_last_words(home: Path):
+    with pytest.raises(errors.DaemonFailed, match=r"(?s)code 3 .*daemon\.log ends with:\n    line 5\n.*    line 14$"):
+        ensure_daemon(command=fails("for i in range(15): print('line', i)\nraise SystemExit(3)"))
+    with pytest.raises(errors.DaemonFailed, match="says nothing"):  # the earlier one's words are not this one's
+        ensure_daemon(command=fails("raise SystemExit(3)"))
+
+
+def test_one_that_never_answers_is_not_waited_for_for_ever(home: Path):
+    with pytest.raises(errors.DaemonFailed, match="has not answered within"):
+        ensure_daemon(seconds=0.2, command=fails("import time; time.sleep(0.5)"))
+
+
+def test_a_command_that_cannot_be_run(home: Path):
+    with pytest.raises(errors.DaemonFailed, match="cannot be started"):
+        ensure_daemon(command=["/does/not/exist"])
