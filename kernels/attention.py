@@ -35,6 +35,13 @@ def store_kv(kv: F32, layer: int, tables: I64, sequence: I64, positions: I64, k:
                 kv[block, layer, 1, g, slot, j] = v[t, g, j]
 
 
+def reference_store_kv(kv: F32, layer: int, tables: I64, sequence: I64, positions: I64, k: F32, v: F32) -> None:
+    """The same by numpy's indexing."""
+    blocks, slots = tables[sequence, positions // BLOCK_TOKENS], positions % BLOCK_TOKENS
+    kv[blocks, layer, 0, :, slots] = k
+    kv[blocks, layer, 1, :, slots] = v
+
+
 @njit(
     "void(f4[:,:,:,:,:,::1],i8,i8[:,::1],i8[::1],i8[::1],f4[:,:,::1],i8,f4[:,::1],f4[:,::1])",
     nogil=True,

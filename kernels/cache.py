@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -28,3 +29,12 @@ def use_cache(root: Path) -> Path:
     # workqueue's threads sleep while there is nothing to do; OpenMP's would spin
     os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
     return folder
+
+
+def compile_once(folder: Path) -> None:
+    """Fill an empty cache in a process of its own, so that this one never carries the compiler's memory.
+
+    Raises `subprocess.CalledProcessError`.
+    """
+    if not any(folder.rglob("*.nbi")):
+        subprocess.run([sys.executable, "-m", "ebbflow.kernels.compile"], check=True, stdin=subprocess.DEVNULL)

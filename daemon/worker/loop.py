@@ -73,7 +73,8 @@ class Loop:
         for served in self._models.values():
             if served.engine.busy and (served.arrived or served.engine.scheduler.running):
                 self._step(served)
-        if moved or (active and self._clock() - self._reported >= REPORT_SECONDS):
+        idle = active and not any(served.engine.busy for served in self._models.values())
+        if moved or idle or (active and self._clock() - self._reported >= REPORT_SECONDS):
             self._report()
         return self._running
 
