@@ -24,17 +24,19 @@ LOG_LINES: Final = 10
 def ensure_daemon(*, seconds: float = START_SECONDS, command: Sequence[str] = COMMAND) -> bool:
     """Return when this user's daemon answers; start it in the background, with `command`, if none does.
 
-    Gives whether this call started it.
-
-    Any number of processes may do this at once: one daemon wins. Raises `DaemonFailed`, with the last lines of its
-    log, when it exits or does not answer within `seconds`; it is left running in the second case.
+    Gives whether this call started it: any number of processes may do this at once, and one daemon wins.
+    Raises `DaemonFailed`, with the last lines of its log, when it exits or does not answer within `seconds`; it is
+    left running in the second case.
     """
     paths = default_paths()
     with Client(paths.clients) as client:
         if answers(client):
             return False
-        _start(client, paths, seconds, command)
-        return True
+        process = _start(client, paths, seconds, command)
+        won = client.status().pid == process.pid
+    if not won:
+        process.terminate()  # still on its way to find the lock taken; without this it may find it free one day
+    return won
 
 
 def answers(client: Client) -> bool:
@@ -46,7 +48,7 @@ def answers(client: Client) -> bool:
     return True
 
 
-def _start(client: Client, paths: Paths, seconds: float, command: Sequence[str]) -> None:
+def _start(client: Client, paths: Paths, seconds: float, command: Sequence[str]) -> subprocess.Popen[bytes]:
     deadline = time.monotonic() + seconds
     began = _size(paths.log)
     process = _spawn(paths, command)
@@ -62,6 +64,7 @@ def _start(client: Client, paths: Paths, seconds: float, command: Sequence[str])
             raise DaemonFailed(
                 f"the daemon (process {process.pid}) has not answered within {seconds:g} s{_tail(paths.log, began)}"
             )
+    return process
 
 
 def _spawn(paths: Paths, command: Sequence[str]) -> subprocess.Popen[bytes]:

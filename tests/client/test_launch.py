@@ -15,6 +15,7 @@ DAEMON = """
 import fcntl, os, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
+from ebbflow.formats.messages import Status
 from support.fake_daemon import FakeDaemon
 run = Path(os.environ["EBBFLOW_HOME"]) / "run"
 run.mkdir(exist_ok=True)
@@ -23,7 +24,12 @@ try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 except BlockingIOError:
     sys.exit(73)
-daemon = FakeDaemon(f"ipc://{{run}}/ebbflow.sock")
+def status(request):
+    yield Status(
+        id=request.id, version="0", pid=os.getpid(), uptime_seconds=0, available_nbytes=0, available_source="",
+        reserve_nbytes=0,
+    )
+daemon = FakeDaemon(f"ipc://{{run}}/ebbflow.sock", status)
 with daemon:
     daemon.wait_until_stopped()
 """
@@ -53,7 +59,8 @@ def test_a_daemon_that_answers_is_left_alone(home: Path):
 
 def test_one_is_started_and_any_number_of_clients_at_once_succeed(home: Path):
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda _: ensure_daemon(command=command()), range(3)))
+        started = list(pool.map(lambda _: ensure_daemon(command=command()), range(3)))
+    assert started.count(True) == 1
     with Client() as client:
         client.ping()
         client.shutdown()
