@@ -31,7 +31,10 @@ def pack_dense(weight: F32, dtype: str) -> bytes:
                 raise BadBlock("a weight is too large for f16")
             data = weight.astype("<f2").tobytes()
         case "bf16":
-            data = _round_to_bf16(weight).tobytes()
+            rounded = _round_to_bf16(weight)
+            if np.any((rounded & 0x7F80) == 0x7F80):
+                raise BadBlock("a weight is too large for bf16")
+            data = rounded.tobytes()
         case _:
             data = _pack_int8(weight)
     assert len(data) == dense_nbytes(weight.shape, dtype)
@@ -124,6 +127,7 @@ def _round_to_bf16(weight: F32) -> NDArray[np.uint16]:
 def _pack_int8(weight: F32) -> bytes:
     rows = weight.reshape(weight.shape[0] if weight.ndim > 1 else 1, -1)
     scale = (np.abs(rows).max(axis=1) / 127).astype("<f4")
-    values = np.rint(rows / np.where(scale > 0, scale, 1)[:, None]).astype(np.int8)
+    # Clipped: a scale among the denormals is rounded coarsely, and 190 of its steps would wrap around.
+    values = np.rint(rows / np.where(scale > 0, scale, 1)[:, None]).clip(-127, 127).astype(np.int8)
     data: bytes = scale.tobytes() + values.tobytes()
     return data

@@ -192,7 +192,7 @@ def _parse_header(text: bytes) -> tuple[dict[str, str], dict[str, _Tensor]]:
         document = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
         metadata = msgspec.json.decode(document.pop("__metadata__", msgspec.Raw(b"{}")), type=dict[str, str])
         tensors = {name: msgspec.json.decode(raw, type=_Tensor) for name, raw in document.items()}
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadHeader(f"the header is not what the specification asks for: {error}") from error
     if metadata.get("format") != FORMAT:
         raise BadHeader(f"format is {metadata.get('format')!r}, not {FORMAT!r}: not a stack file")
@@ -204,7 +204,7 @@ def _parse_header(text: bytes) -> tuple[dict[str, str], dict[str, _Tensor]]:
 def _parse_index(metadata: dict[str, str]) -> StackIndex:
     try:
         index = msgspec.json.decode(metadata.get("index", ""), type=StackIndex)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise BadHeader(f"the index is not what the specification asks for: {error}") from error
     if not 1 <= index.base <= len(index.blocks):
         raise BadHeader(f"a base of {index.base} blocks out of {len(index.blocks)}")

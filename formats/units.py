@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import Final
 
 import msgspec
 
 from .errors import InvalidSize
+
+LARGEST: Final = 2**63 - 1
 
 _FACTORS: Final = {
     "": 1,
@@ -64,7 +67,10 @@ def parse_size(text: str) -> int:
     factor = _FACTORS.get(match[2].upper()) if match else None
     if match is None or factor is None:
         raise InvalidSize(f"{text!r} is not a size; write for example 300MB, 1.5GiB or 4096")
-    return int(float(match[1]) * factor)
+    nbytes = int(Decimal(match[1]) * factor)
+    if nbytes > LARGEST:
+        raise InvalidSize(f"{text!r} is more than the {LARGEST} bytes that can be counted")
+    return nbytes
 
 
 def parse_wish(text: str) -> SizeWish:

@@ -1,0 +1,47 @@
+"""A complete stack file as literal bytes: a dense vector of two, and a 2 x 3 signs block of rank 1."""
+
+from __future__ import annotations
+
+from ebbflow.formats.stack import BlockEntry, StackIndex
+
+DENSE = bytes.fromhex("0000803f 000000c0")  # 1, -2
+SIGNS = bytes.fromhex(
+    "0500000000000000 0600000000000000"  # + - +   - + +
+    "0038 0040"  # U: 0.5, 2
+    "003c 00bc 0034"  # V: 1, -1, 0.25
+)
+ENTRIES = (
+    BlockEntry(
+        kind="dense",
+        tensor="final_norm",
+        level=0,
+        shape=(2,),
+        nbytes=8,
+        gain=0.0,
+        hash="f76600d11c87295e0d0a3f146dfdff06",
+        uses=("final_norm",),
+        dtype="f32",
+    ),
+    BlockEntry(
+        kind="signs",
+        tensor="layers.0.q",
+        level=0,
+        shape=(2, 3),
+        nbytes=26,
+        gain=0.5,
+        hash="b3ca52f24c8efa64647d893fd713a30f",
+        uses=("layers.0.q",),
+        rank=1,
+    ),
+)
+INDEX = StackIndex(1, ENTRIES)
+HEADER = (
+    rb'{"__metadata__":{"format":"ebbflow-stack","version":"1","index":"{\"base\":1,\"blocks\":['
+    rb"{\"kind\":\"dense\",\"tensor\":\"final_norm\",\"level\":0,\"shape\":[2],\"nbytes\":8,\"gain\":0.0,"
+    rb"\"hash\":\"f76600d11c87295e0d0a3f146dfdff06\",\"uses\":[\"final_norm\"],\"dtype\":\"f32\"},"
+    rb"{\"kind\":\"signs\",\"tensor\":\"layers.0.q\",\"level\":0,\"shape\":[2,3],\"nbytes\":26,\"gain\":0.5,"
+    rb"\"hash\":\"b3ca52f24c8efa64647d893fd713a30f\",\"uses\":[\"layers.0.q\"],\"rank\":1}]}"
+    rb'"},"000000":{"dtype":"U8","shape":[64],"data_offsets":[0,64]},'
+    rb'"000001":{"dtype":"U8","shape":[64],"data_offsets":[64,128]}}'
+)
+FILE = bytes.fromhex("f80f000000000000") + HEADER.ljust(4088) + DENSE.ljust(64, b"\0") + SIGNS.ljust(64, b"\0")
