@@ -22,7 +22,8 @@ class Answer:
         """Write the pieces as they come, and end the line whatever happens. Raises like iterating `stream`."""
         try:
             with _patience():
-                self._write(next(stream, ""))
+                first = next(stream, "")
+            self._write(first)
             for piece in stream:
                 self._write(piece)
         finally:

@@ -68,10 +68,10 @@ def write_table(titles: Sequence[str], rows: Iterable[Sequence[object]], *, righ
 
 def write_fields(fields: Iterable[tuple[str, object]]) -> None:
     """Names and values, one line each."""
-    table = Table(box=None, pad_edge=False, show_header=False)
-    for name, value in fields:
-        table.add_row(name, str(value))
-    console().print(table)
+    pairs = list(fields)
+    width = max(len(name) for name, _ in pairs)
+    for name, value in pairs:
+        click.echo(f"{name:<{width}}  {value}")
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -385,3 +386,29 @@ def test_help_names_version_completion_and_exit_codes():
     output = ebb("--help").stdout
     assert "_EBB_COMPLETE" in output
     assert "Exit codes" in output
+
+
+def test_a_terminal_shows_the_whole_answer_and_obeys_none_of_it(daemon: FakeDaemon):
+    def script(request: Request) -> Iterable[Item]:
+        yield from say(request, "Hello", " \x1b[31mworld")
+        yield end(request)
+
+    daemon.script = script
+    screen = on_terminal("run", "tiny", "Say")
+    assert screen.rpartition("\x1b[2K")[2].strip() == "Hello \ufffd[31mworld"  # after the sign of life was wiped
+
+
+def on_terminal(*arguments: str) -> str:
+    """Everything that the command line writes to a terminal."""
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-P", "-m", "ebbflow.client.cli.main", *arguments]
+    environment = {**os.environ, "TERM": "xterm"}
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    screen = b""
+    with contextlib.suppress(OSError):  # how Linux says that nobody has the terminal open any more
+        while data := os.read(ours, 65536):
+            screen += data
+    os.close(ours)
+    assert process.wait() == 0
+    return screen.decode()
