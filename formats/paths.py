@@ -59,12 +59,16 @@ class Paths:
         return f"ipc://{path}"
 
 
+def home_paths(root: Path) -> Paths:
+    """Everything below one folder, which must be absolute."""
+    return Paths(root / "run", root / "library", root / "cache", root / "logs")
+
+
 def default_paths() -> Paths:
     """The folders of this user's daemon."""
     home = os.environ.get("EBBFLOW_HOME")
     if home:
-        root = Path(home).absolute()
-        return Paths(root / "run", root / "library", root / "cache", root / "logs")
+        return home_paths(Path(home).absolute())
     dirs = platformdirs.PlatformDirs("ebbflow", appauthor=False)
     with warnings.catch_warnings():
         # Without XDG_RUNTIME_DIR (containers, sudo) a folder below the system's temporary one is right for us.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 from ebbflow.kernels.cache import use_cache
+from support.real_daemon import KERNELS
 
-use_cache(Path(tempfile.gettempdir()) / "ebbflow-test-kernels")
+use_cache(KERNELS)
