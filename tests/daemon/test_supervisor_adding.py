@@ -1,0 +1,208 @@
+"""Adding models: one job at a time, one end for each request, nothing half done left in the library."""
+
+from __future__ import annotations
+
+import pytest
+from ebbflow.daemon.supervisor.children import LAST_WORDS_SECONDS, LEAVE_SECONDS
+from ebbflow.daemon.supervisor.library import summary
+from ebbflow.formats.messages import (
+    LEASE_SECONDS,
+    Added,
+    AddModel,
+    Cancel,
+    Chunk,
+    Done,
+    Failed,
+    GetStatus,
+    ListModels,
+    Ping,
+    Progress,
+    Ready,
+    RemoveModel,
+    Shutdown,
+)
+from support.house import House
+from support.models import write_model
+
+
+@pytest.fixture
+def house(tmp_path):
+    house = House(tmp_path)
+    write_model(tmp_path, "demo")
+    house.library.scan()
+    yield house
+    house.close()
+
+
+@pytest.fixture
+def client(house):
+    return house.client()
+
+
+def add(number, name="new", source="/checkpoint"):
+    return AddModel(id=number, source=source, name=name)
+
+
+def begin(house, client, number=1, name="new"):
+    """A running job: its process, its line, and the folder in which it builds."""
+    client.say(add(number, name))
+    house.turn()
+    process = house.launcher.jobs[-1]
+    folder = house.root / f".adding-{name}-{process.pid}"
+    folder.mkdir()
+    (folder / "spool").write_text("half a model")
+    job = house.child(process)
+    job.say(Ready(pid=process.pid))
+    house.turn()
+    return process, job, folder
+
+
+def end(house, process, code=0):
+    process.code = code
+    house.turn()
+    house.turn(LAST_WORDS_SECONDS * 1.5)
+
+
+def failures(messages):
+    return [(message.id, message.code) for message in messages if isinstance(message, Failed)]
+
+
+def test_a_job_reports_and_the_model_is_there(house, client):
+    process, job, folder = begin(house, client)
+    assert process.request == AddModel(id=process.request.id, source="/checkpoint", name="new")
+    job.say(Progress(id=process.request.id, stage="encode", done=1, total=2))
+    house.turn()
+    assert client.hear() == [Progress(id=1, stage="encode", done=1, total=2)]
+    folder.rename(house.root / "new")
+    added = Added(id=process.request.id, summary=summary(write_model(house.root, "new")), seconds=3.0)
+    job.say(added)
+    house.turn()
+    assert client.hear() == [Added(id=1, summary=added.summary, seconds=3.0)]
+    end(house, process)
+    client.say(ListModels(id=2))
+    house.turn()
+    assert [model.name for model in client.hear()[0].models] == ["demo", "new"]
+    assert process.closed
+    assert process.signals == []
+
+
+def test_others_wait_in_line(house, client):
+    process, job, _ = begin(house, client)
+    client.say(add(2, "second"), add(3, "third"), GetStatus(id=4))
+    house.turn()
+    *waiting, status = client.hear()
+    assert waiting == [Progress(id=2, stage="waiting"), Progress(id=3, stage="waiting")]
+    assert status.adding == ("new", "second", "third")
+    assert [process.role for process in status.processes] == ["supervisor", "job"]
+    assert len(house.launcher.jobs) == 1
+    client.say(Cancel(id=2))
+    job.say(Failed(id=process.request.id, code="disk_full", message="no room"))
+    house.turn()
+    assert sorted(failures(client.hear())) == [(1, "disk_full"), (2, "cancelled")]
+    end(house, process, 1)
+    assert [job.request.name for job in house.launcher.jobs] == ["new", "third"]
+    assert client.hear() == []
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        (add(5, "demo"), "model_exists"),
+        (add(5, "corrupt"), "model_exists"),
+        (add(5, "new"), "model_busy"),
+        (add(5, "../evil"), "invalid_name"),
+        (add(5, ".hidden"), "invalid_name"),
+        (add(5, "other", source=""), "invalid_request"),
+        (RemoveModel(id=5, model="new"), "model_busy"),
+    ],
+)
+def test_what_cannot_be_added_or_removed(house, client, message, code):
+    (house.root / "corrupt").mkdir()
+    begin(house, client)
+    client.say(message)
+    house.turn()
+    assert failures(client.hear()) == [(5, code)]
+    assert len(house.launcher.jobs) == 1
+
+
+def test_cancel_ends_the_job_and_leaves_nothing(house, client):
+    process, job, folder = begin(house, client)
+    client.say(Cancel(id=1), Cancel(id=1))
+    house.turn()
+    assert process.signals == ["TERM"]
+    job.say(Progress(id=process.request.id, stage="encode"))
+    job.say(Failed(id=process.request.id, code="cancelled", message="yes"))
+    client.say(Ping())
+    house.turn(LEAVE_SECONDS - 0.5)
+    client.hear()
+    house.turn(0.5)
+    assert process.signals == ["TERM", "KILL"]
+    assert client.hear() == []
+    end(house, process, -9)
+    assert failures(client.hear()) == [(1, "cancelled")]
+    assert not folder.exists()
+    client.say(add(2))
+    house.turn()
+    assert len(house.launcher.jobs) == 2
+
+
+def test_a_model_that_was_ready_before_its_cancel_is_added(house, client):
+    process, job, _ = begin(house, client)
+    added = Added(id=process.request.id, summary=summary(write_model(house.root, "new")), seconds=3.0)
+    job.say(added)
+    client.say(Cancel(id=1))
+    house.turn()
+    end(house, process, -15)
+    [heard] = client.hear()
+    assert isinstance(heard, Added)
+    assert house.library.get("new")
+
+
+def test_a_client_that_is_gone_needs_no_model(house, client):
+    process, _, folder = begin(house, client)
+    house.turn(LEASE_SECONDS + 1)
+    assert process.signals == ["TERM"]
+    end(house, process, -15)
+    assert not folder.exists()
+    assert client.hear() == []
+    assert len(house.server.requests) == 0
+
+
+def test_a_job_that_dies_says_what_it_wrote_last(house, client):
+    process, job, folder = begin(house, client)
+    job.say(Chunk(id=process.request.id, text="not a job's word", tokens=1))
+    process.lines = "MemoryError"
+    end(house, process, -11)
+    [failed] = client.hear()
+    assert (failed.id, failed.code) == (1, "job_died")
+    assert "signal 11" in failed.message
+    assert "MemoryError" in failed.message
+    assert not folder.exists()
+
+
+def test_a_job_that_cannot_be_started(house, client):
+    house.launcher.broken = OSError(2, "No such file")
+    client.say(add(1), add(2))
+    house.turn()
+    assert failures(client.hear()) == [(1, "job_died"), (2, "job_died")]
+
+
+def test_a_job_that_is_done_and_does_not_go_is_killed(house, client):
+    process, job, _ = begin(house, client)
+    job.say(Failed(id=process.request.id, code="unsupported_model", message="a duck"))
+    house.turn()
+    assert failures(client.hear()) == [(1, "unsupported_model")]
+    house.turn(LEAVE_SECONDS)
+    assert process.signals == ["KILL"]
+
+
+def test_shutdown_ends_jobs(house, client):
+    process, _, folder = begin(house, client)
+    client.say(add(2, "second"), Shutdown(id=3))
+    house.turn()
+    assert failures(client.hear()) == [(1, "cancelled"), (2, "cancelled")]
+    assert process.signals == ["TERM"]
+    end(house, process, -15)
+    assert client.hear() == [Done(id=3)]
+    assert house.server.finished
+    assert not folder.exists()
