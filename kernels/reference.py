@@ -1,0 +1,57 @@
+"""The slow, obvious reading of stored weights: whole matrices, in numpy, in float64. What `matmul` and `take_rows` are
+compared with; the other kernels have their references beside them.
+
+It follows the specification in `formats/kinds` and shares no line with the kernels, nor with `formats/blocks`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .rows import BF16, F16, F32, I8, SIGNS
+
+F64 = NDArray[np.float64]
+
+
+def reference_levels(stored: NDArray[np.uint16], blocks: NDArray[np.int64], m: int, n: int) -> list[F64]:
+    """What each of `blocks [levels, 3]` adds to the weight `[m, n]`."""
+    raw = stored.tobytes()
+    return [_level(raw[at:], int(kind), m, n, int(rank)) for kind, at, rank in blocks]
+
+
+def reference_matmul(
+    stored: NDArray[np.uint16],
+    blocks: NDArray[np.int64],
+    n: int,
+    x: NDArray[np.float32],
+    scratch: NDArray[np.float32],
+    y: NDArray[np.float32],
+) -> None:
+    """Add up the levels, multiply."""
+    weight = sum(reference_levels(stored, blocks, y.shape[1], n), np.zeros((y.shape[1], n)))
+    y[:] = x[:, :n].astype(np.float64) @ weight.T
+
+
+def reference_take_rows(
+    stored: NDArray[np.uint16], blocks: NDArray[np.int64], m: int, tokens: NDArray[np.int64], y: NDArray[np.float32]
+) -> None:
+    """Add up the levels, pick rows."""
+    weight = sum(reference_levels(stored, blocks, m, y.shape[1]), np.zeros((m, y.shape[1])))
+    y[:] = weight[tokens]
+
+
+def _level(raw: bytes, kind: int, m: int, n: int, rank: int) -> F64:
+    if kind == SIGNS:
+        width = -(-n // 64) * 8
+        bits = np.unpackbits(np.frombuffer(raw, np.uint8, m * width).reshape(m, width), axis=1, bitorder="little")
+        factors = np.frombuffer(raw, "<f2", rank * (m + n), m * width).astype(np.float64)
+        u, v = factors[: m * rank].reshape(m, rank), factors[m * rank :].reshape(rank, n)
+        return np.where(bits[:, :n] == 1, 1.0, -1.0) * (u @ v)
+    if kind == I8:
+        scale = np.frombuffer(raw, "<f4", m).astype(np.float64)
+        return scale[:, None] * np.frombuffer(raw, np.int8, m * n, 4 * m).reshape(m, n)
+    if kind == BF16:
+        top = np.frombuffer(raw, "<u2", m * n).astype("<u4") << 16
+        return top.view("<f4").reshape(m, n).astype(np.float64)
+    return np.frombuffer(raw, {F32: "<f4", F16: "<f2"}[kind], m * n).reshape(m, n).astype(np.float64)

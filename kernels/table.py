@@ -1,0 +1,220 @@
+"""Every kernel beside its reference, with inputs for both. Drives tests/kernels and bench.
+
+Inputs are drawn for given shapes, on request with what is nasty: both zeros, subnormals, the largest fp16. NaN and
+infinity are never among them: `formats/blocks.check_finite` refuses them before they are resident.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import attention, elementwise, matmul, reference, rows
+from .attention import BLOCK_TOKENS
+
+Array = NDArray[Any]
+Arguments = list[Any]
+
+LARGEST_HALF: Final = 65504.0
+NASTY_HALF: Final = (0.0, -0.0, 6e-8, -6e-8, 6.0e-5, 6.2e-5, LARGEST_HALF, -LARGEST_HALF)
+NASTY_SINGLE: Final = (0.0, -0.0, 1e-45, -1e-39, 1.2e-38, 1e10, -1e10)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kernel. `arguments(draw, **shape)` draws its inputs; the array at `output` is what it writes.
+
+    Kernel and reference may differ by `roundings` float32 roundings of `magnitude(*arguments)`: the largest, or each
+    element's, sum of absolute terms.
+    """
+
+    name: str
+    kernel: Callable[..., None]
+    reference: Callable[..., None]
+    arguments: Callable[..., Arguments]
+    magnitude: Callable[..., Array | float]
+    roundings: int
+    output: int = -1
+
+
+class Draw:
+    """Where inputs come from: seeded, of ordinary size or `nasty`.
+
+    Both are needed. The largest numbers hide the errors of all others; without them nothing is near an edge.
+    """
+
+    def __init__(self, seed: int, nasty: bool = False) -> None:
+        self.rng, self.nasty = np.random.default_rng(seed), nasty
+
+    def numbers(self, shape: tuple[int, ...], values: tuple[float, ...]) -> Array:
+        """Normal numbers, if nasty with one in eight replaced by one of `values`; float64."""
+        drawn = self.rng.standard_normal(shape)
+        if not self.nasty:
+            return drawn
+        return np.where(self.rng.random(shape) < 0.125, self.rng.choice(values, shape), drawn)
+
+    def singles(self, *shape: int) -> Array:
+        """Float32."""
+        return self.numbers(shape, NASTY_SINGLE).astype(np.float32)
+
+
+def store_levels(draw: Draw, levels: tuple[str, ...], m: int, n: int) -> tuple[Array, Array]:
+    """Memory holding one weight `[m, n]` and its block table; a level is a dtype or `signs:RANK`.
+
+    Between the blocks, and before the first, lies what must not be read as weights: NaN.
+    """
+    parts, table, at = [b"\xff" * 64], [], 64
+    for level in levels:
+        kind, _, rank = level.partition(":")
+        payload = _payload(draw, kind, m, n, int(rank or 0))
+        table.append((rows.SIGNS if kind == "signs" else rows.CODES[kind], at, int(rank or 0)))
+        payload += b"\xff" * (64 + -len(payload) % 64)
+        parts.append(payload)
+        at += len(payload)
+    stored = np.frombuffer(b"".join(parts), np.uint16).copy()
+    return stored, np.array(table, np.int64).reshape(-1, 3)
+
+
+def _payload(draw: Draw, kind: str, m: int, n: int, rank: int) -> bytes:
+    match kind:
+        case "signs":
+            bits = np.zeros((m, -(-n // 64) * 64), np.uint8)
+            bits[:, :n] = draw.rng.integers(0, 2, (m, n))
+            factors = draw.numbers((rank * (m + n),), NASTY_HALF).astype("<f2")
+            return np.packbits(bits, axis=1, bitorder="little").tobytes() + factors.tobytes()
+        case "i8":
+            return draw.singles(m).tobytes() + draw.rng.integers(-128, 128, (m, n)).astype(np.int8).tobytes()
+        case "f16":
+            return draw.numbers((m, n), NASTY_HALF).astype("<f2").tobytes()
+        case "bf16":
+            return (draw.singles(m, n).view(np.uint32) >> 16).astype("<u2").tobytes()
+        case _:
+            return draw.singles(m, n).tobytes()
+
+
+def _matmul(draw: Draw, *, m: int, n: int, tokens: int, levels: tuple[str, ...], chunks: int = 2) -> Arguments:
+    stored, table = store_levels(draw, levels, m, n)
+    width = -(-n // 64) * 64
+    x = np.zeros((tokens, width), np.float32)
+    x[:, :n] = draw.singles(tokens, n)
+    scratch = np.zeros((chunks, rows.ROWS, matmul.row_stride(width)), np.float32)
+    return [stored, table, n, x, scratch, np.full((tokens, m), np.nan, np.float32)]
+
+
+def _matmul_magnitude(stored: Array, table: Array, n: int, x: Array, scratch: Array, y: Array) -> Array:
+    weight = _level_magnitudes(stored, table, y.shape[1], n)
+    magnitude: Array = np.abs(x[:, :n].astype(np.float64)) @ weight.T
+    return magnitude
+
+
+def _level_magnitudes(stored: Array, table: Array, m: int, n: int) -> Array:
+    """Sum of the absolute terms of every weight: factors' signs may cancel, so theirs are dropped first."""
+    plain = stored.copy()
+    for kind, at, rank in table:
+        if kind == rows.SIGNS:
+            first = at // 2 + m * -(-n // 64) * 4
+            plain[first : first + rank * (m + n)] &= 0x7FFF
+    parts = reference.reference_levels(plain, table, m, n)
+    return sum((np.abs(part) for part in parts), np.zeros((m, n)))
+
+
+def _take_rows(draw: Draw, *, m: int, n: int, tokens: int, levels: tuple[str, ...]) -> Arguments:
+    stored, table = store_levels(draw, levels, m, n)
+    wanted = draw.rng.integers(0, m, tokens)
+    wanted[:2] = (0, m - 1)[: len(wanted)]
+    return [stored, table, m, wanted, np.full((tokens, n), np.nan, np.float32)]
+
+
+def _take_rows_magnitude(stored: Array, table: Array, m: int, tokens: Array, y: Array) -> Array:
+    return _level_magnitudes(stored, table, m, y.shape[1])[tokens]
+
+
+def kv_step(
+    draw: Draw, *, tokens: int, groups: int, width: int, context: int, sequences: int = 1
+) -> tuple[Array, Array, Array, Array]:
+    """A KV array of two layers full of numbers, block tables, and the last `tokens` positions of each sequence."""
+    count = -(-context // BLOCK_TOKENS)
+    kv = draw.rng.standard_normal((sequences * count, 2, 2, groups, BLOCK_TOKENS, width)).astype(np.float32)
+    tables = draw.rng.permutation(sequences * count).reshape(sequences, count)
+    sequence = np.repeat(np.arange(sequences), tokens)
+    positions = np.tile(np.arange(context - tokens, context), sequences)
+    return kv, tables, sequence, positions
+
+
+def _store_kv(draw: Draw, *, groups: int = 2, **step: int) -> Arguments:
+    kv, tables, sequence, positions = kv_step(draw, groups=groups, **step)
+    k, v = (draw.singles(len(positions), groups, step["width"]) for _ in "kv")
+    return [kv, 1, tables, sequence, positions, k, v]
+
+
+def _attend(draw: Draw, *, groups: int = 2, per_group: int = 2, window: int = 0, **step: int) -> Arguments:
+    kv, tables, sequence, positions = kv_step(draw, groups=groups, **step)
+    q = draw.rng.standard_normal((len(positions), groups * per_group, step["width"])).astype(np.float32) * 2
+    scratch = np.full((len(positions) * groups, step["context"]), np.nan, np.float32)
+    y = np.full((len(positions), groups * per_group * step["width"]), np.nan, np.float32)
+    return [kv, 1, tables, sequence, positions, q, window, scratch, y]
+
+
+def _rms_norm(draw: Draw, *, tokens: int, n: int) -> Arguments:
+    x = draw.singles(tokens, n)
+    x[: tokens // 3] = 0  # only eps is left under the root
+    return [x, draw.rng.standard_normal(n).astype(np.float32), 1e-5, np.full((tokens, n), np.nan, np.float32)]
+
+
+def _rms_norm_magnitude(x: Array, weight: Array, eps: float, y: Array) -> Array:
+    root = np.sqrt((x.astype(np.float64) ** 2).mean(axis=1, keepdims=True) + eps)
+    magnitude: Array = np.abs(x / root * weight)
+    return magnitude
+
+
+def _gated(draw: Draw, *, tokens: int, n: int) -> Arguments:
+    gate = draw.numbers((tokens, n), (0.0, -0.0, 1e-45, 80.0, -80.0, 1e10)).astype(np.float32)
+    return [gate, draw.rng.standard_normal((tokens, n)).astype(np.float32), np.full((tokens, n), np.nan, np.float32)]
+
+
+def _rotate(draw: Draw, *, tokens: int, heads: int = 2, width: int, context: int = 50) -> Arguments:
+    angles = draw.rng.random((context, width // 2)) * 6
+    cosine, sine = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    x = draw.singles(tokens, heads, width)
+    return [x, draw.rng.integers(0, context, tokens), cosine, sine, np.full_like(x, np.nan)]
+
+
+def _add(draw: Draw, *, tokens: int, n: int, rows: int | None = None) -> Arguments:
+    x = draw.singles(tokens, n)
+    return [x, draw.singles(tokens if rows is None else rows, n), np.full_like(x, np.nan)]
+
+
+def _pair_magnitude(x: Array, *_: Any) -> Array:
+    half = x.shape[-1] // 2
+    both = np.abs(x[..., :half]) + np.abs(x[..., half:])
+    return np.concatenate([both, both], axis=-1)
+
+
+TABLE: Final = (
+    Entry("matmul", matmul.matmul, reference.reference_matmul, _matmul, _matmul_magnitude, 100),
+    Entry("take_rows", matmul.take_rows, reference.reference_take_rows, _take_rows, _take_rows_magnitude, 40),
+    Entry("store_kv", attention.store_kv, attention.reference_store_kv, _store_kv, lambda *_: 0.0, 0, output=0),
+    Entry("attend", attention.attend, attention.reference_attend, _attend, lambda kv, *_: np.abs(kv).max(), 200),
+    Entry(
+        "rms_norm",
+        elementwise.rms_norm,
+        elementwise.reference_rms_norm,
+        _rms_norm,
+        _rms_norm_magnitude,
+        4,
+    ),
+    Entry(
+        "gated",
+        elementwise.gated,
+        elementwise.reference_gated,
+        _gated,
+        lambda gate, up, y: np.abs(gate.astype(np.float64) * up),
+        8,
+    ),
+    Entry("rotate", elementwise.rotate, elementwise.reference_rotate, _rotate, _pair_magnitude, 4),
+    Entry("add", elementwise.add, elementwise.reference_add, _add, lambda *_: 0.0, 0),
+)

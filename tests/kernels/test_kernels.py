@@ -1,0 +1,145 @@
+"""Every kernel of the table equals its reference, over sizes around the vectors' edges and nasty values."""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+from ebbflow.kernels.rows import JIT_OFF, half_to_float
+from ebbflow.kernels.table import TABLE, Draw, Entry
+
+ROUNDING = 2.0**-24
+UNDERFLOW = 1e-40  # absolute: products of subnormals
+LEVELS = (
+    (),
+    ("f32",),
+    ("f16",),
+    ("bf16",),
+    ("i8",),
+    ("signs:1",),
+    ("signs:2",),
+    ("signs:5",),
+    ("signs:16",),
+    ("signs:5", "signs:2", "signs:16"),
+    ("i8", "signs:1", "f16", "signs:3", "bf16", "f32"),
+)
+# plain Python takes microseconds for each multiplication
+COLUMNS = (1, 65) if JIT_OFF else (1, 63, 64, 65, 172, 576)
+ROWS = (5,) if JIT_OFF else (1, 3, 4, 5, 67)
+TOKENS = (5,) if JIT_OFF else (0, 1, 2, 3, 4, 5, 16)
+FEW = (1, 3) if JIT_OFF else (1, 3, 16, 17)
+CONTEXTS = (33,) if JIT_OFF else (5, 32, 33, 100)
+
+Shape = dict[str, Any]
+
+
+def each(**choices: tuple[Any, ...]) -> list[Shape]:
+    return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+
+
+WEIGHTS = each(levels=LEVELS, n=COLUMNS)
+SHAPES: dict[str, list[Shape]] = {
+    "matmul": WEIGHTS,
+    "take_rows": WEIGHTS,
+    "store_kv": each(groups=(1, 2), width=(16, 20), tokens=(1, 5), context=CONTEXTS, sequences=(1, 2)),
+    "attend": each(width=(8, 16, 20), per_group=(1, 2), tokens=(1, 3), context=CONTEXTS, window=(0, 1, 7)),
+    "rms_norm": each(tokens=FEW, n=COLUMNS),
+    "gated": each(tokens=FEW, n=COLUMNS),
+    "rotate": each(tokens=FEW, width=(2, 16, 64)),
+    "add": each(tokens=FEW, n=COLUMNS) + each(tokens=FEW, n=COLUMNS, rows=(1,)),
+}
+
+
+def inner(name: str, shape: Shape) -> Iterator[Shape]:
+    """Rows and tokens are cheap to vary within one test; the rest names it."""
+    if name not in ("matmul", "take_rows"):
+        yield shape
+        return
+    for rows, tokens in product(ROWS, TOKENS):
+        yield shape | {"m": rows, "tokens": tokens}
+
+
+def draw(shape: Shape) -> Draw:
+    seed = zlib.crc32(repr(shape).encode())
+    return Draw(seed, nasty=seed % 2 == 1)
+
+
+def both(entry: Entry, arguments: list[Any]) -> tuple[Any, Any]:
+    mine, theirs = copy.deepcopy(arguments), copy.deepcopy(arguments)
+    entry.kernel(*mine)
+    entry.reference(*theirs)
+    for place, (now, before) in enumerate(zip(mine, arguments, strict=True)):
+        if isinstance(now, np.ndarray) and place not in (entry.output % len(mine), *scratch(entry)):
+            np.testing.assert_array_equal(now, before, err_msg=f"{entry.name} changed its argument {place}")
+    return mine[entry.output], theirs[entry.output]
+
+
+def scratch(entry: Entry) -> tuple[int, ...]:
+    return {"matmul": (4,), "attend": (7,)}.get(entry.name, ())
+
+
+@pytest.mark.parametrize(
+    ("entry", "shape"),
+    [
+        pytest.param(entry, shape, id=f"{entry.name}-{'-'.join(str(value) for value in shape.values())}")
+        for entry in TABLE
+        for shape in SHAPES[entry.name]
+    ],
+)
+def test_equals_the_reference(entry: Entry, shape: Shape) -> None:
+    for whole in inner(entry.name, shape):
+        arguments = entry.arguments(draw(whole), **whole)
+        got, want = both(entry, arguments)
+        allowed = entry.roundings * ROUNDING * entry.magnitude(*arguments) + (UNDERFLOW if entry.roundings else 0)
+        wrong = ~(np.abs(got.astype(np.float64) - want) <= allowed)
+        assert not wrong.any(), f"{whole}: {got[wrong][:5]} where the reference has {want[wrong][:5]}"
+
+
+def test_the_comparison_sees_a_small_mistake() -> None:
+    """The bound is not so wide that everything passes: one of 65 columns off by a thousandth must show."""
+    entry = next(entry for entry in TABLE if entry.name == "matmul")
+    arguments = entry.arguments(Draw(0), m=5, n=65, tokens=3, levels=("signs:2", "signs:2"))
+    got, _ = both(entry, arguments)
+    arguments[3][:, 64] *= 1.001
+    _, want = both(entry, arguments)
+    allowed = entry.roundings * ROUNDING * entry.magnitude(*arguments)
+    assert (np.abs(got.astype(np.float64) - want) > allowed).mean() > 0.5
+
+
+def test_half_to_float_is_exact_for_every_finite_half() -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    bits = bits[(bits & 0x7C00) != 0x7C00][:: 251 if JIT_OFF else 1]
+    found = np.array([half_to_float(half) for half in bits], np.float32)
+    np.testing.assert_array_equal(found.view(np.uint32), bits.view(np.float16).astype(np.float32).view(np.uint32))
+
+
+@pytest.mark.skipif(JIT_OFF, reason="Python's math.exp raises where the compiled one gives infinity")
+def test_a_gate_far_below_zero_is_shut_not_nan() -> None:
+    entry = next(entry for entry in TABLE if entry.name == "gated")
+    gate = np.array([[-89.0, -1e10, -3e38]], np.float32)
+    y = np.full((1, 3), np.nan, np.float32)
+    entry.kernel(gate, np.ones((1, 3), np.float32), y)
+    np.testing.assert_allclose(y, 0, atol=1e-36)
+
+
+def narrower(value: Any) -> Any:
+    wrong = {"f": np.float64, "i": np.int32, "u": np.uint8}[value.dtype.kind]
+    return value.astype(wrong)
+
+
+@pytest.mark.skipif(JIT_OFF, reason="signatures belong to the compiler")
+@pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.name)
+def test_another_dtype_or_layout_is_refused_not_compiled(entry: Entry) -> None:
+    *_, shape = inner(entry.name, SHAPES[entry.name][-1])
+    arguments = entry.arguments(Draw(0), **shape)
+    for place, value in enumerate(arguments):
+        if isinstance(value, np.ndarray):
+            for wrong in (narrower(value), np.repeat(value, 2, axis=-1)[..., ::2]):
+                with pytest.raises(TypeError):
+                    entry.kernel(*arguments[:place], wrong, *arguments[place + 1 :])
+    assert len(entry.kernel.signatures) == 1  # type: ignore[attr-defined]
