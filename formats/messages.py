@@ -384,7 +384,7 @@ def decode(decoder: msgspec.msgpack.Decoder[M], frames: list[bytes]) -> M:
         raise UnsupportedVersion(f"protocol version {frames[0][-1]}; this side speaks {PROTOCOL}")
     try:
         return decoder.decode(frames[1])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"message not understood: {error}") from error
 
 

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from ebbflow.formats.blocks import (
+    block_weight,
+    check_finite,
+    pack_dense,
+    pack_signs,
+    sum_blocks,
+    unpack_dense,
+    unpack_signs,
+)
+from ebbflow.formats.errors import BadBlock, UnknownKind
+from ebbflow.formats.kinds import payload_nbytes, signs_nbytes, words_per_row
+from ebbflow.formats.stack import BlockEntry
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from support import golden
+
+# What rounding may do: half a unit in the last place, and below the smallest normal number half a step.
+RELATIVE = {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8}
+ABSOLUTE = {"f32": 0.0, "f16": 2.0**-25, "bf16": 1e-38}
+
+
+def entry(kind: str, shape: tuple[int, ...], **own) -> BlockEntry:
+    nbytes = payload_nbytes(kind, shape, **own)
+    return BlockEntry(kind=kind, tensor="t", level=0, shape=shape, nbytes=nbytes, gain=0.0, hash="", uses=("t",), **own)
+
+
+# -- layouts, as literal bytes ------------------------------------------------------------------------------------
+
+
+def test_dense_layouts():
+    vector = np.array([1.0, -2.0], np.float32)
+    assert pack_dense(vector, "f32") == golden.DENSE
+    assert pack_dense(vector, "f16").hex() == "003c00c0"
+    assert pack_dense(vector, "bf16").hex() == "803f00c0"
+    assert pack_dense(np.array([127.0, -2.0], np.float32), "i8").hex() == "0000803f" + "7ffe"
+    matrix = np.array([[127.0, -2.0], [0.0, 254.0]], np.float32)
+    assert pack_dense(matrix, "i8").hex() == "0000803f" + "00000040" + "7ffe" + "007f"
+
+
+def test_signs_layout():
+    positive, u, v = unpack_signs(golden.SIGNS, 2, 3, 1)
+    assert positive.tolist() == [[True, False, True], [False, True, True]]
+    assert u.tolist() == [[0.5], [2.0]]
+    assert v.tolist() == [[1.0, -1.0, 0.25]]
+    assert pack_signs(positive, u, v) == golden.SIGNS
+
+
+def test_signs_beyond_64_columns():
+    positive = np.zeros((1, 65), np.bool_)
+    positive[0, [0, 63, 64]] = True
+    data = pack_signs(positive, np.ones((1, 1), np.float16), np.ones((1, 65), np.float16))
+    assert data[:16].hex() == "0100000000000080" + "0100000000000000"
+
+
+@pytest.mark.parametrize(("n", "words"), [(1, 1), (63, 1), (64, 1), (65, 2), (172, 3), (576, 9)])
+def test_sizes(n, words):
+    assert words_per_row(n) == words
+    assert signs_nbytes(7, n, 3) == 7 * 8 * words + 2 * 3 * (7 + n)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "own"),
+    [
+        ("dense", (), {"dtype": "f32"}),
+        ("dense", (3, 0), {"dtype": "f32"}),
+        ("dense", (3,), {"dtype": "f8"}),
+        ("signs", (3,), {"rank": 1}),
+        ("signs", (3, 4), {"rank": 0}),
+        ("signs", (3, 4), {"rank": 4}),
+    ],
+)
+def test_parameters_that_make_no_sense(kind, shape, own):
+    with pytest.raises(BadBlock):
+        payload_nbytes(kind, shape, **own)
+
+
+def test_unknown_kind():
+    with pytest.raises(UnknownKind, match="plane"):
+        payload_nbytes("plane", (1, 1))
+
+
+# -- round trips --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+@given(data=st.data())
+def test_floats_round_trip(dtype, data):
+    limit = 65504 if dtype == "f16" else 2.0**100
+    weight = data.draw(arrays(np.float32, array_shapes(max_dims=3), elements=st.floats(-limit, limit, width=32)))
+    payload = pack_dense(weight, dtype)
+    assert len(payload) == payload_nbytes("dense", weight.shape, dtype=dtype)
+    back = unpack_dense(payload, weight.shape, dtype)
+    assert back.dtype == np.float32
+    np.testing.assert_allclose(back, weight, rtol=RELATIVE[dtype], atol=ABSOLUTE[dtype])
+    assert pack_dense(back, dtype) == payload
+
+
+@given(arrays(np.float32, array_shapes(max_dims=2), elements=st.floats(-(2.0**99), 2.0**99, width=32)))
+def test_int8_is_within_half_a_step_of_each_row(weight):
+    payload = pack_dense(weight, "i8")
+    assert len(payload) == payload_nbytes("dense", weight.shape, dtype="i8")
+    back = unpack_dense(payload, weight.shape, "i8")
+    step = np.abs(np.atleast_2d(weight)).max(axis=1, keepdims=True) / 127
+    assert (np.abs(np.atleast_2d(back - weight)) <= step * 0.501 + 1e-43).all()
+
+
+def test_int8_of_denormals_does_not_wrap_around():
+    weight = np.array([[190 * 2.0**-149, -190 * 2.0**-149]], np.float32)
+    back = unpack_dense(pack_dense(weight, "i8"), weight.shape, "i8")
+    assert back[0, 0] > 0 > back[0, 1]
+
+
+@given(st.data())
+def test_signs_round_trip(data):
+    m, n = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 200))
+    rank = data.draw(st.integers(1, min(m, n)))
+    factors = st.floats(-65504, 65504, width=16)
+    positive = data.draw(arrays(np.bool_, (m, n)))
+    u, v = data.draw(arrays(np.float16, (m, rank), elements=factors)), np.ones((rank, n), np.float16)
+    payload = pack_signs(positive, u, v)
+    assert len(payload) == payload_nbytes("signs", (m, n), rank=rank)
+    for found, put in zip(unpack_signs(payload, m, n, rank), (positive, u, v), strict=True):
+        np.testing.assert_array_equal(found, put)
+
+
+def test_blocks_of_a_tensor_add_up():
+    signs, dense = entry("signs", (2, 3), rank=1), entry("dense", (2, 3), dtype="f32")
+    ones = np.ones((2, 3), np.float32).tobytes()
+    np.testing.assert_array_equal(block_weight(signs, golden.SIGNS), [[0.5, 0.5, 0.125], [-2, -2, 0.5]])
+    found = sum_blocks([(signs, golden.SIGNS), (dense, ones)])
+    np.testing.assert_array_equal(found["t"], [[1.5, 1.5, 1.125], [-1, -1, 1.5]])
+
+
+# -- numbers that are none ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "i8"])
+def test_dense_refuses(bad, dtype):
+    with pytest.raises(BadBlock, match="NaN or infinity"):
+        pack_dense(np.array([1.0, bad], np.float32), dtype)
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("f16", 65520.0), ("f16", -1e6), ("bf16", 3.4e38), ("bf16", -3.4e38)])
+def test_dense_refuses_what_would_round_to_infinity(dtype, value):
+    with pytest.raises(BadBlock, match="too large"):
+        pack_dense(np.array([1.0, value], np.float32), dtype)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_signs_refuse_bad_factors(bad):
+    good = np.ones((2, 1), np.float16)
+    for u, v in ((good * np.float16(bad), good.T), (good, good.T * np.float16(bad))):
+        with pytest.raises(BadBlock, match="NaN or infinity"):
+            pack_signs(np.ones((2, 2), np.bool_), u, v)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A good block, and where in it a NaN of which bytes does harm."""
+
+    entry: BlockEntry
+    payload: bytes
+    at: tuple[int, ...]
+    nan: bytes
+
+
+ONES = np.ones((3, 4), np.float32)
+STORED = {
+    "f32": Stored(entry("dense", (3, 4), dtype="f32"), pack_dense(ONES, "f32"), (0, 44), b"\0\0\xc0\x7f"),
+    "f16": Stored(entry("dense", (3, 4), dtype="f16"), pack_dense(ONES, "f16"), (0, 22), b"\0\xfc"),
+    "bf16": Stored(entry("dense", (3, 4), dtype="bf16"), pack_dense(ONES, "bf16"), (0, 22), b"\x80\xff"),
+    "i8": Stored(entry("dense", (3, 4), dtype="i8"), pack_dense(ONES, "i8"), (0, 8), b"\0\0\x80\x7f"),
+    "i8 vector": Stored(entry("dense", (4,), dtype="i8"), pack_dense(ONES[0], "i8"), (0,), b"\0\0\x80\xff"),
+    "signs": Stored(entry("signs", (2, 3), rank=1), golden.SIGNS, (16, 18, 20, 24), b"\x01\x7c"),
+}
+
+
+def aligned(payload: bytes) -> np.ndarray:
+    """As a resident block lies: padded with what would be NaN anywhere."""
+    return np.frombuffer(payload.ljust(-(-len(payload) // 64) * 64, b"\xff"), np.uint8)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_check_finite(name):
+    stored = STORED[name]
+    check_finite(stored.entry, aligned(stored.payload))
+    for at in stored.at:
+        spoilt = stored.payload[:at] + stored.nan + stored.payload[at + len(stored.nan) :]
+        with pytest.raises(BadBlock, match="t level 0 holds NaN or infinity"):
+            check_finite(stored.entry, aligned(spoilt))
+
+
+def test_check_finite_does_not_take_signs_or_integers_for_numbers():
+    full = np.ones((1, 64), np.bool_)
+    payload = pack_signs(full, np.ones((1, 1), np.float16), np.ones((1, 64), np.float16))
+    check_finite(entry("signs", (1, 64), rank=1), aligned(payload))
+    check_finite(entry("dense", (4,), dtype="i8"), aligned(pack_dense(-ONES[0], "i8")))
