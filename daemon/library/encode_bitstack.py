@@ -128,8 +128,11 @@ def square_root(inputs: Tensor) -> Tensor:
     """`H [n, n]` -> P `[n, p]`, p <= 512, with `P P^T` = H; beyond 512 columns in expectation, by random signs.
 
     Rounding and few samples leave H slightly indefinite; the smallest ridge that makes it definite is added.
+    Raises `CorruptCheckpoint` when H is not finite.
     """
     n = len(inputs)
+    if not torch.isfinite(inputs).all():
+        raise CorruptCheckpoint("the squares of the model's activations are not finite: its weights cannot be right")
     ridge = 1e-6 * max(float(inputs.diagonal().mean()), 1e-30)
     root: Tensor
     while True:
