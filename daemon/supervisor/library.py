@@ -57,7 +57,9 @@ class Library:
         self._models = found
 
     def get(self, name: str) -> Manifest:
-        """The manifest of a model. Raises `UnknownModel`."""
+        """The manifest of a model; one put there by hand is found when it is asked for. Raises `UnknownModel`."""
+        if name not in self._models:
+            self.scan()
         if name not in self._models:
             raise UnknownModel(
                 f"no model {name!r} in {self._root}; there is {', '.join(sorted(self._models)) or 'none'}"
@@ -74,7 +76,8 @@ class Library:
         return name in self._models or (self._root / name).exists()
 
     def summaries(self) -> tuple[ModelSummary, ...]:
-        """One line for each model, by name."""
+        """One line for each model that is there now, by name."""
+        self.scan()
         return tuple(summary(self._models[name]) for name in sorted(self._models))
 
     def remove(self, name: str) -> None:
