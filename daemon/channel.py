@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ import zmq
 
 from ..formats.errors import DaemonFailed, InvalidRequest, Unsupported
 from ..formats.messages import MAX_MESSAGE, Message, ToWorker, decode, encode, failure, to_worker_decoder
+
+log = logging.getLogger(__name__)
 
 LINGER_MS: Final = 500
 FRAMES: Final = 3  # sender, header, body; what a longer message has more is read and dropped
@@ -88,7 +91,8 @@ class Hub(Generic[M]):
     """One bound address and the peers behind it, each known by the identity that ZeroMQ gives. One thread only.
 
     Nothing here blocks, and nothing that a peer sends or fails to read makes it raise. A peer that reads slowly gets
-    a bounded outbox, tried again on each `flush`; `lost` names the peers for which that was not enough. Raises
+    a bounded outbox, tried again on each `flush`; `lost` names the peers for which that was not enough. `explain`:
+    whether who sends nonsense is told so; towards children it is not, as they know no such message. Raises
     `DaemonFailed` when the address cannot be bound.
     """
 
@@ -98,9 +102,11 @@ class Hub(Generic[M]):
         decoder: msgspec.msgpack.Decoder[M],
         limits: Limits = Limits(),
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        explain: bool = True,
     ) -> None:
         self._decoder = decoder
         self._limits = limits
+        self._explain = explain
         self._own_context = None if context else zmq.Context()
         self._socket = (context or self._own_context or zmq.Context.instance()).socket(zmq.ROUTER)
         self._socket.router_mandatory = True
@@ -128,7 +134,7 @@ class Hub(Generic[M]):
     def receive(self, limit: int = 500) -> list[tuple[bytes, M]]:
         """What has arrived, at most `limit` messages, each with its sender.
 
-        A sender whose message cannot be understood gets `Failed` with id 0 instead.
+        A sender whose message cannot be understood gets `Failed` with id 0 instead, if this hub explains.
         """
         messages: list[tuple[bytes, M]] = []
         for _ in range(limit):
@@ -139,7 +145,10 @@ class Hub(Generic[M]):
             try:
                 messages.append((peer, decode(self._decoder, rest)))
             except (InvalidRequest, Unsupported) as error:
-                self.send(peer, failure(0, error))
+                if self._explain:
+                    self.send(peer, failure(0, error))
+                else:
+                    log.warning("from %r: %s", peer, error)
         return messages
 
     def send(self, peer: bytes, message: Message) -> None:

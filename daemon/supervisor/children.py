@@ -24,6 +24,7 @@ LEAVE_SECONDS: Final = 5.0  # between being asked to leave and being killed
 LAST_WORDS_SECONDS: Final = 0.1  # what a child sent just before its end may still be on its way
 LOG_NBYTES: Final = 1_000_000  # a log larger than this is set aside when the next child starts
 TAIL_NBYTES: Final = 2_000
+TAIL_LINES: Final = 5
 
 WORKER: Final = (sys.executable, "-P", "-m", "ebbflow.daemon.worker")
 JOB: Final = (sys.executable, "-P", "-m", "ebbflow.daemon.library.job")
@@ -52,7 +53,7 @@ class Process(Protocol):
         ...
 
     def last_lines(self) -> str:
-        """The end of what it wrote to its log."""
+        """The end of what it wrote to its log; nothing when that cannot be read."""
         ...
 
     def close(self) -> None:
@@ -121,10 +122,14 @@ class _Subprocess:
         self._process.kill()
 
     def last_lines(self) -> str:
-        with self._log.open("rb") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(self._log_start, end - TAIL_NBYTES))
-            return "\n".join(file.read().decode(errors="replace").splitlines()[-5:])
+        try:
+            with self._log.open("rb") as file:
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(self._log_start, end - TAIL_NBYTES))
+                text = file.read().decode(errors="replace")
+        except OSError:  # somebody tidied up
+            return ""
+        return "\n".join(text.splitlines()[-TAIL_LINES:])
 
     def close(self) -> None:
         if self._descriptor is not None:

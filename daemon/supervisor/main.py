@@ -83,7 +83,7 @@ def serve(options: Options, paths: Paths, launcher: Launcher) -> None:
 @contextlib.contextmanager
 def _outside(options: Options, paths: Paths, launcher: Launcher) -> Iterator[Outside]:
     with (
-        contextlib.closing(Hub(paths.children, from_child_decoder, CHILD_LIMITS)) as children,
+        contextlib.closing(Hub(paths.children, from_child_decoder, CHILD_LIMITS, explain=False)) as children,
         contextlib.closing(Hub(paths.clients, request_decoder)) as clients,
     ):
         yield Outside(clients, children, launcher, Sensor(cap=options.cap))

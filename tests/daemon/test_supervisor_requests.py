@@ -327,3 +327,4 @@ def test_garbage_from_a_worker_is_ignored(house):
     worker.say(Chunk(id=12345, text="for nobody", tokens=1), Chunk(id=forwarded.id, text="x", tokens=1))
     house.turn()
     assert client.hear() == [Chunk(id=1, text="x", tokens=1)]
+    assert worker.hear() == []

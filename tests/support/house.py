@@ -134,7 +134,7 @@ class House:
         self.root = root
         self.context = zmq.Context()
         self.clients = Hub("inproc://clients", request_decoder, context=self.context)
-        self.children = Hub("inproc://children", from_child_decoder, context=self.context)
+        self.children = Hub("inproc://children", from_child_decoder, context=self.context, explain=False)
         self.launcher = FakeLauncher()
         self.sensor = FakeSensor()
         self.library = Library(root, delete)

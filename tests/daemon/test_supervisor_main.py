@@ -1,0 +1,104 @@
+"""Options, the runtime folder and its lock, and the commands that start children."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+from ebbflow.daemon.supervisor.children import JOB, LOG_NBYTES, WORKER, CommandLauncher
+from ebbflow.daemon.supervisor.main import Options, default_reserve, main, parse
+from ebbflow.daemon.supervisor.runtime import locked, prepare
+from ebbflow.formats.errors import AlreadyRunning, DaemonFailed, InvalidSize
+from ebbflow.formats.messages import AddModel
+from ebbflow.formats.paths import Paths
+
+
+@pytest.fixture
+def paths(tmp_path):
+    return Paths(tmp_path / "run", tmp_path / "library", tmp_path / "cache", tmp_path / "logs")
+
+
+def test_options():
+    assert parse([]) == Options()
+    given = parse(["--idle-seconds", "5", "--reserve", "1GB", "--cap", "2GiB", "--log-level", "debug"])
+    assert given == Options(5.0, 10**9, 2**31, "debug")
+    with pytest.raises(InvalidSize):
+        parse(["--cap", "much"])
+    with pytest.raises(SystemExit) as left:
+        parse(["--log-level", "loud"])
+    assert left.value.code == 2
+
+
+@pytest.mark.parametrize(("total", "reserve"), [(2**30, 256 * 10**6), (10**10, 5 * 10**8), (2**36, 10**9)])
+def test_the_default_reserve(total, reserve):
+    assert default_reserve(total) == reserve
+
+
+def test_the_runtime_folder_is_made_for_us_alone(paths):
+    prepare(paths)
+    prepare(paths)
+    assert paths.runtime.stat().st_mode & 0o777 == 0o700
+    assert paths.library.is_dir()
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o710, 0o702])
+def test_a_runtime_folder_that_others_can_enter_is_refused(paths, mode):
+    paths.runtime.mkdir()
+    paths.runtime.chmod(mode)
+    with pytest.raises(DaemonFailed, match=f"mode {mode:o}"):
+        prepare(paths)
+
+
+def test_a_runtime_folder_that_is_a_link_is_refused(paths, tmp_path):
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    paths.runtime.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DaemonFailed, match="must be a folder"):
+        prepare(paths)
+
+
+def test_a_folder_that_cannot_be_made_is_a_typed_error(paths):
+    paths.library.write_text("in the way")
+    with pytest.raises(DaemonFailed, match="library cannot be created"):
+        prepare(paths)
+
+
+def test_the_lock_is_held_once_and_names_its_holder(paths):
+    prepare(paths)
+    with locked(paths.lock), pytest.raises(AlreadyRunning, match=f"process {os.getpid()}"), locked(paths.lock):
+        pass
+    with locked(paths.lock):
+        assert paths.lock.read_text() == f"{os.getpid()}\n"
+
+
+def test_main_turns_errors_into_exit_codes(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("EBBFLOW_HOME", str(tmp_path / ("x" * 120)))
+    assert main([]) == DaemonFailed.exit_code
+    assert "EBBFLOW_HOME" in capsys.readouterr().err
+    assert main(["--reserve", "?"]) == InvalidSize.exit_code
+
+
+def test_the_real_commands_are_modules_of_ours():
+    assert WORKER[1:] == ("-P", "-m", "ebbflow.daemon.worker")
+    assert JOB[1:] == ("-P", "-m", "ebbflow.daemon.library.job")
+
+
+def test_children_get_their_arguments_and_their_last_lines_are_kept(paths):
+    prepare(paths)
+    tell = (sys.executable, "-c", "import sys; print('\\n'.join(sys.argv[1:])); sys.exit(7)")
+    launcher = CommandLauncher(paths, tell, tell)
+    (paths.logs / "worker.log").write_text("of an earlier one\n" * LOG_NBYTES)
+    worker = launcher.start_worker("worker-1")
+    job = launcher.start_job("job-1", AddModel(id=3, source="/s", name="n"))
+    for process in (worker, job):
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert process.exit_code() == 7
+        process.close()
+        process.close()
+    assert worker.last_lines() == f"{paths.children}\nworker-1"
+    address, identity, library, cache, request = job.last_lines().splitlines()
+    assert (address, identity, library, cache) == (paths.children, "job-1", str(paths.library), str(paths.cache))
+    assert '"source":"/s"' in request
+    (paths.logs / "job.log").unlink()
+    assert job.last_lines() == ""
+    assert (paths.logs / "worker.log.1").stat().st_size > LOG_NBYTES

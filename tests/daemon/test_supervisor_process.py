@@ -1,0 +1,280 @@
+"""The supervisor as a process of its own, with fake children that are processes too."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import zmq
+from ebbflow.daemon.supervisor.library import _owner_lives
+from ebbflow.formats.errors import AlreadyRunning
+from ebbflow.formats.messages import (
+    AddModel,
+    Cancel,
+    Chunk,
+    Done,
+    Failed,
+    Finished,
+    GetStatus,
+    Ping,
+    Pong,
+    Progress,
+    Resize,
+    Resized,
+    Shutdown,
+    Started,
+    Status,
+    decode,
+    encode,
+    event_decoder,
+)
+from ebbflow.formats.paths import Paths
+from ebbflow.formats.units import SizeWish
+from support.house import GB, generate
+from support.models import write_model
+
+SCRIPT = Path(__file__).parent.parent / "support" / "fake_supervisor.py"
+PATIENCE_MS = 20_000
+
+
+class Daemon:
+    """A running daemon and one client's socket."""
+
+    def __init__(self, home: Path, *options: str, **environment: str) -> None:
+        self.paths = Paths(home / "run", home / "library", home / "cache", home / "logs")
+        self.environment = {**os.environ, "EBBFLOW_HOME": str(home), **environment}
+        self.options = options
+        self.process = self.start()
+        self.context = zmq.Context()
+        self.socket = self.context.socket(zmq.DEALER)
+        self.socket.linger = 0
+        self.socket.connect(self.paths.clients)
+
+    def start(self) -> subprocess.Popen[str]:
+        command = [sys.executable, "-P", str(SCRIPT), *self.options]
+        return subprocess.Popen(command, env=self.environment, stderr=subprocess.PIPE, text=True)
+
+    def say(self, *messages) -> None:
+        for message in messages:
+            self.socket.send_multipart(encode(message))
+
+    def hear(self):
+        assert self.socket.poll(PATIENCE_MS), "no answer"
+        return decode(event_decoder, self.socket.recv_multipart())
+
+    def hear_until(self, *kinds):
+        heard = [self.hear()]
+        while not isinstance(heard[-1], kinds):
+            heard.append(self.hear())
+        return heard
+
+    def ask(self, message):
+        self.say(message)
+        return self.hear()
+
+    def children(self) -> dict[str, int]:
+        """The process ids of worker and job, also while events stream in."""
+        self.say(GetStatus(id=999))
+        processes = self.hear_until(Status)[-1].processes
+        return {process.role: process.pid for process in processes if process.role != "supervisor"}
+
+    def close(self) -> str:
+        self.socket.close()
+        self.context.term()
+        self.process.kill()
+        return self.process.communicate()[1]
+
+
+@pytest.fixture
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("h")
+    write_model(home / "library", "demo")
+    write_model(home / "library", "broken")
+    return home
+
+
+@pytest.fixture
+def daemon(home):
+    daemon = Daemon(home)
+    yield daemon
+    daemon.close()
+
+
+def wait_until_gone(pid: int) -> None:
+    """Wait for a process that may be another's child."""
+    with contextlib.suppress(ProcessLookupError):
+        descriptor = os.pidfd_open(pid)
+        poller = zmq.Poller()
+        poller.register(descriptor, zmq.POLLIN)
+        assert poller.poll(PATIENCE_MS)
+        os.close(descriptor)
+
+
+def test_a_worker_killed_in_mid_stream_is_told_within_a_second_and_replaced(daemon):
+    daemon.say(*(generate(number, prompt="endless") for number in range(1, 5)))
+    assert isinstance(daemon.hear_until(Chunk)[0], Started)
+    pid = daemon.children()["worker"]
+    killed = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    ended = set()
+    while len(ended) < 4:
+        [*_, failed] = daemon.hear_until(Failed)
+        assert failed.code == "worker_died"
+        assert "signal 9" in failed.message
+        ended.add(failed.id)
+    assert time.monotonic() - killed < 1
+    assert ended == {1, 2, 3, 4}
+    daemon.say(generate(5, prompt="alive again"))
+    heard = daemon.hear_until(Finished)
+    assert "".join(event.text for event in heard if isinstance(event, Chunk)) == "alive again "
+    assert all(event.id == 5 for event in heard)
+    assert daemon.children()["worker"] != pid
+
+
+def test_the_fake_worker_keeps_the_contract(daemon):
+    assert daemon.ask(Resize(id=1, model="demo", wish=SizeWish(fraction=0.5))) == Resized(id=1)
+    daemon.say(generate(2, prompt="a b"))
+    *_, finished = daemon.hear_until(Finished)
+    assert (finished.id, finished.tokens) == (2, 2)
+    resized = daemon.ask(Resize(id=3, model="demo", wish=SizeWish(nbytes=300_000_000)))
+    assert (resized.id, resized.residency.target_nbytes, resized.residency.reason) == (
+        3,
+        300_000_000,
+        "asked for 300 MB",
+    )
+    failed = daemon.ask(generate(4, model="broken"))
+    assert (failed.id, failed.code) == (4, "corrupt_stack")
+    daemon.say(generate(5, prompt="endless"))
+    daemon.hear_until(Chunk)
+    daemon.say(Cancel(id=5))
+    [*_, failed] = daemon.hear_until(Failed)
+    assert (failed.id, failed.code) == (5, "cancelled")
+    daemon.say(generate(6, prompt="garbage"))
+    assert isinstance(daemon.hear_until(Finished)[0], Started)
+    failed = daemon.ask(generate(7, prompt="exit"))
+    assert (failed.id, failed.code) == (7, "worker_died")
+    assert "exit code 3" in failed.message
+    assert "told to leave" in failed.message
+
+
+def test_a_worker_that_cannot_start_ends_in_an_error_with_its_last_lines(home):
+    daemon = Daemon(home, FAKE_WORKER="stillborn")
+    failed = daemon.ask(generate(1))
+    assert (failed.id, failed.code) == (1, "worker_died")
+    assert "no strength to live" in failed.message
+    assert daemon.ask(Ping()) == Pong()
+    assert daemon.close().count("no strength") == 3
+
+
+def test_an_add_is_cancelled_and_leaves_nothing(daemon):
+    daemon.say(AddModel(id=1, source="/x", name="new"))
+    assert daemon.hear() == Progress(id=1, stage="encode", done=1, total=2)
+    assert any(daemon.paths.library.glob(".adding-new-*"))
+    daemon.say(Cancel(id=1))
+    failed = daemon.hear()
+    assert (failed.id, failed.code) == (1, "cancelled")
+    daemon.ask(Shutdown(id=2))
+    daemon.process.wait(20)
+    assert not any(daemon.paths.library.glob(".adding-*"))
+
+
+def test_it_is_small_and_maps_nothing_large(daemon):
+    for number in range(50):
+        daemon.say(generate(number, prompt="x " * 100))
+        daemon.hear_until(Finished)
+    status = daemon.ask(GetStatus(id=100))
+    [supervisor] = [process for process in status.processes if process.role == "supervisor"]
+    assert supervisor.pid == daemon.process.pid
+    assert supervisor.private_nbytes < 30_000_000
+    mapped = Path(f"/proc/{supervisor.pid}/maps").read_text()
+    assert "libzmq" in mapped
+    for library in ("torch", "numpy", "llvmlite", "numba", "safetensors", "tokenizers"):
+        assert library not in mapped
+
+
+def test_importing_it_imports_nothing_large():
+    program = (
+        "import sys, ebbflow.daemon.supervisor.main\n"
+        "heavy = {'torch', 'numpy', 'numba', 'llvmlite', 'safetensors', 'tokenizers', 'jinja2', 'click', 'rich'}\n"
+        "ours = ('daemon.worker', 'daemon.engine', 'daemon.library', 'kernels', 'client', 'formats.blocks')\n"
+        "bad = heavy & {name.partition('.')[0] for name in sys.modules}\n"
+        "bad |= {n for n in sys.modules if n.startswith(tuple('ebbflow.' + name for name in ours))}\n"
+        "bad |= {'formats.checkpoint'} & {n.removeprefix('ebbflow.') for n in sys.modules}\n"
+        "sys.exit(' '.join(sorted(bad)) or None)\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_only_one_daemon_runs_in_a_folder(daemon):
+    assert daemon.ask(Ping()) == Pong()
+    second = daemon.start()
+    _, errors = second.communicate(timeout=20)
+    assert second.returncode != 0
+    assert f"process {daemon.process.pid}" in errors
+    assert AlreadyRunning.__name__ in errors
+    assert daemon.ask(Ping()) == Pong()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_in_order(daemon, number):
+    daemon.say(generate(1, prompt="endless"))
+    daemon.hear_until(Chunk)
+    worker = daemon.children()["worker"]
+    daemon.process.send_signal(number)
+    [*_, failed] = daemon.hear_until(Failed)
+    assert (failed.id, failed.code) == (1, "cancelled")
+    assert daemon.process.wait(20) == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
+
+
+def test_shutdown_answers_when_all_is_over(daemon):
+    daemon.say(generate(1, prompt="endless"))
+    daemon.hear_until(Chunk)
+    worker = daemon.children()["worker"]
+    daemon.say(Shutdown(id=2))
+    [*_, done] = daemon.hear_until(Done)
+    assert done == Done(id=2)
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
+    assert daemon.process.wait(20) == 0
+
+
+def test_when_it_is_killed_its_children_die_and_the_next_one_starts(home):
+    first = Daemon(home)
+    first.say(generate(1, prompt="endless"), AddModel(id=2, source="/x", name="new"))
+    first.hear_until(Progress)
+    children = first.children()
+    assert children.keys() == {"worker", "job"}
+    first.process.kill()
+    for pid in children.values():
+        wait_until_gone(pid)
+    first.close()
+    [left] = first.paths.library.glob(".adding-new-*")
+    second = Daemon(home)
+    second.say(generate(1))
+    assert isinstance(second.hear_until(Finished)[-1], Finished)
+    # Deleted in the background, unless the number has been given to another process in the meantime.
+    second.ask(Shutdown(id=2))
+    second.process.wait(20)
+    assert not left.exists() or _owner_lives(left.name)
+    second.close()
+
+
+def test_the_target_follows_a_cap(home):
+    daemon = Daemon(home, "--cap", "900MB", "--reserve", "100MB")
+    daemon.say(generate(1))
+    daemon.hear_until(Finished)
+    status = daemon.ask(GetStatus(id=2))
+    assert status.available_source == "cap"
+    assert status.reserve_nbytes == 100_000_000
+    [model] = status.models
+    assert GB * 0.7 < model.target_nbytes < GB * 0.8
+    daemon.close()
