@@ -86,7 +86,7 @@ class Resident:
             for position in range(self.blocks, stop):
                 check_finite(self.stack.blocks[position], self._slice(position))
         except BaseException:
-            self._mapping.release(self.nbytes, self.stack.edges[stop])
+            self._drop_tail()
             raise
         for position in range(self.blocks, stop):
             self._admit(self.stack.blocks[position], self.stack.edges[position])
@@ -97,13 +97,12 @@ class Resident:
         blocks = max(blocks, self.stack.base)
         if blocks >= self.blocks:
             return
-        old = self.nbytes
         for position in range(self.blocks - 1, blocks - 1, -1):
             tensor = self.stack.blocks[position].tensor
             self._rows[tensor].pop()
             self._tables.pop(tensor, None)
         self.blocks = blocks
-        self._mapping.release(self.nbytes, old)
+        self._drop_tail()
 
     def statistics(self) -> ResidentStatistics:
         """How much is in memory."""
@@ -131,6 +130,10 @@ class Resident:
         code = SIGNS if entry.kind == "signs" else CODES[entry.dtype]
         self._rows.setdefault(entry.tensor, []).append((code, offset, entry.rank))
         self._tables.pop(entry.tensor, None)
+
+    def _drop_tail(self) -> None:
+        # To the very end: the page in which an edge lay is whole again only when the edge has moved on.
+        self._mapping.release(self.nbytes, self.stack.nbytes)
 
     def _read(self, start: int, stop: int) -> None:
         view = self._mapping.bytes.data
