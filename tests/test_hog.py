@@ -1,0 +1,81 @@
+"""Automatic mode against a real memory hog, on the full shape: the stack gives way, nothing fails, nothing is killed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+from ebbflow.client import Client
+from ebbflow.daemon.library.shapes import SHAPES
+from ebbflow.daemon.library.synthetic_stack import write_random_stack
+from support.cgroup import Cgroup, memory_cgroup, writable
+from support.hog import Hog
+from support.real_daemon import RealDaemon, real_daemon
+
+LIMIT = 1_000_000_000
+RESERVE = 150_000_000
+pytestmark = [
+    pytest.mark.skipif(not writable(), reason="needs root and a cgroup v1 memory hierarchy to limit real memory"),
+    pytest.mark.timeout(240),
+]
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Cgroup]:
+    with memory_cgroup(LIMIT) as group:
+        yield group
+
+
+@pytest.fixture
+def daemon(cgroup: Cgroup) -> Iterator[RealDaemon]:
+    with real_daemon("--reserve", str(RESERVE), prefix=cgroup.prefix) as running:
+        write_random_stack(SHAPES["tinyllama-1.1b"], running.paths.library, "full", levels=4, rank=1)
+        yield running
+
+
+def resident(client: Client) -> int:
+    return client.status().models[0].nbytes
+
+
+def until(condition: Callable[[], bool], seconds: float) -> None:
+    """Ask the daemon until it is so; each question is a round trip, so this does not spin."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+
+
+def test_the_stack_gives_way_to_a_hog_and_comes_back(cgroup: Cgroup, daemon: RealDaemon) -> None:
+    pieces: list[str] = []
+    failures: list[BaseException] = []
+
+    def stream() -> None:
+        try:
+            with daemon.client() as own, own.generate("full", "hello", max_tokens=1500) as text:
+                pieces.extend(text)
+        except BaseException as error:
+            failures.append(error)
+
+    with daemon.client() as client, ExitStack() as hogs:
+        asking = threading.Thread(target=stream)
+        asking.start()
+        until(lambda: bool(client.status().models), 60)
+        full = client.status().models[0].total_nbytes
+        until(lambda: resident(client) == full, 60)
+        hog = hogs.enter_context(Hog(cgroup.prefix))
+        for _ in range(4):
+            hog.ask("grow 100")
+            until(lambda: LIMIT - cgroup.read("memory.usage_in_bytes") > RESERVE, 5)
+        shrunk = resident(client)
+        assert shrunk < full - 150_000_000
+        assert not failures
+        count = len(pieces)
+        until(lambda: len(pieces) > count or bool(failures), 30)
+        hog.ask("free")
+        until(lambda: resident(client) > shrunk + 150_000_000, 60)
+        client.shutdown()
+    asking.join()
+    assert cgroup.oom_kills == 0
+    assert [type(failure).__name__ for failure in failures] in ([], ["Cancelled"], ["DaemonGone"])
