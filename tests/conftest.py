@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ebbflow.kernels.cache import use_cache
+
 from support.real_daemon import KERNELS
 
 use_cache(KERNELS)

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from ebbflow.client import Client, errors
+
 from support.real_daemon import RealDaemon, real_daemon
 from support.stacks import write_signs_model
 from support.tiny_models import write_tiny_model

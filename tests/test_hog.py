@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
+
 from ebbflow.client import Client
 from ebbflow.daemon.library.shapes import SHAPES
 from ebbflow.daemon.library.synthetic_stack import write_random_stack
+
 from support.cgroup import Cgroup, memory_cgroup, writable
 from support.hog import Hog
 from support.real_daemon import RealDaemon, real_daemon

@@ -193,10 +193,8 @@ class Budget:
         if self._reading.available <= self.reserve + DEAD_BAND:
             least = "; this is the least it can be" if model.target <= model.base else ""
             return f"memory is short ({self._reading.source}){least}"
-        due = max(self._short_at + self._quiet, self._grown_at + GROW_EVERY_SECONDS) - self._now
-        if due > 0:
-            return f"growing again in {format_seconds(max(1, due))}"
-        return "growing" if self._settled(self._now) else "paused while a size changes"
+        due = self._short_at + self._quiet - self._now
+        return f"growing again in {format_seconds(max(1, due))}" if due > 0 else "growing"
 
     def statistics(self) -> Statistics:
         """The controller's state in figures."""

@@ -45,12 +45,13 @@ from ...formats.messages import (
 from ..channel import Hub, wait
 from .adding import Adding
 from .budget import Budget
+from .checks import check_generate, check_wish
 from .children import Launcher, Ward
 from .library import Library, detail
 from .reading import Reading
 from .requests import OpenRequest, Requests
 from .sensor import Sensor
-from .worker import Worker, check_wish
+from .worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +161,6 @@ class Server:
             case Cancel():
                 self._cancel(self.requests.find(client, request.id), now)
             case ListModels():
-                self._library.scan()
                 self._clients.send(client, ModelList(id=request.id, models=self._library.summaries()))
             case ShowModel():
                 self._clients.send(client, detail(request.id, self._library.get(request.model)))
@@ -297,12 +297,3 @@ class Server:
             processes=tuple(self._processes()),
             adding=self.adding.names,
         )
-
-
-def check_generate(message: Generate) -> None:
-    """Raises `InvalidRequest` for a generation that cannot be asked for."""
-    if (message.prompt is None) == (message.chat is None):
-        raise InvalidRequest("give either a prompt or a chat, and not both")
-    if message.chat is not None and not message.chat:
-        raise InvalidRequest("the chat has no messages")
-    message.sampling.check()

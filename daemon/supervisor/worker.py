@@ -13,8 +13,7 @@ from typing import Final, Literal, assert_never
 
 import msgspec
 
-from ...formats.errors import Cancelled, EbbflowError, InvalidSize, WorkerDied, from_wire
-from ...formats.manifest import Manifest
+from ...formats.errors import Cancelled, EbbflowError, WorkerDied, from_wire
 from ...formats.messages import (
     Added,
     Cancel,
@@ -38,7 +37,6 @@ from ...formats.messages import (
     Started,
     UnloadModel,
 )
-from ...formats.units import SizeWish, format_size
 from .budget import Budget, Holding
 from .children import LEAVE_SECONDS, Launcher, Ward, fresh_identity
 from .library import Library
@@ -302,16 +300,3 @@ class Worker:
             self._busy_at = now
         elif now - self._busy_at >= self._idle_seconds:
             self._leave(now)
-
-
-def check_wish(wish: SizeWish, manifest: Manifest) -> None:
-    """Raises `InvalidSize` when the model cannot have that size."""
-    if wish.nbytes is not None and wish.fraction is not None:
-        raise InvalidSize("a size is either bytes or a fraction, not both")
-    if wish.fraction is not None and not 0 < wish.fraction <= 1:
-        raise InvalidSize(f"{wish.fraction} is not between 0 and 1 of the model")
-    if wish.resolve(manifest.nbytes) < manifest.base_nbytes:
-        raise InvalidSize(
-            f"{wish} of {manifest.name} is less than its base: it needs {format_size(manifest.base_nbytes)} "
-            f"({manifest.base_nbytes} bytes) of its {format_size(manifest.nbytes)}"
-        )

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from click.testing import CliRunner, Result
+
 from ebbflow.client.cli import chat as chat_module
 from ebbflow.client.cli.main import EPILOG, main
 from ebbflow.formats.architecture import Architecture
@@ -46,6 +47,7 @@ from ebbflow.formats.messages import (
     Status,
 )
 from ebbflow.formats.units import SizeWish
+
 from support.fake_daemon import VANISH, FakeDaemon, Item
 
 SUMMARY = ModelSummary(

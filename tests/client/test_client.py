@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+
 from ebbflow.client import AsyncClient, Client, Lease, errors
 from ebbflow.formats.messages import (
     HEADER,
@@ -35,6 +36,7 @@ from ebbflow.formats.messages import (
     Started,
 )
 from ebbflow.formats.units import AUTO, SizeWish
+
 from support.fake_daemon import VANISH, FakeDaemon, Item, Raw, silent
 
 SHORT = Lease(ping_seconds=0.05, silence_seconds=0.3, connect_seconds=0.3)

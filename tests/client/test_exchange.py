@@ -4,6 +4,9 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from ebbflow.client.exchange import Exchange, Lease, Reply, Sink, Watch
 from ebbflow.formats.errors import BY_CODE
 from ebbflow.formats.messages import (
@@ -27,8 +30,6 @@ from ebbflow.formats.messages import (
     encode,
     request_decoder,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 LEASE = Lease(ping_seconds=2, silence_seconds=10, connect_seconds=2)
 

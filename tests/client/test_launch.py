@@ -7,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
 from ebbflow.client import Client, ensure_daemon, errors
+
 from support.fake_daemon import FakeDaemon
 
 # What a daemon does as far as its starter can tell: take the lock or say that it is taken, then answer.

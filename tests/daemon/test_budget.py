@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from ebbflow.daemon.supervisor.budget import (
     DEAD_BAND,
     FORGIVE_SECONDS,
@@ -22,8 +25,6 @@ from ebbflow.daemon.supervisor.budget import (
 from ebbflow.daemon.supervisor.reading import Reading
 from ebbflow.daemon.supervisor.shares import divide
 from ebbflow.formats.units import AUTO, SizeWish
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 MB = 1_000_000
 GB = 1_000_000_000

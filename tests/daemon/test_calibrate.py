@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from ebbflow.daemon.engine.dense import DenseAttention, build_network
 from ebbflow.daemon.library import calibrate
 from ebbflow.daemon.library.calibrate import LinearMoments, encode_calibration, layer_moments, sample_tokens
 from ebbflow.daemon.library.measure import quality
 from ebbflow.formats.checkpoint import Checkpoint, open_checkpoint
 from ebbflow.formats.errors import CorruptCheckpoint, InvalidRequest
-from safetensors.torch import load_file, save_file
+
 from support.tiny_models import BOS, EOS, VOCAB, write_tiny_model
 
 SOURCE_LINEARS = {

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import zmq
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from ebbflow.daemon.channel import PIPE_MESSAGES, Child, Hub, Limits, Lost, wait
 from ebbflow.formats.errors import DaemonFailed, InvalidRequest
 from ebbflow.formats.messages import (
@@ -24,8 +27,7 @@ from ebbflow.formats.messages import (
     from_child_decoder,
     request_decoder,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
+
 from support.house import Peer
 
 ADDRESS = "inproc://hub"

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+
 from ebbflow.daemon.engine.dense import DenseAttention, KVCache, build_network
 from ebbflow.daemon.engine.network import Network
 from ebbflow.daemon.engine.rotary import rotary_frequencies
 from ebbflow.formats.checkpoint import Checkpoint, open_checkpoint
+
 from support.tiny_models import VOCAB, write_tiny_model
 
 BATCH, LENGTH = 2, 40

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from ebbflow.daemon.library import encode_bitstack
 from ebbflow.daemon.library.encode_bitstack import (
     Level,

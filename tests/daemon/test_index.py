@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+
 from ebbflow.daemon.supervisor.library import Library, delete, delete_behind
 from ebbflow.formats.errors import UnknownModel
 from ebbflow.formats.manifest import MANIFEST
+
 from support.models import write_model
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from ebbflow.daemon.engine.dense import DenseAttention, build_network
 from ebbflow.daemon.library.calibrate import sample_tokens
 from ebbflow.daemon.library.measure import measure_curve, quality
@@ -14,6 +15,7 @@ from ebbflow.formats.blocks import pack_dense, pack_signs, sum_blocks
 from ebbflow.formats.checkpoint import Checkpoint, open_checkpoint
 from ebbflow.formats.errors import BadBlock
 from ebbflow.formats.stack import BlockEntry, Stack, StackIndex, content_hash, read_blocks, read_stack, write_stack
+
 from support.tiny_models import write_tiny_model
 
 

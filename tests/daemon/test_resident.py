@@ -11,6 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
 from ebbflow.daemon.engine.kv import KvCache
 from ebbflow.daemon.engine.scheduler import Piece, Sequence
 from ebbflow.daemon.engine.serving import Batch, Rotary, serve
@@ -18,9 +22,7 @@ from ebbflow.daemon.worker.resident import READ_NBYTES, Resident
 from ebbflow.formats.errors import BadBlock, CorruptStack, TruncatedStack
 from ebbflow.formats.manifest import STACK
 from ebbflow.formats.stack import read_stack
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from numpy.typing import NDArray
+
 from support.residents import load, logits, move, run_child
 from support.stacks import TINY, copy_model, write_signs_model
 

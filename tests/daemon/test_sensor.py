@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from ebbflow.daemon.supervisor.reading import Reading
 from ebbflow.daemon.supervisor.sensor import Sensor
 

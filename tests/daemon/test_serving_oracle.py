@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from ebbflow.daemon.engine.kv import KvCache
 from ebbflow.daemon.engine.scheduler import Piece, Sequence
 from ebbflow.daemon.engine.serving import Batch, Rotary, serve
@@ -14,6 +15,7 @@ from ebbflow.daemon.worker.resident import Resident
 from ebbflow.formats.checkpoint import open_checkpoint
 from ebbflow.formats.manifest import STACK
 from ebbflow.formats.stack import read_stack
+
 from support.stacks import write_exact_model
 from support.tiny_models import FAMILIES, write_tiny_model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from ebbflow.daemon.supervisor.children import LAST_WORDS_SECONDS, LEAVE_SECONDS
 from ebbflow.daemon.supervisor.library import summary
 from ebbflow.formats.messages import (
@@ -21,6 +22,7 @@ from ebbflow.formats.messages import (
     RemoveModel,
     Shutdown,
 )
+
 from support.house import House
 from support.models import write_model
 

@@ -6,6 +6,7 @@ import os
 import sys
 
 import pytest
+
 from ebbflow.daemon.supervisor.children import JOB, LOG_NBYTES, WORKER, CommandLauncher
 from ebbflow.daemon.supervisor.main import Options, default_reserve, main, parse
 from ebbflow.daemon.supervisor.runtime import locked, prepare

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import zmq
+
 from ebbflow.daemon.supervisor.library import _owner_lives
 from ebbflow.formats.errors import AlreadyRunning
 from ebbflow.formats.messages import (
@@ -36,6 +37,7 @@ from ebbflow.formats.messages import (
 )
 from ebbflow.formats.paths import Paths
 from ebbflow.formats.units import SizeWish
+
 from support.house import GB, generate
 from support.models import write_model
 

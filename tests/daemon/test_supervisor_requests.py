@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from ebbflow.daemon.supervisor.requests import OPEN_PER_CLIENT
 from ebbflow.formats.messages import (
     LEASE_SECONDS,
@@ -27,6 +28,7 @@ from ebbflow.formats.messages import (
     Status,
     UnloadModel,
 )
+
 from support.house import GB, House, finished, generate, holds
 from support.models import write_model
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from ebbflow.daemon.supervisor.children import LAST_WORDS_SECONDS, LEAVE_SECONDS
 from ebbflow.daemon.supervisor.worker import READY_SECONDS, START_ATTEMPTS
 from ebbflow.formats.messages import (
@@ -24,8 +27,7 @@ from ebbflow.formats.messages import (
     Shutdown,
 )
 from ebbflow.formats.units import SizeWish
-from hypothesis import given, settings
-from hypothesis import strategies as st
+
 from support.house import GB, MB, House, finished, generate, holds
 from support.models import write_model
 

@@ -4,6 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
 from ebbflow.formats.blocks import (
     block_weight,
     check_finite,
@@ -16,9 +20,7 @@ from ebbflow.formats.blocks import (
 from ebbflow.formats.errors import BadBlock, UnknownKind
 from ebbflow.formats.kinds import payload_nbytes, signs_nbytes, words_per_row
 from ebbflow.formats.stack import BlockEntry
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import array_shapes, arrays
+
 from support import golden
 
 # What rounding may do: half a unit in the last place, and below the smallest normal number half a step.

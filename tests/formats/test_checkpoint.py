@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from ebbflow.formats import checkpoint as checkpoint_module
 from ebbflow.formats.architecture import RotaryScaling, weight_shapes
 from ebbflow.formats.checkpoint import INDEX, WEIGHTS, open_checkpoint
 from ebbflow.formats.errors import CorruptCheckpoint, UnsupportedModel
 from ebbflow.formats.huggingface import SUPPORTED, read_architecture
-from safetensors.torch import load_file, save_file
+
 from support.tiny_models import FAMILIES, write_tiny_model
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}

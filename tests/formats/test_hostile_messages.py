@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from ebbflow.formats.errors import InvalidRequest
 from ebbflow.formats.messages import HEADER, decode, request_decoder
 

@@ -4,6 +4,7 @@ import json
 
 import msgspec
 import pytest
+
 from ebbflow.formats import manifest as manifest_module
 from ebbflow.formats.architecture import Architecture, RotaryScaling
 from ebbflow.formats.errors import CorruptManifest, UnsupportedVersion

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from ebbflow.formats.errors import DaemonFailed, InvalidName
 from ebbflow.formats.paths import SOCKET_PATH_LIMIT, Paths, check_name, default_paths
 

@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+
 from ebbflow.formats import stack as stack_module
 from ebbflow.formats.errors import (
     BadBlock,
@@ -32,9 +36,7 @@ from ebbflow.formats.stack import (
     read_stack,
     write_stack,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors import safe_open
+
 from support import golden
 
 PAYLOADS = (golden.DENSE, golden.SIGNS)

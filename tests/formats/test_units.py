@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import pytest
-from ebbflow.formats.errors import InvalidSize
-from ebbflow.formats.units import AUTO, SizeWish, format_seconds, format_size, parse_size, parse_wish
 from hypothesis import given
 from hypothesis import strategies as st
+
+from ebbflow.formats.errors import InvalidSize
+from ebbflow.formats.units import AUTO, SizeWish, format_seconds, format_size, parse_size, parse_wish
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,15 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
 from ebbflow.kernels.attention import BLOCK_TOKENS, attend, store_kv
 from ebbflow.kernels.elementwise import add, gated, rms_norm
 from ebbflow.kernels.matmul import matmul, row_stride, take_rows
 from ebbflow.kernels.rows import JIT_OFF, ROWS
 from ebbflow.kernels.table import TABLE, Draw, store_levels
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 KINDS = (
     ("f32",),

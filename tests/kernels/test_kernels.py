@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from ebbflow.kernels.rows import JIT_OFF, half_to_float
 from ebbflow.kernels.table import TABLE, Draw, Entry
 

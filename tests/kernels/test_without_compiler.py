@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from ebbflow.kernels.rows import JIT_OFF
 
 HERE = Path(__file__).parent

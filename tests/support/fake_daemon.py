@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TypeVar
 
 import zmq
+
 from ebbflow.formats.errors import Cancelled
 from ebbflow.formats.messages import (
     TERMINAL,

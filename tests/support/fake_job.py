@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import msgspec
+
 from ebbflow.daemon.channel import Child
 from ebbflow.daemon.process import die_with_parent
 from ebbflow.formats.messages import AddModel, Progress, Ready

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ebbflow.formats.manifest import STACK
 from ebbflow.formats.stack import read_stack
+
 from support.residents import load, logits
 
 PROT_NONE = 0

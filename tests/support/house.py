@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 
 import zmq
+
 from ebbflow.daemon.channel import Hub, Lost
 from ebbflow.daemon.supervisor.library import Library, delete
 from ebbflow.daemon.supervisor.reading import Reading

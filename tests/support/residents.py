@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+
 from ebbflow.daemon.engine.kv import KvCache, blocks_for
 from ebbflow.daemon.engine.scheduler import Piece, Sequence
 from ebbflow.daemon.engine.serving import Batch, Rotary, serve
@@ -15,7 +17,7 @@ from ebbflow.daemon.worker.resident import Resident
 from ebbflow.formats.architecture import Architecture
 from ebbflow.formats.manifest import STACK
 from ebbflow.formats.stack import read_stack
-from numpy.typing import NDArray
+
 from support.stacks import TINY
 
 

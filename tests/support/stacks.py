@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+
 from ebbflow.formats.architecture import Architecture, weight_shapes, weight_uses
 from ebbflow.formats.blocks import pack_dense, pack_signs
 from ebbflow.formats.manifest import MANIFEST, STACK, TOKENIZER_FILES, Manifest, Source, write_manifest
 from ebbflow.formats.stack import BlockEntry, StackIndex, content_hash, read_stack, write_stack
-from numpy.typing import NDArray
+
 from support.tiny_models import write_tokenizer
 
 TINY = Architecture(

@@ -1,0 +1,55 @@
+"""Where benches keep models: made once, outside the repository."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ebbflow.client import Client
+from ebbflow.client.launch import answers
+from ebbflow.formats.paths import default_paths, home_paths
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "examples" / "pystd-16m"
+CACHE = default_paths().cache / "bench"
+
+
+def full_shape(rank: int = 1) -> Path:
+    """A random stack of the 1.1B shape, 600 MB and more; seeded."""
+    name = f"full-rank{rank}"
+    if not (CACHE / "library" / name).exists():
+        (CACHE / "library").mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "ebbflow.daemon.library.synthetic", "tinyllama-1.1b"]
+        subprocess.run([*command, "--stack", CACHE / "library", "--name", name, "--rank", str(rank)], check=True)
+    return CACHE / "library" / name
+
+
+@contextmanager
+def daemon(*models: Path) -> Iterator[Client]:
+    """A real daemon of its own that has these models; its kernels are compiled once for all benches."""
+    home = Path(tempfile.mkdtemp(prefix="ebb"))
+    paths = home_paths(home)
+    paths.library.mkdir()
+    for model in models:
+        (paths.library / model.name).symlink_to(model)
+    (CACHE / "kernels").mkdir(parents=True, exist_ok=True)
+    paths.cache.symlink_to(CACHE / "kernels")
+    environment = os.environ | {"EBBFLOW_HOME": str(home)}
+    command = [sys.executable, "-P", "-m", "ebbflow.daemon.supervisor"]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    try:
+        with Client(paths.clients) as client:
+            while not answers(client):
+                time.sleep(0.02)
+            yield client
+    finally:
+        process.terminate()
+        process.wait(20)
+        shutil.rmtree(home, ignore_errors=True)

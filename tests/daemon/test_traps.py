@@ -1,0 +1,148 @@
+"""Every way to free memory that frees nothing (design, section 6): ours returns it, as the kernel says; theirs do not.
+
+Each measurement runs in a process and, where allowed, a memory cgroup of its own (`support.cgroups`).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ebbflow.daemon.mapping import PAGE, Mapping
+
+from support.cgroups import measure
+from support.stacks import TINY, dense_entry, write_model, write_signs_model
+
+MIB = 1 << 20
+NBYTES = 64 * MIB
+SLACK = 6 * MIB  # counters are kept per processor and settled in batches
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the figures are Linux's")
+
+
+def near(found: int, wanted: int) -> bool:
+    return abs(found - wanted) <= SLACK
+
+
+def test_a_mapping_costs_nothing_until_filled_and_goes_back_in_halves() -> None:
+    found = measure("mapping")
+    assert near(found["reserved"], 0)
+    assert near(found["filled"], NBYTES)
+    assert near(found["half"], NBYTES // 2)
+    assert near(found["none"], 0)
+
+
+def test_trap_pythons_own_anonymous_mapping_is_shared_and_keeps_everything() -> None:
+    """Why `Mapping` passes flags. If this fails one day, Python or Linux has changed for the better."""
+    found = measure("shared_mapping")
+    assert near(found["filled"], NBYTES)
+    assert near(found["rss"], 0)  # so it seems gone
+    assert near(found["dropped"], NBYTES)  # and is not
+    assert found["byte"] == 1
+
+
+def test_trap_half_a_huge_page_seems_freed_and_is_not() -> None:
+    """Why `Mapping` forbids huge pages."""
+    found = measure("huge_pages")
+    if not near(found["huge"], NBYTES):
+        pytest.skip("the kernel gave no huge pages")
+    assert near(found["freed_rss"], NBYTES // 2)
+    assert near(found["freed"], 0)
+
+
+def test_a_mapping_has_no_huge_pages() -> None:
+    memory = Mapping(8 * MIB)
+    memory.bytes[:] = 1
+    area = smaps_of(memory.address())
+    assert "nh" in area["VmFlags"].split()
+    assert area["AnonHugePages"].split() == ["0", "kB"]
+    assert area["Private_Dirty"].split() == [str(8 * 1024), "kB"]
+
+
+def smaps_of(address: int) -> dict[str, str]:
+    """The kernel's description of the area that begins at or before `address`."""
+    area: dict[str, str] = {}
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if "-" in first and not first.endswith(":"):
+            start, stop = (int(edge, 16) for edge in first.split("-"))
+            area = {"found": ""} if start <= address < stop else {}
+        elif "found" in area:
+            area[first.rstrip(":")] = rest
+            if first == "VmFlags:":
+                return area
+    raise LookupError(hex(address))
+
+
+def test_pages_that_are_needed_in_part_are_kept() -> None:
+    memory = Mapping(10 * PAGE + 100)
+    for start, stop, first, last in (
+        (1, 2 * PAGE - 1, 0, 0),
+        (1, 3 * PAGE + 1, PAGE, 3 * PAGE),
+        (2 * PAGE, 4 * PAGE, 2 * PAGE, 4 * PAGE),
+        (5 * PAGE, 5 * PAGE, 0, 0),
+        (7 * PAGE + 5, memory.nbytes, 8 * PAGE, memory.nbytes),
+        (10 * PAGE + 50, memory.nbytes, 0, 0),
+        (0, memory.nbytes, 0, memory.nbytes),
+    ):
+        memory.bytes[:] = 7
+        memory.release(start, stop)
+        gone = np.flatnonzero(memory.bytes[: memory.nbytes] == 0)
+        assert (gone[0], gone[-1] + 1) == (first, last) if len(gone) else first == last, (start, stop)
+        assert len(gone) == last - first
+
+
+def test_an_empty_mapping() -> None:
+    memory = Mapping(0)
+    memory.release(0, 0)
+
+
+def test_freed_kv_blocks_are_returned() -> None:
+    found = measure("kv_blocks")
+    assert near(found["reserved"], 0)
+    assert near(found["filled"], NBYTES)
+    assert near(found["half"], NBYTES // 2)
+    assert near(found["none"], 0)
+    assert found["held"] == 0
+
+
+@pytest.fixture(scope="module")
+def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 blocks of a mebibyte; only good for being read."""
+    weight = np.random.default_rng(0).random((512, 512), np.float32)
+    blocks = [dense_entry(TINY, f"tensor{i}", weight, "f32") for i in range(64)]
+    return write_model(tmp_path_factory.mktemp("large") / "model", TINY, blocks, 1)
+
+
+def test_a_stack_in_memory_is_anonymous_and_not_twice_there(large_model: Path) -> None:
+    """File-backed pages are invisible to MemAvailable: a controller watching it over mapped weights is blind."""
+    found = measure("resident", str(large_model))
+    assert near(found["anonymous"], found["nbytes"])
+    if not found["droppable"]:
+        pytest.skip("this file system keeps its files in memory")
+    assert near(found["warm"], found["nbytes"])
+    assert found["cold"] < MIB
+
+
+def test_a_dropped_tail_is_returned_and_then_the_rest(large_model: Path) -> None:
+    found = measure("resident", str(large_model))
+    assert near(found["freed"], found["nbytes"] - found["left"])
+    assert near(found["closed"], found["left"])
+
+
+def test_a_hundred_models_later_the_worker_is_as_small_as_before(tmp_path: Path) -> None:
+    found = measure("loop_rounds", str(write_signs_model(tmp_path / "model")))
+    assert found["ended"]
+    assert found["private"] < 1.5 * MIB
+    assert found["used"] < SLACK
+    assert found["address_space"] < 100 * MIB  # one model reserves more for keys and values
+
+
+def test_trap_malloc_keeps_what_was_freed_until_the_model_is_unloaded(tmp_path: Path) -> None:
+    found = measure("unload_trims", str(write_signs_model(tmp_path / "model")))
+    assert near(found["filled"], NBYTES)
+    assert found["freed"] > NBYTES // 2  # why unloading trims
+    assert found["trimmed"] < NBYTES // 8
