@@ -149,4 +149,5 @@ class Resident:
                 )
             at += count
         # The copy in the page cache is of no more use, and would look like memory that somebody needs.
-        os.posix_fadvise(self._file, self.stack.data_start + start, stop - start, os.POSIX_FADV_DONTNEED)
+        # From the file's beginning: what a page cache folio shares with the slice before goes only as a whole.
+        os.posix_fadvise(self._file, 0, self.stack.data_start + stop, os.POSIX_FADV_DONTNEED)

@@ -1,6 +1,7 @@
 """Runs a measurement of `support.memory_child` in a memory cgroup of its own, so that the kernel's figure is its alone.
 
-Where none can be made, the child reads MemAvailable instead, which other programs move too.
+Where none can be made, the child counts its own private pages instead. MemAvailable would not do: on a machine with
+other programs on it, it moved by more than was measured.
 """
 
 from __future__ import annotations

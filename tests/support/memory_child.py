@@ -31,11 +31,11 @@ GROUP = ""
 
 
 def used() -> int:
-    """Bytes in use, as the kernel says: of our cgroup, or of the machine."""
+    """Bytes in use, as the kernel says: of our cgroup, or else this process's private pages."""
     for name in ("memory.usage_in_bytes", "memory.current"):
         if GROUP and (Path(GROUP) / name).exists():
             return int((Path(GROUP) / name).read_text())
-    return -_field("/proc/meminfo", "MemAvailable")
+    return private_nbytes()
 
 
 def anonymous() -> int:
@@ -121,11 +121,11 @@ def resident() -> dict[str, int]:
     while os.read(descriptor, 1 << 20):
         pass
     warm = cached(descriptor)
-    before, before_anonymous, loaded = used(), anonymous(), Resident(stack)
+    before, loaded = anonymous(), Resident(stack)
     while loaded.blocks < len(stack.blocks):
         loaded.grow(len(stack.blocks))
     result = {"droppable": droppable, "warm": warm, "cold": cached(descriptor), "nbytes": stack.nbytes}
-    result |= {"anonymous": anonymous() - before_anonymous}
+    result |= {"anonymous": anonymous() - before}
     full = used()
     loaded.shrink(len(stack.blocks) // 2)
     result |= {"left": loaded.nbytes, "freed": full - used()}
@@ -189,4 +189,4 @@ if __name__ == "__main__":
     if GROUP:
         (Path(GROUP) / "cgroup.procs").write_text(str(os.getpid()))
     measurements = (mapping, shared_mapping, huge_pages, kv_blocks, resident, loop_rounds, unload_trims)
-    print(json.dumps({m.__name__: m for m in measurements}[sys.argv[1]]()))
+    print(json.dumps({m.__name__: m for m in measurements}[sys.argv[1]]() | {"counted": bool(GROUP)}))
