@@ -96,6 +96,9 @@ def outcome(request: AddModel, library: Path, cache: Path, send: Send, check: Ca
 def _add(request: AddModel, library: Path, cache: Path, send: Send, check: Callable[[], None]) -> Message:
     begun = time.monotonic()
     _limit_memory()
+    # Read when torch loads OpenMP. A low-priority thread that spins while it waits for another takes the processor the
+    # other needs: with one busy neighbour on two cores, adding a tiny model took over 90 s instead of 12.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # A second of import, after which SIGTERM and the memory cap hold already.
     import torch
 
