@@ -8,6 +8,7 @@ from typing import Final
 STEP_SECONDS: Final = 0.15
 MAX_TOKENS: Final = 512
 _FORGET: Final = 0.9
+_FORGET_ALL: Final = 0.1  # after a step far too long: the machine is not what it was
 
 
 @dataclass
@@ -28,11 +29,13 @@ class Pace:
 
     def record(self, tokens: int, seconds: float) -> None:
         """A step of `tokens` tokens took `seconds`."""
-        self._weight = self._weight * _FORGET + 1
-        self._tokens = self._tokens * _FORGET + tokens
-        self._seconds = self._seconds * _FORGET + seconds
-        self._squares = self._squares * _FORGET + tokens * tokens
-        self._products = self._products * _FORGET + tokens * seconds
+        seconds = max(seconds, 1e-9)
+        keep = _FORGET if seconds <= 1.25 * self.target else _FORGET_ALL
+        self._weight = self._weight * keep + 1
+        self._tokens = self._tokens * keep + tokens
+        self._seconds = self._seconds * keep + seconds
+        self._squares = self._squares * keep + tokens * tokens
+        self._products = self._products * keep + tokens * seconds
         mean, mean_seconds = self._tokens / self._weight, self._seconds / self._weight
         variance = self._squares / self._weight - mean * mean
         slope = mean_seconds / mean / 2  # steps of one size only: call half of the time fixed

@@ -1,0 +1,88 @@
+"""Steps stay under their target on any machine of cost `fixed + slope * tokens`, and use what they are given."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from ebbflow.daemon.engine.pace import MAX_TOKENS, STEP_SECONDS, Pace
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+fixed_costs = st.floats(0, 0.08)
+slopes = st.floats(1e-5, 0.2)
+
+
+def run(pace: Pace, fixed: float, slope: float, steps: int, want: int = MAX_TOKENS) -> list[float]:
+    """Seconds of each step, when there is always work for `want` tokens."""
+    seconds = []
+    for _ in range(steps):
+        tokens = min(pace.limit, want)
+        seconds.append(fixed + slope * tokens)
+        pace.record(tokens, seconds[-1])
+        assert 1 <= pace.limit <= MAX_TOKENS
+    return seconds
+
+
+def best(fixed: float, slope: float) -> int:
+    """The most tokens that fit the target."""
+    return max(1, min(MAX_TOKENS, math.floor((Pace().target - fixed) / slope)))
+
+
+@given(fixed_costs, slopes)
+@settings(max_examples=200)
+def test_steps_settle_below_the_limit_whatever_the_machine(fixed: float, slope: float) -> None:
+    pace = Pace()
+    seconds = run(pace, fixed, slope, 40)[20:]
+    assert all(second <= max(STEP_SECONDS, fixed + slope) for second in seconds)
+
+
+@given(fixed_costs, slopes)
+@settings(max_examples=200)
+def test_and_use_at_least_half_of_what_fits(fixed: float, slope: float) -> None:
+    pace = Pace()
+    run(pace, fixed, slope, 60)
+    assert pace.limit >= best(fixed, slope) // 2
+
+
+@given(fixed_costs, st.floats(1e-5, 0.005), st.floats(2, 50))
+@settings(max_examples=200)
+def test_a_sudden_slow_down_costs_few_long_steps(fixed: float, slope: float, factor: float) -> None:
+    pace = Pace()
+    run(pace, fixed / 4, slope, 40)
+    slow = run(pace, fixed / 4 * factor, slope * factor, 30)
+    least = (fixed / 4 + slope) * factor
+    long = [second for second in slow if second > max(STEP_SECONDS, least * 1.01)]
+    assert len(long) <= 3
+
+
+@given(fixed_costs, st.floats(1e-5, 0.002))
+@settings(max_examples=100)
+def test_a_slow_minute_is_forgotten(fixed: float, slope: float) -> None:
+    pace = Pace()
+    run(pace, fixed, slope * 20, 40)
+    run(pace, fixed, slope, 100)
+    assert pace.limit >= best(fixed, slope) // 2
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_long_time_of_small_steps_is_no_licence_for_a_huge_one(tokens: int) -> None:
+    pace = Pace()
+    run(pace, 0.02, 0.004, 200, want=tokens)
+    first = run(pace, 0.02, 0.004, 1)[0]
+    assert first <= 2 * STEP_SECONDS
+
+
+@given(st.lists(st.tuples(st.integers(1, MAX_TOKENS), st.floats(0, 100)), max_size=50))
+@settings(max_examples=200)
+def test_the_limit_is_sane_whatever_was_measured(steps: list[tuple[int, float]]) -> None:
+    pace = Pace()
+    for tokens, seconds in steps:
+        pace.record(tokens, seconds)
+        assert 1 <= pace.limit <= MAX_TOKENS
+
+
+def test_a_machine_too_slow_for_one_token_still_works() -> None:
+    pace = Pace()
+    run(pace, 3.0, 1.0, 10)
+    assert pace.limit == 1
