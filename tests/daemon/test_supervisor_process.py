@@ -52,13 +52,13 @@ class Daemon:
         self.paths = Paths(home / "run", home / "library", home / "cache", home / "logs")
         self.environment = {**os.environ, "EBBFLOW_HOME": str(home), **environment}
         self.options = options
-        self.process = self.start()
+        self.process = self.launch()
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.linger = 0
         self.socket.connect(self.paths.clients)
 
-    def start(self) -> subprocess.Popen[str]:
+    def launch(self) -> subprocess.Popen[str]:
         command = [sys.executable, "-P", str(SCRIPT), *self.options]
         return subprocess.Popen(command, env=self.environment, stderr=subprocess.PIPE, text=True)
 
@@ -86,11 +86,11 @@ class Daemon:
         processes = self.hear_until(Status)[-1].processes
         return {process.role: process.pid for process in processes if process.role != "supervisor"}
 
-    def close(self) -> str:
+    def close(self) -> None:
         self.socket.close()
         self.context.term()
         self.process.kill()
-        return self.process.communicate()[1]
+        self.process.communicate()
 
 
 @pytest.fixture
@@ -102,10 +102,21 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture
-def daemon(home):
-    daemon = Daemon(home)
-    yield daemon
-    daemon.close()
+def start(home):
+    """Starts daemons, one after the other, in the same folder."""
+    with contextlib.ExitStack() as daemons:
+
+        def start(*options, **environment):
+            daemon = Daemon(home, *options, **environment)
+            daemons.callback(daemon.close)
+            return daemon
+
+        yield start
+
+
+@pytest.fixture
+def daemon(start):
+    return start()
 
 
 def wait_until_gone(pid: int) -> None:
@@ -165,13 +176,13 @@ def test_the_fake_worker_keeps_the_contract(daemon):
     assert "told to leave" in failed.message
 
 
-def test_a_worker_that_cannot_start_ends_in_an_error_with_its_last_lines(home):
-    daemon = Daemon(home, FAKE_WORKER="stillborn")
+def test_a_worker_that_cannot_start_ends_in_an_error_with_its_last_lines(start):
+    daemon = start(FAKE_WORKER="stillborn")
     failed = daemon.ask(generate(1))
     assert (failed.id, failed.code) == (1, "worker_died")
     assert "no strength to live" in failed.message
     assert daemon.ask(Ping()) == Pong()
-    assert daemon.close().count("no strength") == 3
+    assert (daemon.paths.logs / "worker.log").read_text().count("no strength") == 3
 
 
 def test_an_add_is_cancelled_and_leaves_nothing(daemon):
@@ -216,7 +227,7 @@ def test_importing_it_imports_nothing_large():
 
 def test_only_one_daemon_runs_in_a_folder(daemon):
     assert daemon.ask(Ping()) == Pong()
-    second = daemon.start()
+    second = daemon.launch()
     _, errors = second.communicate(timeout=20)
     assert second.returncode != 0
     assert f"process {daemon.process.pid}" in errors
@@ -249,8 +260,8 @@ def test_shutdown_answers_when_all_is_over(daemon):
     assert daemon.process.wait(20) == 0
 
 
-def test_when_it_is_killed_its_children_die_and_the_next_one_starts(home):
-    first = Daemon(home)
+def test_when_it_is_killed_its_children_die_and_the_next_one_starts(start):
+    first = start()
     first.say(generate(1, prompt="endless"), AddModel(id=2, source="/x", name="new"))
     first.hear_until(Progress)
     children = first.children()
@@ -258,20 +269,19 @@ def test_when_it_is_killed_its_children_die_and_the_next_one_starts(home):
     first.process.kill()
     for pid in children.values():
         wait_until_gone(pid)
-    first.close()
+    first.process.wait(20)
     [left] = first.paths.library.glob(".adding-new-*")
-    second = Daemon(home)
+    second = start()
     second.say(generate(1))
     assert isinstance(second.hear_until(Finished)[-1], Finished)
     # Deleted in the background, unless the number has been given to another process in the meantime.
     second.ask(Shutdown(id=2))
     second.process.wait(20)
     assert not left.exists() or _owner_lives(left.name)
-    second.close()
 
 
-def test_the_target_follows_a_cap(home):
-    daemon = Daemon(home, "--cap", "900MB", "--reserve", "100MB")
+def test_the_target_follows_a_cap(start):
+    daemon = start("--cap", "900MB", "--reserve", "100MB")
     daemon.say(generate(1))
     daemon.hear_until(Finished)
     status = daemon.ask(GetStatus(id=2))
@@ -279,4 +289,3 @@ def test_the_target_follows_a_cap(home):
     assert status.reserve_nbytes == 100_000_000
     [model] = status.models
     assert GB * 0.7 < model.target_nbytes < GB * 0.8
-    daemon.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -395,12 +397,16 @@ def test_stopping_while_a_worker_starts_starts_no_other(house, client):
 WORDS = st.sampled_from(["ask", "cancel", "die", "oom", "ready", "answer", "odd", "wait", "long", "resize", "vanish"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(WORDS, max_size=40))
 def test_every_request_ends_exactly_once_whatever_happens(tmp_path_factory, words):
     root = tmp_path_factory.mktemp("library")
     write_model(root, "demo")
-    house = House(root, idle_seconds=3)
+    with contextlib.closing(House(root, idle_seconds=3)) as house:
+        live_through(house, words)
+
+
+def live_through(house, words):
     client, worker, asked, heard, forwarded = house.client(), None, 0, [], []
     for word in [*words, "wait"]:
         process = house.launcher.workers[-1] if house.launcher.workers else None
@@ -451,4 +457,3 @@ def test_every_request_ends_exactly_once_whatever_happens(tmp_path_factory, word
     if "vanish" not in words:
         assert sorted(ends) == list(range(1, asked + 1))
     assert all(process.closed for process in house.launcher.workers)
-    house.close()
