@@ -14,11 +14,12 @@ def sample(logits: NDArray[np.float32], sampling: Sampling, position: int) -> in
     """The next token's id from `logits [v]`; ties and greedy choice go to the lowest id."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    scaled = logits.astype(np.float64) / sampling.temperature
-    order = np.argsort(-scaled, kind="stable")
+    order = np.argsort(-logits, kind="stable")
     if sampling.top_k:
         order = order[: sampling.top_k]
-    weights = np.exp(scaled[order] - scaled[order[0]])
+    below = logits[order].astype(np.float64) - float(logits[order[0]])
+    with np.errstate(over="ignore"):  # far enough below, at a temperature next to nothing, is minus infinity
+        weights = np.exp(below / sampling.temperature)
     weights /= weights.sum()
     cumulative = np.cumsum(weights)
     if sampling.top_p < 1:

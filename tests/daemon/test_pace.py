@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from ebbflow.daemon.engine.pace import MAX_TOKENS, STEP_SECONDS, Pace
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from ebbflow.daemon.engine.pace import MAX_TOKENS, STEP_SECONDS, Pace
 
 fixed_costs = st.floats(0, 0.08)
 slopes = st.floats(1e-5, 0.2)
@@ -63,6 +64,17 @@ def test_a_slow_minute_is_forgotten(fixed: float, slope: float) -> None:
     run(pace, fixed, slope * 20, 40)
     run(pace, fixed, slope, 100)
     assert pace.limit >= best(fixed, slope) // 2
+
+
+@given(fixed_costs, st.floats(1e-5, 0.002))
+@settings(max_examples=100)
+def test_a_prompt_after_a_long_answer_is_read_at_full_speed(fixed: float, slope: float) -> None:
+    pace = Pace()
+    run(pace, fixed, slope, 20)
+    run(pace, fixed, slope, 300, want=1)
+    seconds = run(pace, fixed, slope, 10)
+    assert pace.limit >= best(fixed, slope) // 2
+    assert max(seconds) <= STEP_SECONDS
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

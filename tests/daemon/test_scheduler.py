@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from ebbflow.daemon.engine.kv import MAX_SEQUENCES, blocks_for
 from ebbflow.daemon.engine.scheduler import MAX_WAITING, Piece, Scheduler, Sequence
 from ebbflow.formats.errors import TooBusy
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 CAPACITY = 12
 LONGEST = CAPACITY * 32
