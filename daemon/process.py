@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
+MEMORY_VARIABLE: Final = "EBBFLOW_JOB_MEMORY"  # the supervisor tells a job how much memory it may take
 PR_SET_PDEATHSIG: Final = 1  # <linux/prctl.h>
 
 

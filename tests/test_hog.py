@@ -1,4 +1,4 @@
-"""Automatic mode against a real memory hog, on the full shape: the stack gives way, nothing fails, nothing is killed."""
+"""Automatic mode against a real memory hog, on the full shape: the stack gives way, nothing fails or is killed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from ebbflow.client import Client
+from ebbflow.client import Client, errors
 from ebbflow.daemon.library.shapes import SHAPES
 from ebbflow.daemon.library.synthetic_stack import write_random_stack
 
@@ -51,13 +51,13 @@ def until(condition: Callable[[], bool], seconds: float) -> None:
 
 def test_the_stack_gives_way_to_a_hog_and_comes_back(cgroup: Cgroup, daemon: RealDaemon) -> None:
     pieces: list[str] = []
-    failures: list[BaseException] = []
+    failures: list[errors.EbbflowError] = []
 
     def stream() -> None:
         try:
             with daemon.client() as own, own.generate("full", "hello", max_tokens=1500) as text:
                 pieces.extend(text)
-        except BaseException as error:
+        except errors.EbbflowError as error:
             failures.append(error)
 
     with daemon.client() as client, ExitStack() as hogs:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...formats.errors import Cancelled, EbbflowError, PromptTooLong
+from ...formats.errors import Cancelled, CorruptFile, EbbflowError, PromptTooLong
 from ...formats.manifest import Manifest
 from ...formats.messages import Chunk, Failed, Finished, Generate, Started, failure
 from .kv import KvCache
@@ -120,8 +120,11 @@ class Engine:
 
     def _tokens(self, request: Generate) -> list[int]:
         if request.chat is not None:
-            return self._tokenizer.render_chat(request.chat)
-        tokens = self._tokenizer.encode(request.prompt or "")
+            tokens = self._tokenizer.render_chat(request.chat)
+        else:
+            tokens = self._tokenizer.encode(request.prompt or "")
+        if tokens and max(tokens) >= self._manifest.architecture.vocab:
+            raise CorruptFile(f"{self._manifest.name}'s tokenizer knows more tokens than the model; add it again")
         return tokens or [self._manifest.bos if self._manifest.bos is not None else 0]
 
     def _forward(self, pieces: list[Piece]) -> Any:

@@ -7,15 +7,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import tokenizers
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers.decoders import DecodeStream
 
 from ...formats.errors import CorruptFile, InvalidRequest
 from ...formats.messages import ChatMessage
+
+_REPLACEMENT: Final = "\ufffd"  # what a character that is not complete decodes to
 
 
 class Tokenizer:
@@ -46,11 +47,13 @@ class Tokenizer:
             return self.encode("\n".join(message.content for message in chat))
         turns = [{"role": message.role, "content": message.content} for message in chat]
         special = {name: _token_text(self._config.get(name)) for name in ("bos_token", "eos_token")}
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = _refuse
         try:
             text = environment.from_string(self._template).render(messages=turns, add_generation_prompt=True, **special)
-        except TemplateError as error:
+        except Exception as error:  # the template is a program that came with the model: it may raise anything
             raise InvalidRequest(f"the model's chat template refuses this conversation: {error}") from error
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
@@ -63,33 +66,38 @@ class TextStream:
     """Generated tokens in, text out.
 
     Text is held back while it could still become a stop string; when one is complete, `stopped` is set and the text
-    before it is the last.
+    before it is the last. The library's own stream is not used: where bytes are tokens of their own (Llama 2, Mistral)
+    it raises at the first torn character.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, stops: Sequence[str]) -> None:
         self._tokenizer = tokenizer
-        self._decoder = DecodeStream(skip_special_tokens=True)
         self._stops = tuple(stops)
-        self._tokens: list[int] = []
-        self._emitted = 0
+        self._known: list[int] = []  # the last tokens that gave text, because a decoder may look at its neighbours
+        self._open: list[int] = []  # tokens after them that have given none yet
         self._held = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
         """The text that this token makes certain; often none."""
-        self._tokens.append(token)
-        piece = self._decoder.step(self._tokenizer, token) or ""
-        self._emitted += len(piece)
+        self._open.append(token)
+        piece = self._decode_open()
+        if not piece or piece.endswith(_REPLACEMENT):
+            return ""
+        self._known, self._open = self._open, []
         return self._release(self._held + piece)
 
     def finish(self) -> str:
         """What was held back, and any character the last tokens left unfinished (as the replacement character)."""
         if self.stopped:
             return ""
-        whole = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-        text = self._release(self._held + whole[self._emitted :])
-        rest, self._held = self._held, ""
+        text = self._release(self._held + self._decode_open())
+        rest, self._held, self._open = self._held, "", []
         return text if self.stopped else text + rest
+
+    def _decode_open(self) -> str:
+        before = self._tokenizer.decode(self._known, skip_special_tokens=True)
+        return str(self._tokenizer.decode(self._known + self._open, skip_special_tokens=True)[len(before) :])
 
     def _release(self, text: str) -> str:
         found = min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=-1)
@@ -117,9 +125,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
-    if path.exists():
-        return path.read_text()
+    try:
+        if path.exists():
+            return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CorruptFile(f"{path} cannot be read: {error}") from error
     template = config.get("chat_template")
+    if isinstance(template, list):  # several, each with a name
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
     return template if isinstance(template, str) else None
 
 

@@ -26,9 +26,8 @@ from ...formats.errors import Cancelled, EbbflowError, InternalError, InvalidReq
 from ...formats.messages import Added, AddModel, Message, Progress, Ready, failure
 from ...formats.units import parse_size
 from ..channel import Child
-from ..process import die_with_parent, set_oom_score
+from ..process import MEMORY_VARIABLE, die_with_parent, set_oom_score
 
-MEMORY_VARIABLE: Final = "EBBFLOW_JOB_MEMORY"
 OOM_SCORE: Final = 800  # before the worker: a job can be run again, an answer cannot
 NICENESS: Final = 10
 USAGE: Final = "usage: python -m ebbflow.daemon.library.job ADDRESS IDENTITY LIBRARY CACHE REQUEST"

@@ -6,6 +6,7 @@ Whatever becomes of the job, its request gets one terminal event and the library
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, assert_never
 
@@ -48,10 +49,13 @@ class _Job:
 class Adding:
     """The queue of models to add, and the job that is adding one."""
 
-    def __init__(self, launcher: Launcher, requests: Requests, library: Library) -> None:
+    def __init__(
+        self, launcher: Launcher, requests: Requests, library: Library, spare_nbytes: Callable[[], int]
+    ) -> None:
         self._launcher = launcher
         self._requests = requests
         self._library = library
+        self._spare_nbytes = spare_nbytes
         self._waiting: list[tuple[OpenRequest, AddModel]] = []
         self._job: _Job | None = None
 
@@ -141,7 +145,7 @@ class Adding:
             request, message = self._waiting.pop(0)
             identity = fresh_identity("job")
             try:
-                process = self._launcher.start_job(identity, message)
+                process = self._launcher.start_job(identity, message, self._spare_nbytes())
             except OSError as error:
                 self._requests.fail(request, JobDied(f"the job could not be started: {error}"))
                 continue

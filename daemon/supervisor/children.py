@@ -11,14 +11,17 @@ import os
 import secrets
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, Protocol
 
 import msgspec
 
 from ...formats.messages import AddModel
 from ...formats.paths import Paths
+from ..process import MEMORY_VARIABLE
 
 LEAVE_SECONDS: Final = 5.0  # between being asked to leave and being killed
 LAST_WORDS_SECONDS: Final = 0.1  # what a child sent just before its end may still be on its way
@@ -68,8 +71,8 @@ class Launcher(Protocol):
         """A process that will say `Ready`."""
         ...
 
-    def start_job(self, identity: str, request: AddModel) -> Process:
-        """A process that adds one model and ends."""
+    def start_job(self, identity: str, request: AddModel, memory_nbytes: int) -> Process:
+        """A process that adds one model and ends; it fails by itself beyond so much memory."""
         ...
 
 
@@ -85,14 +88,15 @@ class CommandLauncher:
         """A process that will say `Ready`."""
         return _Subprocess([*self.worker, self.paths.children, identity], self.paths.logs / "worker.log")
 
-    def start_job(self, identity: str, request: AddModel) -> Process:
-        """A process that adds one model and ends."""
+    def start_job(self, identity: str, request: AddModel, memory_nbytes: int) -> Process:
+        """A process that adds one model and ends; it fails by itself beyond so much memory."""
         places = [str(self.paths.library), str(self.paths.cache), msgspec.json.encode(request).decode()]
-        return _Subprocess([*self.job, self.paths.children, identity, *places], self.paths.logs / "job.log")
+        command = [*self.job, self.paths.children, identity, *places]
+        return _Subprocess(command, self.paths.logs / "job.log", {MEMORY_VARIABLE: str(memory_nbytes)})
 
 
 class _Subprocess:
-    def __init__(self, command: list[str], log: Path) -> None:
+    def __init__(self, command: list[str], log: Path, environment: Mapping[str, str] = MappingProxyType({})) -> None:
         self._log = log
         if log.exists() and log.stat().st_size > LOG_NBYTES:
             log.replace(log.with_suffix(".log.1"))
@@ -104,6 +108,7 @@ class _Subprocess:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                env=os.environ | environment,
             )
         self.pid = self._process.pid
         self._descriptor = _pidfd(self.pid)

@@ -84,7 +84,7 @@ class Server:
         self._finished = False
         self.requests = Requests(self._clients.send)
         self.budget = Budget(reserve)
-        self.adding = Adding(outside.launcher, self.requests, library)
+        self.adding = Adding(outside.launcher, self.requests, library, self._spare_nbytes)
         self.worker = Worker(
             outside.launcher,
             self._children.send,
@@ -272,6 +272,10 @@ class Server:
 
     def _read_sensor(self) -> Reading:
         return self._sensor.read([os.getpid(), *(ward.process.pid for ward in self._wards())])
+
+    def _spare_nbytes(self) -> int:
+        """What a job may take: all that is free but the reserve."""
+        return max(0, self._read_sensor().available - self._reserve)
 
     def _processes(self) -> Iterator[ProcessMemory]:
         pids = [("supervisor", os.getpid())]

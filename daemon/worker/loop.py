@@ -69,12 +69,13 @@ class Loop:
         active = any(served.engine.busy or not served.arrived for served in self._models.values())
         for message in self._line.receive(0.0 if active else IDLE_SECONDS):
             self._handle(message)
-        moved = [name for name, served in self._models.items() if self._move(name, served)]
+        if [name for name, served in self._models.items() if self._move(name, served)]:
+            self._report()  # before the step, which may take a while: the budget waits for this
         for served in self._models.values():
             if served.engine.busy and (served.arrived or served.engine.scheduler.running):
                 self._step(served)
         idle = active and not any(served.engine.busy for served in self._models.values())
-        if moved or idle or (active and self._clock() - self._reported >= REPORT_SECONDS):
+        if idle or (active and self._clock() - self._reported >= REPORT_SECONDS):
             self._report()
         return self._running
 

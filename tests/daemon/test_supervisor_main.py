@@ -90,7 +90,7 @@ def test_children_get_their_arguments_and_their_last_lines_are_kept(paths):
     launcher = CommandLauncher(paths, tell, tell)
     (paths.logs / "worker.log").write_text("of an earlier one\n" * LOG_NBYTES)
     worker = launcher.start_worker("worker-1")
-    job = launcher.start_job("job-1", AddModel(id=3, source="/s", name="n"))
+    job = launcher.start_job("job-1", AddModel(id=3, source="/s", name="n"), 8_000_000_000)
     for process in (worker, job):
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         assert process.exit_code() == 7

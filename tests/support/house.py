@@ -100,7 +100,8 @@ class FakeLauncher:
     def start_worker(self, identity: str) -> FakeProcess:
         return self._start(self.workers, identity)
 
-    def start_job(self, identity: str, request) -> FakeProcess:
+    def start_job(self, identity: str, request, memory_nbytes: int) -> FakeProcess:
+        self.job_memory = memory_nbytes
         return self._start(self.jobs, identity, request)
 
     def _start(self, where: list[FakeProcess], identity: str, request=None) -> FakeProcess:
