@@ -84,7 +84,8 @@ class Engine:
             self.scheduler.submit(sequence)
         except EbbflowError as error:
             return [failure(request.id, error)]
-        stream = self._tokenizer.stream(request.sampling.stop)
+        # an answer begins a text of its own; a continuation may begin with a space
+        stream = self._tokenizer.stream(request.sampling.stop, () if request.chat is not None else tokens)
         self._jobs[request.id] = _Job(request, sequence, len(tokens), stream, self._clock())
         return []
 

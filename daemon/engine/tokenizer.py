@@ -16,6 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ...formats.errors import CorruptFile, InvalidRequest
 from ...formats.messages import ChatMessage
 
+_CONTEXT: Final = 8
 _REPLACEMENT: Final = "\ufffd"  # what a character that is not complete decodes to
 
 
@@ -57,9 +58,9 @@ class Tokenizer:
             raise InvalidRequest(f"the model's chat template refuses this conversation: {error}") from error
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def stream(self, stops: Sequence[str]) -> TextStream:
-        """A new stream of generated text."""
-        return TextStream(self._tokenizer, stops)
+    def stream(self, stops: Sequence[str], after: Sequence[int] = ()) -> TextStream:
+        """A new stream of generated text, which continues the tokens `after`."""
+        return TextStream(self._tokenizer, stops, after)
 
 
 class TextStream:
@@ -70,10 +71,11 @@ class TextStream:
     it raises at the first torn character.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, stops: Sequence[str], after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
-        self._known: list[int] = []  # the last tokens that gave text, because a decoder may look at its neighbours
+        # the last tokens that gave text: a decoder may look at its neighbours, and removes the space before a first word
+        self._known = list(after[-_CONTEXT:])
         self._open: list[int] = []  # tokens after them that have given none yet
         self._held = ""
         self.stopped = False
