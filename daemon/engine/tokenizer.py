@@ -74,7 +74,7 @@ class TextStream:
     def __init__(self, tokenizer: tokenizers.Tokenizer, stops: Sequence[str], after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
-        # the last tokens that gave text: a decoder may look at its neighbours, and removes the space before a first word
+        # the last tokens that gave text: a decoder looks at neighbours, and removes the space before a first word
         self._known = list(after[-_CONTEXT:])
         self._open: list[int] = []  # tokens after them that have given none yet
         self._held = ""
