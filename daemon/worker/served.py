@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...formats.architecture import Architecture, weight_shapes
+from ...formats.errors import BadBlock
 from ...formats.manifest import STACK, read_manifest
 from ...formats.messages import Residency
-from ...formats.stack import read_stack
+from ...formats.stack import Stack, read_stack
 from ..engine.engine import Engine
 from ..mapping import private_nbytes
 from .resident import Resident
@@ -32,7 +34,7 @@ class Served:
     def __init__(self, folder: Path, target_nbytes: int, threads: int, clock: Callable[[], float]) -> None:
         self.manifest = read_manifest(folder)
         self._clock = clock
-        self.resident = Resident(read_stack(folder / STACK))
+        self.resident = Resident(_fitting(read_stack(folder / STACK), self.manifest.architecture))
         try:
             while self.resident.blocks < self.resident.stack.base:
                 self.resident.grow(self.resident.stack.base)
@@ -96,3 +98,14 @@ class Served:
     def close(self) -> None:
         """Give all memory back. The engine's requests must have been ended."""
         self.resident.close()
+
+
+def _fitting(stack: Stack, a: Architecture) -> Stack:
+    """The stack, if its base holds every weight of the network in its right shape: kernels trust both."""
+    base = {entry.tensor: entry for entry in stack.blocks[: stack.base]}
+    for name, shape in weight_shapes(a).items():
+        entry = base.get(name)
+        if entry is None or entry.shape != shape or (len(shape) == 1 and entry.kind != "dense"):
+            found = "nothing" if entry is None else f"{entry.kind} {list(entry.shape)}"
+            raise BadBlock(f"{stack.path} holds {found} as {name}; the manifest's network wants {list(shape)}")
+    return stack

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ebbflow.daemon.mapping import PAGE, Mapping
+from ebbflow.daemon.mapping import Mapping
 
 from support.cgroups import measure
 from support.stacks import TINY, dense_entry, write_model, write_signs_model
@@ -86,29 +86,6 @@ def smaps_of(address: int) -> dict[str, str]:
             if first == "VmFlags:":
                 return area
     raise LookupError(hex(address))
-
-
-def test_pages_that_are_needed_in_part_are_kept() -> None:
-    memory = Mapping(10 * PAGE + 100)
-    for start, stop, first, last in (
-        (1, 2 * PAGE - 1, 0, 0),
-        (1, 3 * PAGE + 1, PAGE, 3 * PAGE),
-        (2 * PAGE, 4 * PAGE, 2 * PAGE, 4 * PAGE),
-        (5 * PAGE, 5 * PAGE, 0, 0),
-        (7 * PAGE + 5, memory.nbytes, 8 * PAGE, memory.nbytes),
-        (10 * PAGE + 50, memory.nbytes, 0, 0),
-        (0, memory.nbytes, 0, memory.nbytes),
-    ):
-        memory.bytes[:] = 7
-        memory.release(start, stop)
-        gone = np.flatnonzero(memory.bytes[: memory.nbytes] == 0)
-        assert (gone[0], gone[-1] + 1) == (first, last) if len(gone) else first == last, (start, stop)
-        assert len(gone) == last - first
-
-
-def test_an_empty_mapping() -> None:
-    memory = Mapping(0)
-    memory.release(0, 0)
 
 
 def test_freed_kv_blocks_are_returned() -> None:

@@ -1,0 +1,428 @@
+"""The worker's loop on a scripted line: every request ends once, edges move under it, bad files harm nobody else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ebbflow.daemon.worker import loop as loop_module
+from ebbflow.daemon.worker.loop import IDLE_SECONDS, REPORT_SECONDS, Loop
+from ebbflow.formats.manifest import MANIFEST, STACK, read_manifest, write_manifest
+from ebbflow.formats.messages import (
+    Cancel,
+    Exit,
+    Failed,
+    Finished,
+    Generate,
+    LoadFailed,
+    LoadModel,
+    Report,
+    Residency,
+    Resized,
+    Sampling,
+    SetTarget,
+    ToWorker,
+    UnloadModel,
+)
+from ebbflow.formats.stack import read_stack
+
+from support.engines import Answers, engine_of, finish
+from support.fake_line import FakeClock, FakeLine
+from support.residents import load
+from support.stacks import copy_model, write_signs_model
+
+ALL = 10**9
+BASE, BLOCKS = 21, 49
+PROMPT = "Once upon a time " * 4
+SAMPLING = Sampling(max_tokens=12, temperature=1.0, seed=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_signs_model(tmp_path_factory.mktemp("loop") / "model")
+
+
+@pytest.fixture(scope="module")
+def edges(folder: Path) -> tuple[int, ...]:
+    return read_stack(folder / STACK).edges
+
+
+@pytest.fixture(scope="module")
+def fresh(folder: Path) -> dict[int, str]:
+    """What `PROMPT` gives at each depth of a fresh load."""
+    texts = {}
+    for depth in range(BASE, BLOCKS + 1):
+        resident, answers = load(folder, depth), Answers()
+        engine = engine_of(folder, resident)
+        answers.hear(engine.submit(ask(1)))
+        finish(engine, answers)
+        texts[depth] = answers.by_id[1].text
+        resident.close()
+    assert len(set(texts.values())) > len(texts) // 2
+    return texts
+
+
+def ask(key: int, prompt: str = PROMPT, model: str = "m", **sampling: Any) -> Generate:
+    return Generate(id=key, model=model, prompt=prompt, sampling=msgspec.structs.replace(SAMPLING, **sampling))
+
+
+class Worker:
+    """A loop, what it heard and what it said."""
+
+    def __init__(self, tick: float = 0.0005) -> None:
+        self.line, self.clock = FakeLine(), FakeClock(tick)
+        self.loop = Loop(self.line, 2, self.clock)
+        self.answers = Answers()
+
+    def hear(self, *messages: ToWorker) -> list[Any]:
+        """One turn, in which these messages arrive; what was said."""
+        self.line.script.append(list(messages))
+        self.loop.turn()
+        said = self.line.take()
+        self.answers.hear(said)
+        return said
+
+    def settle(self) -> list[Any]:
+        """Turns until nothing is left to do; what was said."""
+        said = []
+        for _ in range(3000):
+            said += self.hear()
+            if self.line.timeouts[-1] > 0:
+                return said
+        raise AssertionError("still busy")
+
+    def load(self, folder: Path, target: int = ALL, name: str = "m") -> list[Any]:
+        said = self.hear(LoadModel(model=name, folder=str(folder), target_nbytes=target))
+        return said + self.settle()
+
+    def residency(self, name: str = "m") -> Residency:
+        return self.loop.models[name].residency(name)
+
+
+@contextmanager
+def worker_with(folder: Path, target: int = ALL, tick: float = 0.0005) -> Iterator[Worker]:
+    worker = Worker(tick)
+    worker.load(folder, target)
+    yield worker
+    worker.hear(Exit())
+    for served in worker.loop.models.values():
+        served.engine.scheduler.check_integrity()
+
+
+def only(kind: type[Any], said: list[Any]) -> Any:
+    (found,) = [message for message in said if isinstance(message, kind)]
+    return found
+
+
+def test_a_model_is_loaded_and_reported_at_its_edge(folder: Path, edges: tuple[int, ...]) -> None:
+    worker = Worker()
+    said = worker.load(folder, edges[30] + 5)
+    assert all(isinstance(message, Report) for message in said)
+    (residency,) = said[-1].models
+    assert (residency.model, residency.blocks, residency.total_blocks) == ("m", 30, BLOCKS)
+    assert (residency.nbytes, residency.total_nbytes) == (edges[30], edges[BLOCKS])
+    assert (residency.base_nbytes, residency.target_nbytes) == (edges[BASE], edges[30] + 5)
+    assert (residency.kv_nbytes, residency.running, residency.waiting) == (0, 0, 0)
+
+
+def test_a_target_below_the_base_holds_the_base(folder: Path) -> None:
+    with worker_with(folder, 0) as worker:
+        assert worker.residency().blocks == BASE
+
+
+def test_a_request_that_comes_with_the_model_is_answered_at_its_full_depth(folder: Path, fresh: dict[int, str]) -> None:
+    worker = Worker(tick=0.06)  # growing takes several turns
+    worker.hear(LoadModel(model="m", folder=str(folder), target_nbytes=ALL), ask(1))
+    worker.settle()
+    assert worker.answers.by_id[1].text == fresh[BLOCKS]
+
+
+def break_manifest(folder: Path) -> None:
+    (folder / MANIFEST).write_text("{")
+
+
+def break_shape(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    wider = msgspec.structs.replace(manifest.architecture, intermediate=128)
+    write_manifest(folder, msgspec.structs.replace(manifest, architecture=wider))
+
+
+def break_layers(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    deeper = msgspec.structs.replace(manifest.architecture, layers=3)
+    write_manifest(folder, msgspec.structs.replace(manifest, architecture=deeper))
+
+
+def break_length(folder: Path) -> None:
+    os.truncate(folder / STACK, 5000)
+
+
+def break_number(folder: Path) -> None:
+    stack = read_stack(folder / STACK)
+    with (folder / STACK).open("r+b") as file:
+        file.seek(stack.data_start)
+        file.write(np.float32(np.nan).tobytes())
+
+
+def break_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("[]")
+
+
+def remove_stack(folder: Path) -> None:
+    (folder / STACK).unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "code"),
+    [
+        (break_manifest, "corrupt_manifest"),
+        (break_shape, "bad_block"),
+        (break_layers, "bad_block"),
+        (break_length, "truncated_stack"),
+        (break_number, "bad_block"),
+        (break_tokenizer, "corrupt_file"),
+        (remove_stack, "corrupt_stack"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded(folder: Path, tmp_path: Path, harm: Any, code: str) -> None:
+    broken = copy_model(folder, tmp_path / "broken")
+    harm(broken)
+    with worker_with(folder) as worker:
+        files = len(list(Path("/proc/self/fd").iterdir()))
+        said = worker.hear(LoadModel(model="bad", folder=str(broken), target_nbytes=ALL), ask(1, model="bad"), ask(2))
+        failed = only(LoadFailed, said)
+        assert (failed.model, failed.code) == ("bad", code)
+        assert failed.message
+        assert len(list(Path("/proc/self/fd").iterdir())) == files
+        worker.settle()
+        end = worker.answers.by_id[1].end
+        assert isinstance(end, Failed)
+        assert end.code == "unknown_model"
+        assert isinstance(worker.answers.by_id[2].end, Finished)
+        assert list(worker.loop.models) == ["m"]
+
+
+def test_no_memory_for_a_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(loop_module, "Served", refuse)
+    worker = Worker()
+    failed = only(LoadFailed, worker.load(folder))
+    assert failed.code == "out_of_memory"
+
+
+def test_loading_twice_only_moves_the_edge(folder: Path) -> None:
+    with worker_with(folder) as worker:
+        served = worker.loop.models["m"]
+        worker.load(folder, 0)
+        assert worker.loop.models["m"] is served
+        assert worker.residency().blocks == BASE
+
+
+def test_a_request_for_no_model(folder: Path) -> None:
+    failed = only(Failed, Worker().hear(ask(5)))
+    assert (failed.id, failed.code) == (5, "unknown_model")
+
+
+def test_a_shrink_is_done_and_answered_in_the_turn_it_is_heard(folder: Path, edges: tuple[int, ...]) -> None:
+    with worker_with(folder) as worker:
+        said = worker.hear(SetTarget(model="m", target_nbytes=edges[25], id=7))
+        resized = only(Resized, said)
+        assert (resized.id, resized.residency.blocks) == (7, 25)
+        assert resized.residency.target_nbytes == edges[25]
+        assert resized.seconds > 0
+        assert any(isinstance(message, Report) for message in said)
+
+
+def test_growing_is_answered_when_it_is_done(folder: Path, edges: tuple[int, ...]) -> None:
+    with worker_with(folder, 0, tick=0.06) as worker:
+        said = worker.hear(SetTarget(model="m", target_nbytes=ALL, id=8))
+        said += worker.settle()
+        resized = only(Resized, said)
+        assert (resized.id, resized.residency.nbytes) == (8, edges[BLOCKS])
+
+
+def test_a_target_that_is_there_already_is_answered_at_once(folder: Path) -> None:
+    with worker_with(folder) as worker:
+        assert only(Resized, worker.hear(SetTarget(model="m", target_nbytes=ALL, id=9))).id == 9
+
+
+def test_without_an_id_nobody_is_answered(folder: Path) -> None:
+    with worker_with(folder) as worker:
+        said = worker.hear(SetTarget(model="m", target_nbytes=0)) + worker.settle()
+        assert not any(isinstance(message, Resized) for message in said)
+        assert worker.residency().blocks == BASE
+
+
+def test_resizing_no_model() -> None:
+    resized = only(Resized, Worker().hear(SetTarget(model="gone", target_nbytes=0, id=3)))
+    assert (resized.id, resized.residency) == (3, None)
+
+
+def test_every_resize_is_answered_though_a_later_one_overtakes_it(folder: Path) -> None:
+    with worker_with(folder, 0, tick=0.06) as worker:
+        said = worker.hear(
+            SetTarget(model="m", target_nbytes=ALL, id=1),
+            SetTarget(model="m", target_nbytes=0, id=2),
+            SetTarget(model="m", target_nbytes=ALL, id=3),
+        )
+        said += worker.hear(SetTarget(model="m", target_nbytes=ALL), UnloadModel(model="m"))
+        assert [message.id for message in said if isinstance(message, Resized)] == [1, 2, 3]
+
+
+def test_a_file_that_breaks_while_growing_fails_the_resize_and_nothing_else(
+    folder: Path, tmp_path: Path, edges: tuple[int, ...], fresh: dict[int, str]
+) -> None:
+    broken = copy_model(folder, tmp_path / "broken")
+    with worker_with(broken, 0) as worker:
+        os.truncate(broken / STACK, read_stack(folder / STACK).data_start + edges[30])
+        worker.hear(ask(1))
+        said = worker.hear(SetTarget(model="m", target_nbytes=ALL, id=50), ask(2))
+        said += worker.settle()
+        end = worker.answers.by_id.pop(50).end
+        assert isinstance(end, Failed)
+        assert end.code == "truncated_stack"
+        assert worker.residency().blocks == BASE
+        assert worker.residency().target_nbytes == edges[BASE]
+        assert worker.answers.by_id[1].text == worker.answers.by_id[2].text == fresh[BASE]
+
+
+moves = st.one_of(
+    st.tuples(st.just("resize"), st.integers(0, 55)),
+    st.tuples(st.just("ask"), st.integers(1, 30)),
+    st.tuples(st.just("cancel"), st.integers(0, 10)),
+    st.tuples(st.just("turns"), st.integers(1, 5)),
+)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(moves, max_size=25), st.integers(BASE, BLOCKS), st.sampled_from([0.0005, 0.03]))
+def test_resizing_under_requests_fails_none_and_leaves_no_trace(
+    folder: Path,
+    edges: tuple[int, ...],
+    fresh: dict[int, str],
+    script: list[tuple[str, int]],
+    depth: int,
+    tick: float,
+) -> None:
+    with worker_with(folder, tick=tick) as worker:
+        asked: dict[int, int] = {}
+        cancelled = set()
+        for step, (what, value) in enumerate(script):
+            match what:
+                case "resize":
+                    worker.hear(SetTarget(model="m", target_nbytes=edges[min(value, BLOCKS)], id=1000 + step))
+                case "ask":
+                    asked[step] = value
+                    worker.hear(ask(step, max_tokens=value))
+                case "cancel":
+                    cancelled.add(value)
+                    worker.hear(Cancel(id=value))
+                case _:
+                    for _ in range(value):
+                        worker.hear()
+        worker.settle()
+        for key, tokens in asked.items():
+            end = worker.answers.by_id[key].end
+            if isinstance(end, Finished):
+                assert (end.reason, end.tokens) == ("length", tokens)
+            else:
+                assert isinstance(end, Failed)
+                assert end.code == "cancelled"
+                assert key in cancelled
+        worker.hear(SetTarget(model="m", target_nbytes=edges[depth]), ask(900))
+        worker.settle()
+        assert worker.answers.by_id[900].text == fresh[depth]
+        assert worker.residency().kv_nbytes == 0
+
+
+def test_a_cancelled_request_is_answered_so_and_another_cancel_is_ignored(folder: Path) -> None:
+    with worker_with(folder) as worker:
+        worker.hear(ask(1, max_tokens=100))
+        failed = only(Failed, worker.hear(Cancel(id=1)))
+        assert (failed.id, failed.code) == (1, "cancelled")
+        assert not any(isinstance(m, Failed) for m in worker.hear(Cancel(id=1), Cancel(id=77)))
+
+
+def test_unloading_cancels_what_runs_and_forgets_the_model(folder: Path) -> None:
+    with worker_with(folder) as worker:
+        worker.hear(ask(1, max_tokens=100), ask(2, max_tokens=100))
+        said = worker.hear(UnloadModel(model="m"))
+        assert {message.id: message.code for message in said if isinstance(message, Failed)} == {
+            1: "cancelled",
+            2: "cancelled",
+        }
+        assert said[-1] == Report(models=())
+        assert not worker.loop.models
+        assert worker.hear(UnloadModel(model="m")) == []
+
+
+def test_exit_ends_everything(folder: Path) -> None:
+    worker = Worker()
+    worker.load(folder)
+    worker.hear(ask(1, max_tokens=100))
+    worker.line.script.append([Exit()])
+    assert not worker.loop.turn()
+    assert only(Failed, worker.line.take()).code == "cancelled"
+    assert not worker.loop.models
+
+
+def test_a_step_without_memory_ends_its_requests_with_a_retryable_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise MemoryError
+
+    with worker_with(folder) as worker:
+        worker.hear(ask(1))
+        with monkeypatch.context() as patch:
+            patch.setattr(worker.loop.models["m"].engine, "_forward", refuse)
+            worker.hear(ask(2))
+        for key in (1, 2):
+            end = worker.answers.by_id[key].end
+            assert isinstance(end, Failed)
+            assert end.code == "out_of_memory"
+        assert worker.residency().kv_nbytes == 0
+        worker.hear(ask(3))
+        worker.settle()
+        assert isinstance(worker.answers.by_id[3].end, Finished)
+
+
+def test_two_models_answer_side_by_side(folder: Path, tmp_path: Path, fresh: dict[int, str]) -> None:
+    other = write_signs_model(tmp_path / "other", seed=5)
+    with worker_with(folder) as worker:
+        worker.load(other, name="o")
+        worker.hear(ask(1), ask(2, model="o"), ask(3))
+        worker.settle()
+        texts = [worker.answers.by_id[key].text for key in (1, 2, 3)]
+        assert texts[0] == texts[2] == fresh[BLOCKS]
+        assert texts[1] != texts[0]
+
+
+def test_waits_only_when_there_is_nothing_to_do(folder: Path) -> None:
+    with worker_with(folder) as worker:
+        assert worker.line.timeouts[-1] == IDLE_SECONDS
+        worker.hear(ask(1))
+        worker.hear()
+        assert worker.line.timeouts[-1] == 0
+
+
+def test_a_busy_worker_reports_now_and_then_and_once_when_done(folder: Path) -> None:
+    with worker_with(folder, tick=0.01) as worker:
+        before = worker.clock.now
+        said = worker.hear(ask(1, max_tokens=100)) + worker.settle()
+        seconds = worker.clock.now - before
+        reports = [message for message in said if isinstance(message, Report)]
+        assert 1 < len(reports) <= seconds / REPORT_SECONDS + 2
+        assert reports[0].models[0].running == 1
+        assert reports[-1].models[0].running == 0
