@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Final, NoReturn
+from typing import Final
 
 import msgspec
 
@@ -30,31 +30,36 @@ from ..process import MEMORY_VARIABLE, die_with_parent, set_oom_score
 
 OOM_SCORE: Final = 800  # before the worker: a job can be run again, an answer cannot
 NICENESS: Final = 10
+CANCELLED: Final = "adding the model was cancelled; the library is as it was"
 USAGE: Final = "usage: python -m ebbflow.daemon.library.job ADDRESS IDENTITY LIBRARY CACHE REQUEST"
 
 Send = Callable[[Message], None]
 
 
 class Cancellation:
-    """Turns SIGTERM into `Cancelled`, once, so that cleaning up is not interrupted by a second signal."""
+    """Turns SIGTERM into `Cancelled`, once, so that cleaning up is not interrupted by a second signal.
+
+    What a signal handler raises may be lost in a callback of C code, or come out of it as another error (seen: a
+    `ValueError` from torch about the shape of a storage). So `asked` is the truth, and `check` raises it again.
+    """
 
     def __init__(self) -> None:
-        self._asked = False
+        self.asked = False
+
+    def listen(self) -> None:
+        """Take over the process's signals."""
         signal.signal(signal.SIGTERM, self._cancel)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the supervisor
 
     def check(self) -> None:
-        """Raises `Cancelled` if somebody asked: an exception from a handler can be lost in a callback of C code."""
-        if self._asked:
-            self._raise()
+        """Raises `Cancelled` if somebody asked."""
+        if self.asked:
+            raise Cancelled(CANCELLED)
 
     def _cancel(self, number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        self._asked = True
-        self._raise()
-
-    def _raise(self) -> NoReturn:
-        raise Cancelled("adding the model was cancelled; the library is as it was")
+        self.asked = True
+        self.check()
 
 
 def main(arguments: list[str]) -> int:
@@ -63,6 +68,7 @@ def main(arguments: list[str]) -> int:
         print(USAGE, file=sys.stderr)  # noqa: T201 - it has no other way to say so
         return InvalidRequest.exit_code
     cancellation = Cancellation()
+    cancellation.listen()
     die_with_parent(by=signal.SIGTERM)
     set_oom_score(OOM_SCORE)
     os.nice(NICENESS)
@@ -71,28 +77,33 @@ def main(arguments: list[str]) -> int:
     channel = Child(address, identity)
     try:
         channel.send(Ready(pid=os.getpid()))
-        channel.send(outcome(request, Path(library), Path(cache), channel.send, cancellation.check))
+        channel.send(outcome(request, Path(library), Path(cache), channel.send, cancellation))
     finally:
         channel.close()
     return 0
 
 
-def outcome(request: AddModel, library: Path, cache: Path, send: Send, check: Callable[[], None]) -> Message:
+def outcome(request: AddModel, library: Path, cache: Path, send: Send, cancellation: Cancellation) -> Message:
     """Do it; `Added`, or `Failed` for whatever went wrong. An unexpected error's traceback goes to the log."""
     try:
-        return _add(request, library, cache, send, check)
-    except EbbflowError as error:
-        return failure(request.id, error)
-    except MemoryError as error:
-        return failure(request.id, _out_of_memory(error))
+        return _add(request, library, cache, send, cancellation)
     except Exception as error:  # noqa: BLE001 - the last line of defence: every request gets a reply
-        if _is_allocation_failure(error):
-            return failure(request.id, _out_of_memory(error))
-        traceback.print_exc()
-        return failure(request.id, InternalError(f"adding {request.name} met a bug: {type(error).__name__}: {error}"))
+        return failure(request.id, _named(error, request.name, cancellation.asked))
 
 
-def _add(request: AddModel, library: Path, cache: Path, send: Send, check: Callable[[], None]) -> Message:
+def _named(error: Exception, name: str, cancelled: bool) -> EbbflowError:
+    """What the client is told about `error`."""
+    if cancelled:
+        return Cancelled(CANCELLED)
+    if isinstance(error, EbbflowError):
+        return error
+    if isinstance(error, MemoryError) or _is_allocation_failure(error):
+        return OutOfMemory(f"not enough memory to add this model: {error}")
+    traceback.print_exception(error)
+    return InternalError(f"adding {name} met a bug: {type(error).__name__}: {error}")
+
+
+def _add(request: AddModel, library: Path, cache: Path, send: Send, cancellation: Cancellation) -> Message:
     begun = time.monotonic()
     _limit_memory()
     # Read when torch loads OpenMP. A low-priority thread that spins while it waits for another takes the processor the
@@ -106,7 +117,7 @@ def _add(request: AddModel, library: Path, cache: Path, send: Send, check: Calla
     torch.set_num_threads(len(os.sched_getaffinity(0)))
 
     def tell(progress: Progress) -> None:
-        check()
+        cancellation.check()
         send(progress)
 
     return Added(id=request.id, summary=add_model(request, library, cache, tell), seconds=time.monotonic() - begun)
@@ -121,10 +132,6 @@ def _limit_memory() -> None:
 
 def _is_allocation_failure(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
-
-
-def _out_of_memory(error: Exception) -> OutOfMemory:
-    return OutOfMemory(f"not enough memory to add this model: {error}")
 
 
 if __name__ == "__main__":

@@ -160,13 +160,15 @@ def test_memory_has_a_cap():
 # -- every failure has a name -------------------------------------------------------------------------------------
 
 
-def outcome(monkeypatch, error: BaseException) -> Message:
+def outcome(monkeypatch, error: BaseException, *, cancelled: bool = False) -> Message:
     def fail(*_: object) -> None:
         raise error
 
     monkeypatch.setattr(add, "add_model", fail)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    return job.outcome(AddModel(id=9, source="s", name="n"), Path(), Path(), lambda m: None, lambda: None)
+    cancellation = job.Cancellation()
+    cancellation.asked = cancelled
+    return job.outcome(AddModel(id=9, source="s", name="n"), Path(), Path(), lambda m: None, cancellation)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +192,13 @@ def test_bugs_are_named_and_logged(monkeypatch, capsys, error):
     assert (failed.id, failed.code) == (9, "internal")
     assert type(error).__name__ in failed.message
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [ValueError("could not determine the shape"), MemoryError(), UnknownModel("x")])
+def test_whatever_a_cancelled_job_raises_it_was_cancelled(monkeypatch, capsys, error):
+    failed = outcome(monkeypatch, error, cancelled=True)
+    assert (failed.id, failed.code) == (9, "cancelled")
+    assert capsys.readouterr().err == ""
 
 
 def test_torch_says_what_we_listen_for():
