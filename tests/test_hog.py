@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
@@ -15,7 +14,7 @@ from ebbflow.daemon.library.synthetic_stack import write_random_stack
 
 from support.cgroup import Cgroup, memory_cgroup, writable
 from support.hog import Hog
-from support.real_daemon import RealDaemon, real_daemon
+from support.real_daemon import RealDaemon, real_daemon, until
 
 LIMIT = 1_000_000_000
 RESERVE = 150_000_000
@@ -40,13 +39,6 @@ def daemon(cgroup: Cgroup) -> Iterator[RealDaemon]:
 
 def resident(client: Client) -> int:
     return client.status().models[0].nbytes
-
-
-def until(condition: Callable[[], bool], seconds: float) -> None:
-    """Ask the daemon until it is so; each question is a round trip, so this does not spin."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
 
 
 def test_the_stack_gives_way_to_a_hog_and_comes_back(cgroup: Cgroup, daemon: RealDaemon) -> None:

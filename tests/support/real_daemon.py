@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,3 +81,10 @@ def real_daemon(*flags: str, prefix: tuple[str, ...] = ()) -> Iterator[RealDaemo
         finally:
             process.kill()
             shutil.rmtree(home, ignore_errors=True)
+
+
+def until(condition: Callable[[], bool], seconds: float) -> None:
+    """Ask again and again until it is so, for questions that cost a round trip or a look at the disk."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
