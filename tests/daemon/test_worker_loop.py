@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from ebbflow.daemon.worker import loop as loop_module
 from ebbflow.daemon.worker.loop import IDLE_SECONDS, REPORT_SECONDS, Loop
+from ebbflow.daemon.worker.resident import Resident
 from ebbflow.formats.manifest import MANIFEST, STACK, read_manifest, write_manifest
 from ebbflow.formats.messages import (
     Cancel,
@@ -42,6 +43,7 @@ from support.stacks import copy_model, write_signs_model
 
 ALL = 10**9
 BASE, BLOCKS = 21, 49
+SLOW = 0.06
 PROMPT = "Once upon a time " * 4
 SAMPLING = Sampling(max_tokens=12, temperature=1.0, seed=3)
 
@@ -109,6 +111,15 @@ class Worker:
 
 
 @contextmanager
+def slow_disk() -> Iterator[None]:
+    """One block for each read, and with a clock of `SLOW` ticks no more than two of them between steps."""
+    grow = Resident.grow
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Resident, "grow", lambda self, blocks: grow(self, blocks, 1))
+        yield
+
+
+@contextmanager
 def worker_with(folder: Path, target: int = ALL, tick: float = 0.0005) -> Iterator[Worker]:
     worker = Worker(tick)
     worker.load(folder, target)
@@ -140,9 +151,12 @@ def test_a_target_below_the_base_holds_the_base(folder: Path) -> None:
 
 
 def test_a_request_that_comes_with_the_model_is_answered_at_its_full_depth(folder: Path, fresh: dict[int, str]) -> None:
-    worker = Worker(tick=0.06)  # growing takes several turns
-    worker.hear(LoadModel(model="m", folder=str(folder), target_nbytes=ALL), ask(1))
-    worker.settle()
+    worker = Worker(SLOW)
+    with slow_disk():
+        worker.hear(LoadModel(model="m", folder=str(folder), target_nbytes=ALL), ask(1))
+        assert worker.residency().blocks < BLOCKS
+        assert worker.residency().waiting == 1
+        worker.settle()
     assert worker.answers.by_id[1].text == fresh[BLOCKS]
 
 
@@ -245,8 +259,9 @@ def test_a_shrink_is_done_and_answered_in_the_turn_it_is_heard(folder: Path, edg
 
 
 def test_growing_is_answered_when_it_is_done(folder: Path, edges: tuple[int, ...]) -> None:
-    with worker_with(folder, 0, tick=0.06) as worker:
+    with worker_with(folder, 0, SLOW) as worker, slow_disk():
         said = worker.hear(SetTarget(model="m", target_nbytes=ALL, id=8))
+        assert not any(isinstance(message, Resized) for message in said)
         said += worker.settle()
         resized = only(Resized, said)
         assert (resized.id, resized.residency.nbytes) == (8, edges[BLOCKS])
@@ -270,7 +285,7 @@ def test_resizing_no_model() -> None:
 
 
 def test_every_resize_is_answered_though_a_later_one_overtakes_it(folder: Path) -> None:
-    with worker_with(folder, 0, tick=0.06) as worker:
+    with worker_with(folder, 0, SLOW) as worker, slow_disk():
         said = worker.hear(
             SetTarget(model="m", target_nbytes=ALL, id=1),
             SetTarget(model="m", target_nbytes=0, id=2),
@@ -306,7 +321,7 @@ moves = st.one_of(
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.lists(moves, max_size=25), st.integers(BASE, BLOCKS), st.sampled_from([0.0005, 0.03]))
+@given(st.lists(moves, max_size=25), st.integers(BASE, BLOCKS), st.sampled_from([0.0005, 0.03]), st.booleans())
 def test_resizing_under_requests_fails_none_and_leaves_no_trace(
     folder: Path,
     edges: tuple[int, ...],
@@ -314,8 +329,9 @@ def test_resizing_under_requests_fails_none_and_leaves_no_trace(
     script: list[tuple[str, int]],
     depth: int,
     tick: float,
+    slow: bool,
 ) -> None:
-    with worker_with(folder, tick=tick) as worker:
+    with worker_with(folder, tick=tick) as worker, slow_disk() if slow else nullcontext():
         asked: dict[int, int] = {}
         cancelled = set()
         for step, (what, value) in enumerate(script):
@@ -396,6 +412,16 @@ def test_a_step_without_memory_ends_its_requests_with_a_retryable_error(
         worker.hear(ask(3))
         worker.settle()
         assert isinstance(worker.answers.by_id[3].end, Finished)
+
+
+def test_running_requests_go_on_while_the_edge_moves_up(folder: Path) -> None:
+    with worker_with(folder, 0, 0.02) as worker, slow_disk():
+        worker.hear(ask(1, max_tokens=50))
+        worker.hear(SetTarget(model="m", target_nbytes=ALL))
+        for _ in range(6):
+            worker.hear()
+        assert BASE < worker.residency().blocks < BLOCKS
+        assert worker.answers.by_id[1].tokens > 3
 
 
 def test_two_models_answer_side_by_side(folder: Path, tmp_path: Path, fresh: dict[int, str]) -> None:

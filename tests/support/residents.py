@@ -46,5 +46,6 @@ def logits(resident: Resident, tokens: list[int], a: Architecture = TINY) -> NDA
 def run_child(module: str, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
     """`python -m support.MODULE`, in a process of its own: for what must not happen to pytest itself."""
     command = [sys.executable, "-P", "-m", f"support.{module}", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path.rstrip(os.pathsep)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
