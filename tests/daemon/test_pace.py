@@ -31,7 +31,7 @@ def best(fixed: float, slope: float) -> int:
 
 
 @given(fixed_costs, slopes)
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None, derandomize=True)
 def test_steps_settle_below_the_limit_whatever_the_machine(fixed: float, slope: float) -> None:
     pace = Pace()
     seconds = run(pace, fixed, slope, 40)[20:]
@@ -39,7 +39,7 @@ def test_steps_settle_below_the_limit_whatever_the_machine(fixed: float, slope: 
 
 
 @given(fixed_costs, slopes)
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None, derandomize=True)
 def test_and_use_at_least_half_of_what_fits(fixed: float, slope: float) -> None:
     pace = Pace()
     run(pace, fixed, slope, 60)
@@ -47,7 +47,7 @@ def test_and_use_at_least_half_of_what_fits(fixed: float, slope: float) -> None:
 
 
 @given(fixed_costs, st.floats(1e-5, 0.005), st.floats(2, 50))
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None, derandomize=True)
 def test_a_sudden_slow_down_costs_few_long_steps(fixed: float, slope: float, factor: float) -> None:
     pace = Pace()
     run(pace, fixed / 4, slope, 40)
@@ -58,7 +58,7 @@ def test_a_sudden_slow_down_costs_few_long_steps(fixed: float, slope: float, fac
 
 
 @given(fixed_costs, st.floats(1e-5, 0.002))
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_a_slow_minute_is_forgotten(fixed: float, slope: float) -> None:
     pace = Pace()
     run(pace, fixed, slope * 20, 40)
@@ -67,7 +67,7 @@ def test_a_slow_minute_is_forgotten(fixed: float, slope: float) -> None:
 
 
 @given(fixed_costs, st.floats(1e-5, 0.002))
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_a_prompt_after_a_long_answer_is_read_at_full_speed(fixed: float, slope: float) -> None:
     pace = Pace()
     run(pace, fixed, slope, 20)
@@ -86,7 +86,7 @@ def test_a_long_time_of_small_steps_is_no_licence_for_a_huge_one(tokens: int) ->
 
 
 @given(st.lists(st.tuples(st.integers(1, MAX_TOKENS), st.floats(0, 100)), max_size=50))
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None, derandomize=True)
 def test_the_limit_is_sane_whatever_was_measured(steps: list[tuple[int, float]]) -> None:
     pace = Pace()
     for tokens, seconds in steps:

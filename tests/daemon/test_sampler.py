@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -28,12 +28,14 @@ def probabilities(logits: NDArray[np.float32], temperature: float) -> NDArray[np
     return normalised
 
 
+@settings(deadline=None, derandomize=True)
 @given(logit_lists, st.integers(0, 10**6))
 def test_greedy_is_the_first_largest(values: list[float], position: int) -> None:
     found = sample(array(values), Sampling(), position)
     assert found == values.index(max(values))
 
 
+@settings(deadline=None, derandomize=True)
 @given(logit_lists, st.integers(0, 2**63 - 1), st.integers(0, 10**6), st.floats(0.1, 5))
 def test_the_same_seed_and_position_give_the_same_token(
     values: list[float], seed: int, position: int, temperature: float
@@ -50,6 +52,7 @@ def test_seeds_and_positions_differ() -> None:
     assert len(drawn(flat, Sampling(temperature=1), 50)) > 45
 
 
+@settings(deadline=None, derandomize=True)
 @given(logit_lists, st.integers(1, 10))
 def test_top_k_draws_among_the_k_largest(values: list[float], k: int) -> None:
     logits = array(values)
@@ -62,6 +65,7 @@ def test_top_k_of_ties_takes_the_lowest_ids_and_all_of_them() -> None:
     assert drawn(np.zeros(3, np.float32), Sampling(temperature=1, top_k=10)) == {0, 1, 2}
 
 
+@settings(deadline=None, derandomize=True)
 @given(logit_lists, st.floats(0.01, 1))
 def test_top_p_draws_within_the_smallest_set_that_reaches_p(values: list[float], p: float) -> None:
     logits = array(values)

@@ -105,20 +105,23 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("large") / "model", TINY, blocks, 1)
 
 
-def test_a_stack_in_memory_is_anonymous_and_not_twice_there(large_model: Path) -> None:
+@pytest.fixture(scope="module")
+def loaded(large_model: Path) -> Found:
+    return Found(measure("resident", str(large_model)))
+
+
+def test_a_stack_in_memory_is_anonymous_and_not_twice_there(loaded: Found) -> None:
     """File-backed pages are invisible to MemAvailable: a controller watching it over mapped weights is blind."""
-    found = Found(measure("resident", str(large_model)))
-    assert found.near("anonymous", found["nbytes"])
-    if not found["droppable"]:
+    assert loaded.near("anonymous", loaded["nbytes"])
+    if not loaded["droppable"]:
         pytest.skip("this file system keeps its files in memory")
-    assert found.near("warm", found["nbytes"])
-    assert found["cold"] < MIB
+    assert loaded.near("warm", loaded["nbytes"])
+    assert loaded["cold"] < MIB
 
 
-def test_a_dropped_tail_is_returned_and_then_the_rest(large_model: Path) -> None:
-    found = Found(measure("resident", str(large_model)))
-    assert found.near("freed", found["nbytes"] - found["left"])
-    assert found.near("closed", found["left"])
+def test_a_dropped_tail_is_returned_and_then_the_rest(loaded: Found) -> None:
+    assert loaded.near("freed", loaded["nbytes"] - loaded["left"])
+    assert loaded.near("closed", loaded["left"])
 
 
 def test_a_hundred_models_later_the_worker_is_as_small_as_before(tmp_path: Path) -> None:

@@ -320,7 +320,7 @@ moves = st.one_of(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.lists(moves, max_size=25), st.integers(BASE, BLOCKS), st.sampled_from([0.0005, 0.03]), st.booleans())
 def test_resizing_under_requests_fails_none_and_leaves_no_trace(
     folder: Path,
