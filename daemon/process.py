@@ -7,22 +7,31 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import signal
 import sys
 from pathlib import Path
 from typing import Final
 
+PARENT_VARIABLE: Final = "EBBFLOW_PARENT"  # the supervisor tells a child its own process id
 MEMORY_VARIABLE: Final = "EBBFLOW_JOB_MEMORY"  # the supervisor tells a job how much memory it may take
 PR_SET_PDEATHSIG: Final = 1  # <linux/prctl.h>
 
 
 def die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
-    """From now on the kernel sends this process `by` when its parent (the *thread* that started it) ends."""
+    """From now on the kernel sends this process `by` when its parent (the *thread* that started it) ends.
+
+    The kernel says nothing of a parent that ended before: if `PARENT_VARIABLE` names another process than the present
+    parent, this leaves with `SystemExit`.
+    """
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, int(by), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    parent = os.environ.get(PARENT_VARIABLE)
+    if parent and parent != str(os.getppid()):
+        raise SystemExit(f"process {parent}, which started this one, is gone")
 
 
 def set_oom_score(value: int) -> None:

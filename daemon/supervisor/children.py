@@ -21,7 +21,7 @@ import msgspec
 
 from ...formats.messages import AddModel
 from ...formats.paths import Paths
-from ..process import MEMORY_VARIABLE
+from ..process import MEMORY_VARIABLE, PARENT_VARIABLE
 
 LEAVE_SECONDS: Final = 5.0  # between being asked to leave and being killed
 LAST_WORDS_SECONDS: Final = 0.1  # what a child sent just before its end may still be on its way
@@ -108,7 +108,7 @@ class _Subprocess:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                env=os.environ | environment,
+                env=os.environ | {PARENT_VARIABLE: str(os.getpid())} | environment,
             )
         self.pid = self._process.pid
         self._descriptor = _pidfd(self.pid)

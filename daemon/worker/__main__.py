@@ -7,8 +7,6 @@ import signal
 import sys
 import time
 
-from ...formats.paths import default_paths
-from ...kernels.cache import compile_once, use_cache
 from ..process import die_with_parent, set_oom_score
 
 OOM_SCORE = 600  # the kernel shall choose the worker, never the supervisor or the user's programs
@@ -20,6 +18,11 @@ def main() -> None:
     set_oom_score(OOM_SCORE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the supervisor, which then says Exit
     address, identity = sys.argv[1:3]
+
+    # Only now: until here, nothing that takes time could let the parent end unnoticed.
+    from ...formats.paths import default_paths
+    from ...kernels.cache import compile_once, use_cache
+
     compile_once(use_cache(default_paths().cache))
 
     # numba reads its settings when it is first imported
