@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ..formats.errors import Unsupported
+from ..formats.errors import OutOfMemory, Unsupported
 
 PAGE: Final = mmap.PAGESIZE
 _NORESERVE: Final = 0x4000  # MAP_NORESERVE, which Python 3.11 does not name
@@ -23,14 +23,17 @@ _NORESERVE: Final = 0x4000  # MAP_NORESERVE, which Python 3.11 does not name
 class Mapping:
     """`nbytes` of zeroed private memory that costs nothing until written.
 
-    Raises `Unsupported` where the system cannot give pages back.
+    Raises `Unsupported` where the system cannot give pages back, `OutOfMemory` where it gives no address space.
     """
 
     def __init__(self, nbytes: int) -> None:
         if sys.platform != "linux":
             raise Unsupported("resident memory that can shrink needs Linux; other systems are not supported yet")
         self.nbytes = nbytes
-        self._map = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
+        try:
+            self._map = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
+        except (OSError, OverflowError) as error:
+            raise OutOfMemory(f"the system gives no address space for {nbytes} bytes: {error}") from error
         self._map.madvise(mmap.MADV_NOHUGEPAGE)
         self.bytes: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
 

@@ -9,9 +9,11 @@ configuration, the manifest stores it, `daemon/engine/network` executes it. Lett
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
+
+_MOST: Final = 2**24  # more than any network has of anything; keeps products in 64 bits
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
@@ -27,6 +29,11 @@ class RotaryScaling(msgspec.Struct, frozen=True, omit_defaults=True):
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for a scaling that divides by zero."""
+        if not (self.factor > 0 and 0 < self.low_freq_factor < self.high_freq_factor and self.original_context > 0):
+            raise ValueError("rotary scaling needs factors above 0, high_freq_factor above low_freq_factor")
 
 
 class Architecture(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -51,6 +58,16 @@ class Architecture(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     qk_norm: bool = False
     window: int | None = None
     tied: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` (a decoding error, when it comes from a file) for a network that cannot exist."""
+        counts = (self.vocab, self.hidden, self.layers, self.heads, self.kv_heads, self.head_dim, self.intermediate)
+        if min(counts) < 1 or max(counts) > _MOST or not 1 < self.context <= _MOST:
+            raise ValueError("a width, a count of layers or heads, or the context is not sane")
+        if self.heads % self.kv_heads or self.head_dim % 2:
+            raise ValueError("heads must be a multiple of kv_heads, and of even width")
+        if not (self.norm_eps > 0 and self.rotary_theta > 0 and (self.window is None or self.window > 0)):
+            raise ValueError("norm_eps, rotary_theta and window must be above 0")
 
 
 def linear_shapes(a: Architecture) -> dict[Role, tuple[int, int]]:

@@ -24,7 +24,7 @@ SUPPORTED: Final = (
 
 S = TypeVar("S", bound=msgspec.Struct)
 
-_Count = Annotated[int, msgspec.Meta(gt=0, lt=2**31)]
+_Count = Annotated[int, msgspec.Meta(gt=0, le=2**24)]
 _Layers = Annotated[int, msgspec.Meta(gt=0, le=10_000)]
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 _TokenId = Annotated[int, msgspec.Meta(ge=0)]
@@ -114,7 +114,7 @@ def _read(path: Path) -> bytes:
 def _decode(text: bytes, of: type[S], name: str) -> S:
     try:
         return msgspec.json.decode(text, type=of)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptCheckpoint(f"{name} is not a model's configuration: {error}") from error
 
 

@@ -46,9 +46,11 @@ def payload_nbytes(kind: str, shape: tuple[int, ...], *, dtype: str = "", rank: 
         raise BadBlock(f"shape {list(shape)} has no elements")
     match kind:
         case "dense":
+            if rank:
+                raise BadBlock(f"dense block of rank {rank}; only signs blocks have one")
             return dense_nbytes(shape, dtype)
         case "signs":
-            if len(shape) != 2 or rank < 1 or rank > min(shape):
+            if len(shape) != 2 or rank < 1 or rank > min(shape) or dtype:
                 raise BadBlock(
                     f"signs block of shape {list(shape)}, rank {rank}; want a matrix and 1 <= rank <= min(m, n)"
                 )

@@ -73,7 +73,7 @@ def read_manifest(folder: Path) -> Manifest:
         return msgspec.json.decode(text, type=Manifest)
     except OSError as error:
         raise CorruptManifest(f"{path} cannot be read: {error.strerror}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptManifest(f"{path} is not a manifest: {error}") from error
 
 

@@ -23,7 +23,7 @@ from .units import AUTO, SizeWish
 PROTOCOL: Final = 1
 MAGIC: Final = b"EBB"
 HEADER: Final = MAGIC + bytes([PROTOCOL])
-MAX_MESSAGE: Final = 8_000_000
+MAX_MESSAGE: Final = 2_000_000
 PING_SECONDS: Final = 2.0
 LEASE_SECONDS: Final = 10.0
 

@@ -53,46 +53,48 @@ def attend(
 ) -> None:
     """`y [T, h * e]`: softmax(q k / sqrt(e)) v over positions `(p - window, p]` of the token's sequence.
 
-    `q [T, h, e]`; `window` 0 means all; `scratch [T * g, >= longest context]`.
+    `q [T, h, e]`; `window` 0 means all; `scratch [chunks, >= longest context]`: the work is shared out over its rows.
     """
     heads, width = q.shape[1], q.shape[2]
     groups = kv.shape[3]
     per_group = heads // groups
     scale = np.float32(1.0 / math.sqrt(width))
-    for unit in prange(q.shape[0] * groups):
-        t, g = unit // groups, unit % groups
-        table = tables[sequence[t]]
-        stop = positions[t] + 1
-        start = max(0, stop - window) if window > 0 else 0
-        scores = scratch[unit]
-        partial = np.empty(16, np.float32)
-        for h in range(g * per_group, (g + 1) * per_group):
-            largest = np.float32(-np.inf)
-            for p in range(start, stop):
-                keys = kv[table[p // BLOCK_TOKENS], layer, 0, g, p % BLOCK_TOKENS]
-                partial[:] = 0
-                whole = width - width % 16
-                for j in range(0, whole, 16):
+    chunks = scratch.shape[0]
+    for chunk in prange(chunks):
+        scores = scratch[chunk]
+        for unit in range(chunk, q.shape[0] * groups, chunks):
+            t, g = unit // groups, unit % groups
+            table = tables[sequence[t]]
+            stop = positions[t] + 1
+            start = max(0, stop - window) if window > 0 else 0
+            partial = np.empty(16, np.float32)
+            for h in range(g * per_group, (g + 1) * per_group):
+                largest = np.float32(-np.inf)
+                for p in range(start, stop):
+                    keys = kv[table[p // BLOCK_TOKENS], layer, 0, g, p % BLOCK_TOKENS]
+                    partial[:] = 0
+                    whole = width - width % 16
+                    for j in range(0, whole, 16):
+                        for lane in range(16):
+                            partial[lane] += q[t, h, j + lane] * keys[j + lane]
+                    score = np.float32(0)
                     for lane in range(16):
-                        partial[lane] += q[t, h, j + lane] * keys[j + lane]
-                score = np.float32(0)
-                for lane in range(16):
-                    score += partial[lane]
-                for j in range(whole, width):
-                    score += q[t, h, j] * keys[j]
-                scores[p] = score * scale
-                largest = max(largest, scores[p])
-            total = np.float32(0)
-            for p in range(start, stop):
-                scores[p] = np.float32(math.exp(scores[p] - largest))
-                total += scores[p]
-            out = y[t, h * width : (h + 1) * width]
-            out[:] = 0
-            for p in range(start, stop):
-                values = kv[table[p // BLOCK_TOKENS], layer, 1, g, p % BLOCK_TOKENS]
-                weight = scores[p] / total
-                for j in range(width):
-                    out[j] += weight * values[j]
+                        score += partial[lane]
+                    for j in range(whole, width):
+                        score += q[t, h, j] * keys[j]
+                    scores[p] = score * scale
+                    largest = max(largest, scores[p])
+                total = np.float32(0)
+                for p in range(start, stop):
+                    scores[p] = np.float32(math.exp(scores[p] - largest))
+                    total += scores[p]
+                out = y[t, h * width : (h + 1) * width]
+                out[:] = 0
+                for p in range(start, stop):
+                    values = kv[table[p // BLOCK_TOKENS], layer, 1, g, p % BLOCK_TOKENS]
+                    weight = scores[p] / total
+                    for j in range(width):
+                        out[j] += weight * values[j]
 
 
 def reference_attend(

@@ -13,6 +13,9 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Final
+
+_COMPLETE: Final = "complete"  # written when every kernel is there
 
 
 def use_cache(root: Path) -> Path:
@@ -36,5 +39,8 @@ def compile_once(folder: Path) -> None:
 
     Raises `subprocess.CalledProcessError`.
     """
-    if not any(folder.rglob("*.nbi")):
-        subprocess.run([sys.executable, "-m", "ebbflow.kernels.compile"], check=True, stdin=subprocess.DEVNULL)
+    if not (folder / _COMPLETE).exists():
+        # -P: never from the folder the user happens to stand in
+        command = [sys.executable, "-P", "-m", "ebbflow.kernels.compile"]
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+        (folder / _COMPLETE).touch()

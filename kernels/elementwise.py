@@ -45,7 +45,10 @@ def reference_gated(gate: F32, up: F32, y: F32) -> None:
 
 @njit("void(f4[:,:,::1],i8[::1],f4[:,::1],f4[:,::1],f4[:,:,::1])", nogil=True, cache=True)
 def rotate(x: F32, positions: NDArray[np.int64], cosine: F32, sine: F32, y: F32) -> None:
-    """Rotary embedding: `x, y [T, heads, e]`; `cosine`, `sine [context, e / 2]`; pairs are (j, j + e / 2)."""
+    """Rotary embedding: `x, y [T, heads, e]`; row `positions[t]` of `cosine`, `sine [rows, e / 2]` turns token t.
+
+    Pairs are (j, j + e / 2).
+    """
     half = x.shape[2] // 2
     for t in range(x.shape[0]):
         at = positions[t]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ...formats.errors import Cancelled, CorruptFile, EbbflowError, PromptTooLong
 from ...formats.manifest import Manifest
@@ -18,8 +18,10 @@ from .kv import KvCache
 from .pace import Pace
 from .sampler import sample
 from .scheduler import Piece, Scheduler, Sequence
-from .serving import Batch, Rotary, Weights, serve
+from .serving import Batch, Weights, serve
 from .tokenizer import TextStream, Tokenizer
+
+_MOST_PER_TOKEN: Final = 128  # characters; the longest tokens in use are runs of so many spaces
 
 EngineEvent = Started | Chunk | Finished | Failed
 
@@ -52,7 +54,7 @@ class Engine:
         self._manifest, self._clock = manifest, clock
         self._tokenizer = Tokenizer(folder, manifest.bos)
         self._network: Any = serve(manifest.architecture, weights, threads)
-        self._rotary = Rotary(manifest.architecture)
+        self._threads = threads
         self._kv = KvCache(manifest.architecture)
         self._jobs: dict[int, _Job] = {}
         self.scheduler = Scheduler(self._kv)
@@ -120,17 +122,22 @@ class Engine:
         return events
 
     def _tokens(self, request: Generate) -> list[int]:
+        written = len(request.prompt or "") + sum(len(turn.content) for turn in request.chat or ())
+        if written > _MOST_PER_TOKEN * self._manifest.architecture.context:
+            # said before the text is cut into tokens, which for megabytes takes seconds that others wait
+            raise PromptTooLong(f"the prompt has {written} characters, more than {self._manifest.name} can ever read")
         if request.chat is not None:
             tokens = self._tokenizer.render_chat(request.chat)
         else:
             tokens = self._tokenizer.encode(request.prompt or "")
-        if tokens and max(tokens) >= self._manifest.architecture.vocab:
-            raise CorruptFile(f"{self._manifest.name}'s tokenizer knows more tokens than the model; add it again")
-        return tokens or [self._manifest.bos if self._manifest.bos is not None else 0]
+        tokens = tokens or [self._manifest.bos or 0]
+        if not (min(tokens) >= 0 and max(tokens) < self._manifest.architecture.vocab):
+            raise CorruptFile(f"{self._manifest.name}'s tokenizer knows tokens that the model does not; add it again")
+        return tokens
 
     def _forward(self, pieces: list[Piece]) -> Any:
         """Logits `[pieces that sample, v]`."""
-        batch = Batch(pieces, self._kv.array, self._rotary, self._manifest.architecture.window)
+        batch = Batch(pieces, self._kv.array, self._manifest.architecture, self._threads)
         hidden = self._network.forward(batch.tokens, batch)
         rows = [int(last) for last, piece in zip(batch.last, pieces, strict=True) if piece.samples]
         return self._network.head(hidden[rows]) if rows else ()

@@ -110,19 +110,13 @@ class ResidentLinear:
         return y
 
 
-class Rotary:
-    """Cosines and sines `[context, e / 2]`."""
-
-    def __init__(self, a: Architecture) -> None:
-        angles = np.outer(np.arange(a.context), np.array(rotary_frequencies(a)))
-        self.cosine: F32 = np.cos(angles).astype(np.float32)
-        self.sine: F32 = np.sin(angles).astype(np.float32)
-
-
 class Batch:
-    """The tokens of one step, and attention over the sequences they belong to."""
+    """The tokens of one step, and attention over the sequences they belong to.
 
-    def __init__(self, pieces: Rows[Piece], kv: F32, rotary: Rotary, window: int | None) -> None:
+    Rotary sines are taken for this step's positions only: a table for a long context would hold hundreds of megabytes.
+    """
+
+    def __init__(self, pieces: Rows[Piece], kv: F32, a: Architecture, threads: int) -> None:
         counts = [piece.count for piece in pieces]
         self.tokens: I64 = np.concatenate(
             [np.array(p.sequence.tokens[p.start : p.start + p.count], np.int64) for p in pieces]
@@ -133,21 +127,24 @@ class Batch:
         for row, piece in enumerate(pieces):
             self._tables[row, : len(piece.sequence.blocks)] = piece.sequence.blocks
         self.last: I64 = np.cumsum(counts) - 1
-        self._kv, self._rotary, self._window = kv, rotary, window or 0
-        self._longest = int(self._positions.max()) + 1
+        self._kv, self._window = kv, a.window or 0
+        angles = np.outer(self._positions, rotary_frequencies(a))
+        self._cosine, self._sine = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        self._rows = np.arange(len(self.tokens))
+        longest = int(self._positions.max()) + 1
+        self._scores: F32 = np.empty((threads * _CHUNKS_PER_THREAD, longest), np.float32)
 
     def rotate(self, x: F32) -> F32:
         """Rotary embedding at this step's positions."""
         y = np.empty_like(x)
-        rotate(x, self._positions, self._rotary.cosine, self._rotary.sine, y)
+        rotate(x, self._rows, self._cosine, self._sine, y)
         return y
 
     def attend(self, layer: int, q: F32, k: F32, v: F32) -> F32:
         """Store this step's keys and values, then attend."""
         store_kv(self._kv, layer, self._tables, self._sequence, self._positions, k, v)
         y = np.empty((q.shape[0], q.shape[1] * q.shape[2]), np.float32)
-        scratch = np.empty((q.shape[0] * k.shape[1], self._longest), np.float32)
-        attend(self._kv, layer, self._tables, self._sequence, self._positions, q, self._window, scratch, y)
+        attend(self._kv, layer, self._tables, self._sequence, self._positions, q, self._window, self._scores, y)
         return y
 
 

@@ -10,24 +10,35 @@ from pathlib import Path
 from typing import Any, Final
 
 import tokenizers
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ...formats.errors import CorruptFile, InvalidRequest
 from ...formats.messages import ChatMessage
+from .template import template_environment
 
 _CONTEXT: Final = 8
+_SPECIAL: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
 _REPLACEMENT: Final = "\ufffd"  # what a character that is not complete decodes to
+
+
+def load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+    """`tokenizer.json` of `folder`, without the truncation and padding that training may have left in it.
+
+    Raises `CorruptFile`.
+    """
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises nothing narrower
+        raise CorruptFile(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 class Tokenizer:
     """The tokenizer of the model in `folder`. Raises `CorruptFile` when its files cannot be read."""
 
     def __init__(self, folder: Path, bos: int | None) -> None:
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises nothing narrower
-            raise CorruptFile(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from error
+        self._tokenizer = load_tokenizer(folder)
         self._config = _read_config(folder)
         self._bos = bos
         self._template = _read_template(folder, self._config)
@@ -47,13 +58,13 @@ class Tokenizer:
         if self._template is None:
             return self.encode("\n".join(message.content for message in chat))
         turns = [{"role": message.role, "content": message.content} for message in chat]
-        special = {name: _token_text(self._config.get(name)) for name in ("bos_token", "eos_token")}
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = _refuse
+        special = {name: _token_text(self._config.get(name)) for name in _SPECIAL}
         try:
-            text = environment.from_string(self._template).render(messages=turns, add_generation_prompt=True, **special)
+            text = (
+                template_environment()
+                .from_string(self._template)
+                .render(messages=turns, add_generation_prompt=True, tools=None, documents=None, **special)
+            )
         except Exception as error:  # the template is a program that came with the model: it may raise anything
             raise InvalidRequest(f"the model's chat template refuses this conversation: {error}") from error
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -75,7 +86,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
         # the last tokens that gave text: a decoder looks at neighbours, and removes the space before a first word
-        self._known = list(after[-_CONTEXT:])
+        self._known = self._whole(after[-_CONTEXT:])
         self._open: list[int] = []  # tokens after them that have given none yet
         self._held = ""
         self.stopped = False
@@ -96,6 +107,12 @@ class TextStream:
         text = self._release(self._held + self._decode_open())
         rest, self._held, self._open = self._held, "", []
         return text if self.stopped else text + rest
+
+    def _whole(self, tokens: Sequence[int]) -> list[int]:
+        """The tokens from the first that begins a character: a torn one would spoil all bytes after it."""
+        starts = (list(tokens[at:]) for at in range(len(tokens)))
+        decoded = ((rest, self._tokenizer.decode(rest, skip_special_tokens=True)) for rest in starts)
+        return next((rest for rest, text in decoded if not text.startswith(_REPLACEMENT)), [])
 
     def _decode_open(self) -> str:
         before = self._tokenizer.decode(self._known, skip_special_tokens=True)
@@ -119,8 +136,8 @@ def _overlap(text: str, stop: str) -> int:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
     try:
-        config = json.loads(path.read_text()) if path.exists() else {}
-    except (OSError, ValueError) as error:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError, RecursionError) as error:
         raise CorruptFile(f"{path} cannot be read: {error}") from error
     return config if isinstance(config, dict) else {}
 
@@ -134,14 +151,10 @@ def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
         raise CorruptFile(f"{path} cannot be read: {error}") from error
     template = config.get("chat_template")
     if isinstance(template, list):  # several, each with a name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        entries = (entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default")
+        template = next(entries, {}).get("template")
     return template if isinstance(template, str) else None
 
 
 def _token_text(token: Any) -> str:
     return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Final, get_args
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,6 +22,7 @@ from ...formats.checkpoint import Checkpoint
 from ...formats.errors import CorruptCheckpoint, InvalidRequest
 from ..engine.dense import DenseAttention, DenseLinear, DenseOps, KVCache, build_network, dense_layer
 from ..engine.network import Layer, Linear, layer_forward
+from ..engine.tokenizer import load_tokenizer
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -97,19 +97,15 @@ def encode_calibration(folder: Path, path: Path, length: int = 256, *, streams: 
     """The text file `path`, encoded with the tokenizer in `folder`: token ids `[at most streams, length]`.
 
     Streams lie evenly over the file's first 4 million characters, each with `bos` (unless None) in front.
-    Raises `InvalidRequest` when the file cannot be read as UTF-8 text or gives too few tokens, `CorruptCheckpoint` when
-    the tokenizer cannot be read.
+    Raises `InvalidRequest` when the file cannot be read as UTF-8 text or gives too few tokens, `CorruptFile` when the
+    tokenizer cannot be read.
     """
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(MAX_FILE_CHARACTERS)
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"calibration file {path} cannot be read as UTF-8 text: {error}") from error
-    try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise CorruptCheckpoint(f"the tokenizer.json in {folder} cannot be read: {error}") from error
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    ids = load_tokenizer(folder).encode(text, add_special_tokens=False).ids
     prefix = [] if bos is None else [bos]
     fresh = length - len(prefix)
     least = max(MIN_FILE_TOKENS, fresh)

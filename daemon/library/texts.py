@@ -44,7 +44,8 @@ def file_texts(checkpoint: Checkpoint, path: Path) -> Texts:
 
 def sampled_texts(checkpoint: Checkpoint, checksum: str, seed: int, cache: Path, reporter: Reporter) -> Texts:
     """The model's own texts, from the cache if they are there. `checksum` is the checkpoint's."""
-    key = hashlib.blake2b(f"1 {checksum} {STREAMS} {LENGTH} {seed}".encode(), digest_size=16).hexdigest()
+    made_from = f"2 {checksum} {checkpoint.bos} {checkpoint.eos} {STREAMS} {LENGTH} {seed}"
+    key = hashlib.blake2b(made_from.encode(), digest_size=16).hexdigest()
     path = cache / "calibration" / f"{key}.npy"
     tokens = _read(path, checkpoint.architecture.vocab)
     if tokens is None:

@@ -71,9 +71,7 @@ class Loop:
             self._handle(message)
         if [name for name, served in self._models.items() if self._move(name, served)]:
             self._report()  # before the step, which may take a while: the budget waits for this
-        for served in self._models.values():
-            if served.engine.busy and (served.arrived or served.engine.scheduler.running):
-                self._step(served)
+        self._step_next()
         idle = active and not any(served.engine.busy for served in self._models.values())
         if idle or (active and self._clock() - self._reported >= REPORT_SECONDS):
             self._report()
@@ -174,6 +172,15 @@ class Loop:
         self._line.send(
             Resized(id=waiting.id, residency=served.residency(name), released_nbytes=released, seconds=seconds)
         )
+
+    def _step_next(self) -> None:
+        """One step of one model, in turns: however many are busy, a message waits for one step at most."""
+        for name in list(self._models):
+            served = self._models[name]
+            if served.engine.busy and (served.arrived or served.engine.scheduler.running):
+                self._models[name] = self._models.pop(name)  # to the end of the line
+                self._step(served)
+                return
 
     def _step(self, served: Served) -> None:
         try:

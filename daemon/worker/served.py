@@ -101,9 +101,16 @@ class Served:
 
 
 def _fitting(stack: Stack, a: Architecture) -> Stack:
-    """The stack, if its base holds every weight of the network in its right shape: kernels trust both."""
+    """The stack, if its base holds every weight of the network in its right shape, and it holds nothing else.
+
+    Kernels trust shapes and presence. Raises `BadBlock`.
+    """
+    shapes = weight_shapes(a)
+    for block in stack.blocks:
+        if block.tensor not in shapes or (len(block.shape) == 1 and block.level):
+            raise BadBlock(f"{stack.path} holds {block.tensor} level {block.level}, which the network does not read")
     base = {entry.tensor: entry for entry in stack.blocks[: stack.base]}
-    for name, shape in weight_shapes(a).items():
+    for name, shape in shapes.items():
         entry = base.get(name)
         if entry is None or entry.shape != shape or (len(shape) == 1 and entry.kind != "dense"):
             found = "nothing" if entry is None else f"{entry.kind} {list(entry.shape)}"

@@ -13,7 +13,7 @@ from ebbflow.daemon.library import calibrate
 from ebbflow.daemon.library.calibrate import LinearMoments, encode_calibration, layer_moments, sample_tokens
 from ebbflow.daemon.library.measure import quality
 from ebbflow.formats.checkpoint import Checkpoint, open_checkpoint
-from ebbflow.formats.errors import CorruptCheckpoint, InvalidRequest
+from ebbflow.formats.errors import CorruptCheckpoint, CorruptFile, InvalidRequest
 
 from support.tiny_models import BOS, EOS, VOCAB, write_tiny_model
 
@@ -242,5 +242,5 @@ def test_a_broken_tokenizer_is_refused(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "model")
     (folder / "tokenizer.json").write_text("{}")
     (tmp_path / "text").write_text("x" * 2000)
-    with pytest.raises(CorruptCheckpoint, match=r"tokenizer\.json"):
+    with pytest.raises(CorruptFile, match=r"tokenizer\.json"):
         encode_calibration(folder, tmp_path / "text", 64, bos=None)

@@ -180,7 +180,7 @@ def test_a_peer_that_vanishes_with_a_full_outbox_frees_it(hub, slow):
 
 def test_what_is_too_large_to_send_is_refused_here(hub, peer):
     identity = meet(hub, peer)
-    with pytest.raises(InvalidRequest, match="8000000"):
+    with pytest.raises(InvalidRequest, match=str(MAX_MESSAGE)):
         hub.send(identity, Chunk(id=1, text="x" * MAX_MESSAGE, tokens=0))
     hub.send(identity, Pong())
     assert peer.hear() == [Pong()]

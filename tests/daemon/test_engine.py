@@ -239,3 +239,11 @@ def test_speed_is_measured(folder: Path, resident: Resident) -> None:
     engine = engine_of(folder, resident, tick=0.01)
     answer(engine, request(max_tokens=60))
     assert 50 < engine.tokens_per_second < 101  # one look at the clock lies between a step's begin and its end
+
+
+def test_a_prompt_far_too_long_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    engine = engine_of(folder, load(folder, 21))
+    monkeypatch.setattr(engine._tokenizer, "encode", lambda text: pytest.fail("it was read"))
+    (event,) = engine.submit(Generate(id=1, model="m", prompt="x" * (128 * TINY.context + 1)))
+    assert isinstance(event, Failed)
+    assert event.code == "prompt_too_long"

@@ -54,7 +54,7 @@ def test_every_running_sequence_can_have_its_whole_context(context: int, blocks:
 
 
 def test_one_whole_context_fits_however_large() -> None:
-    huge = msgspec.structs.replace(TINY, context=131_072, layers=32, kv_heads=8, head_dim=128)
+    huge = msgspec.structs.replace(TINY, context=131_072, layers=32, heads=8, kv_heads=8, head_dim=128)
     kv = KvCache(huge)
     assert kv.capacity * kv.block_nbytes > MAX_NBYTES
     assert kv.capacity == 131_072 // 32

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ebbflow.daemon.engine.kv import KvCache
 from ebbflow.daemon.engine.scheduler import Piece, Sequence
-from ebbflow.daemon.engine.serving import Batch, Rotary, serve
+from ebbflow.daemon.engine.serving import Batch, serve
 from ebbflow.daemon.worker.resident import READ_NBYTES, Resident
 from ebbflow.formats.errors import BadBlock, CorruptStack, TruncatedStack
 from ebbflow.formats.manifest import STACK
@@ -88,11 +88,11 @@ def test_any_way_to_an_edge_gives_what_a_fresh_load_gives(
 
 def test_a_network_built_at_the_base_uses_what_arrives_later(folder: Path, expected: dict[int, Any]) -> None:
     resident = load(folder, 21)
-    network, kv, rotary = serve(TINY, resident, threads=1), KvCache(TINY), Rotary(TINY)
+    network, kv = serve(TINY, resident, threads=1), KvCache(TINY)
     for depth in (21, 49, 30, 35, 21):
         move(resident, depth)
         sequence = Sequence(0, TOKENS, len(TOKENS), blocks=kv.allocate(1))
-        batch = Batch([Piece(sequence, 0, len(TOKENS))], kv.array, rotary, None)
+        batch = Batch([Piece(sequence, 0, len(TOKENS))], kv.array, TINY, 1)
         np.testing.assert_array_equal(network.head(network.forward(batch.tokens, batch)), expected[depth])
         kv.free(sequence.blocks)
 

@@ -10,7 +10,7 @@ import torch
 
 from ebbflow.daemon.engine.kv import KvCache
 from ebbflow.daemon.engine.scheduler import Piece, Sequence
-from ebbflow.daemon.engine.serving import Batch, Rotary, serve
+from ebbflow.daemon.engine.serving import Batch, serve
 from ebbflow.daemon.worker.resident import Resident
 from ebbflow.formats.checkpoint import open_checkpoint
 from ebbflow.formats.manifest import STACK
@@ -35,10 +35,9 @@ def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     tokens = np.random.default_rng(0).integers(0, a.vocab, 41).tolist()
     kv = KvCache(a)
     sequence = Sequence(0, tokens, len(tokens), blocks=kv.allocate(2))
-    rotary = Rotary(a)
     logits = []
     for start, count in ((0, 1), (1, 37), (38, 3)):  # in uneven pieces, across a KV block's edge
-        batch = Batch([Piece(sequence, start, count)], kv.array, rotary, a.window)
+        batch = Batch([Piece(sequence, start, count)], kv.array, a, 2)
         logits.append(network.head(network.forward(batch.tokens, batch)))
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     with torch.no_grad():

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ebbflow.daemon.engine.kv import KvCache, blocks_for
 from ebbflow.daemon.engine.scheduler import Piece, Sequence
-from ebbflow.daemon.engine.serving import Batch, Rotary, serve
+from ebbflow.daemon.engine.serving import Batch, serve
 from ebbflow.daemon.worker.resident import Resident
 from ebbflow.formats.architecture import Architecture
 from ebbflow.formats.manifest import STACK
@@ -39,7 +39,7 @@ def logits(resident: Resident, tokens: list[int], a: Architecture = TINY) -> NDA
     """Logits `[T, v]` of a sequence, by the resident prefix."""
     network, kv = serve(a, resident, threads=2), KvCache(a)
     sequence = Sequence(0, tokens, len(tokens), blocks=kv.allocate(blocks_for(len(tokens))))
-    batch = Batch([Piece(sequence, 0, len(tokens))], kv.array, Rotary(a), a.window)
+    batch = Batch([Piece(sequence, 0, len(tokens))], kv.array, a, 2)
     return network.head(network.forward(batch.tokens, batch))
 
 
