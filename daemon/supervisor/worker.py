@@ -42,6 +42,7 @@ from .children import LEAVE_SECONDS, Launcher, Ward, fresh_identity
 from .library import Library
 from .reading import Reading
 from .requests import OpenRequest, Requests
+from .silence import Silence
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,8 @@ class Worker:
         self._oom_kills_before = 0
         self._busy_at = 0.0
         self._sensed_at = float("-inf")
+        self._silence = Silence()
+        self._hung = False
 
     @property
     def phase(self) -> Phase:
@@ -135,6 +138,7 @@ class Worker:
 
     def hear(self, message: FromWorker | FromJob, now: float) -> None:
         """Take one message of the present worker."""
+        self._silence.broken(now)
         match message:
             case Ready():
                 self._become_ready(now)
@@ -169,6 +173,7 @@ class Worker:
         if self._ward.gone(now):
             self._bury(self._ward, now)
         elif self._phase == "ready" and not self._ward.ending:
+            self._kill_if_hung(self._ward, now)
             self._follow_memory(now)
             self._go_home_if_idle(now)
 
@@ -193,6 +198,7 @@ class Worker:
         self._ward = Ward(process, identity, now)
         self._ward.kill_at(now + READY_SECONDS)
         self._phase = "starting"
+        self._hung = False
         self._oom_kills_before = self._oom_kills()
 
     def _become_ready(self, now: float) -> None:
@@ -225,7 +231,16 @@ class Worker:
             self._start(now)
         else:
             hint = f"it was not ready after {READY_SECONDS:.0f} s and " if late else ""
+            hint = "it hung and " if self._hung else hint
             self._fail_all(WorkerDied(f"the worker is gone: {hint}{end}"))
+
+    def _kill_if_hung(self, ward: Ward, now: float) -> None:
+        owing = any(request.forwarded for request in self._served())
+        loading = None in self._loaded.values()
+        if self._silence.too_long(now, owing=owing, loading=loading) and not self._hung:
+            log.warning("the worker %s has said nothing for too long; killing it", ward.process.pid)
+            self._hung = True
+            ward.kill_at(now)
 
     def _forget_models(self, now: float, out_of_memory: bool) -> None:
         self._loaded.clear()

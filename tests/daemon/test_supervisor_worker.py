@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ebbflow.daemon.supervisor.children import LAST_WORDS_SECONDS, LEAVE_SECONDS
+from ebbflow.daemon.supervisor.silence import HUNG_SECONDS, LOADING_SECONDS
 from ebbflow.daemon.supervisor.worker import READY_SECONDS, START_ATTEMPTS
 from ebbflow.formats.messages import (
     LEASE_SECONDS,
@@ -176,8 +177,12 @@ def test_a_worker_that_does_not_get_ready_is_killed(house, client):
 
 
 def test_a_worker_that_is_ready_may_live_for_ever(house, client):
-    begin(house, client)
-    pass_time(house, client, 10 * READY_SECONDS)
+    worker, load, forwarded = begin(house, client)
+    worker.say(holds(load), finished(forwarded.id))
+    pass_time(house, client, READY_SECONDS / 3)
+    client.say(generate(2))
+    house.turn()
+    pass_time(house, client, HUNG_SECONDS - 1)
     assert house.launcher.workers[0].signals == []
 
 
@@ -205,8 +210,9 @@ def test_a_worker_killed_for_memory_is_replaced_by_a_smaller_one(house, client, 
 
 def test_an_idle_worker_is_sent_home(house, client):
     worker, load, forwarded = begin(house, client)
-    worker.say(holds(load))
-    pass_time(house, client, 100)
+    for _ in range(5):
+        worker.say(holds(load))
+        pass_time(house, client, 20)
     assert worker.hear() == []  # busy all the time
     worker.say(finished(forwarded.id))
     house.turn()
@@ -259,6 +265,56 @@ def test_a_request_cancelled_during_the_start_leaves_a_worker_that_goes_home(hou
     assert worker.hear() == []
     house.turn(61)
     assert worker.hear() == [Exit()]
+
+
+# -- a worker that hangs --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ask", [generate(2), Resize(id=2, model="demo", wish=SizeWish(fraction=0.5))])
+def test_a_worker_that_says_nothing_is_killed_and_everybody_is_told(house, client, ask):
+    worker, load, forwarded = begin(house, client)
+    worker.say(holds(load), finished(forwarded.id))
+    pass_time(house, client, 3 * LEASE_SECONDS)
+    client.say(ask)
+    house.turn()
+    pass_time(house, client, HUNG_SECONDS - 1)
+    assert house.launcher.workers[0].signals == []
+    client.say(Ping())
+    house.turn(1)
+    house.turn()
+    assert house.launcher.workers[0].signals == ["KILL"]
+    mourn(house)
+    [_, failed] = client.hear()
+    assert (failed.id, failed.code) == (2, "worker_died")
+    assert "it hung and was killed" in failed.message
+    begin(house, client, 3)
+
+
+def test_a_worker_that_reports_may_take_its_time(house, client):
+    worker, load, _ = begin(house, client)
+    for _ in range(20):
+        worker.say(holds(load))
+        pass_time(house, client, HUNG_SECONDS / 2)
+    assert house.launcher.workers[0].signals == []
+
+
+def test_a_worker_that_loads_may_be_silent_for_longer(house, client):
+    begin(house, client)
+    pass_time(house, client, LOADING_SECONDS - 1)
+    assert house.launcher.workers[0].signals == []
+    pass_time(house, client, 2)
+    house.turn()
+    assert house.launcher.workers[0].signals == ["KILL"]
+
+
+def test_silence_that_nobody_could_hear_does_not_count(house, client):
+    worker, load, _ = begin(house, client)
+    worker.say(holds(load))
+    house.turn()
+    client.say(Ping())
+    house.turn(1000)  # the whole machine was stopped
+    house.turn()
+    assert house.launcher.workers[0].signals == []
 
 
 # -- sizes --------------------------------------------------------------------------------------------------------
