@@ -12,26 +12,26 @@ from ebbflow.client import Client, errors
 from ebbflow.daemon.library.shapes import SHAPES
 from ebbflow.daemon.library.synthetic_stack import write_random_stack
 
-from support.cgroup import Cgroup, memory_cgroup, writable
+from support.cgroups import Limited, can_limit, limited_cgroup
 from support.hog import Hog
 from support.real_daemon import RealDaemon, real_daemon, until
 
 LIMIT = 1_000_000_000
 RESERVE = 150_000_000
 pytestmark = [
-    pytest.mark.skipif(not writable(), reason="needs root and a cgroup v1 memory hierarchy to limit real memory"),
+    pytest.mark.skipif(not can_limit(), reason="needs root and a cgroup v1 memory hierarchy to limit real memory"),
     pytest.mark.timeout(240),
 ]
 
 
 @pytest.fixture
-def cgroup() -> Iterator[Cgroup]:
-    with memory_cgroup(LIMIT) as group:
+def cgroup() -> Iterator[Limited]:
+    with limited_cgroup(LIMIT) as group:
         yield group
 
 
 @pytest.fixture
-def daemon(cgroup: Cgroup) -> Iterator[RealDaemon]:
+def daemon(cgroup: Limited) -> Iterator[RealDaemon]:
     with real_daemon("--reserve", str(RESERVE), prefix=cgroup.prefix) as running:
         write_random_stack(SHAPES["tinyllama-1.1b"], running.paths.library, "full", levels=4, rank=1)
         yield running
@@ -41,7 +41,7 @@ def resident(client: Client) -> int:
     return client.status().models[0].nbytes
 
 
-def test_the_stack_gives_way_to_a_hog_and_comes_back(cgroup: Cgroup, daemon: RealDaemon) -> None:
+def test_the_stack_gives_way_to_a_hog_and_comes_back(cgroup: Limited, daemon: RealDaemon) -> None:
     pieces: list[str] = []
     failures: list[errors.EbbflowError] = []
 

@@ -28,7 +28,7 @@ ONLY_IN = {
     "torch": {"daemon/engine/dense.py", "daemon/library/", "formats/checkpoint.py"},
     "click": {"client/cli/"},
     "rich": {"client/cli/"},
-    "jinja2": {"daemon/engine/tokenizer.py"},
+    "jinja2": {"daemon/engine/template.py"},
     "transformers": set[str](),
 }
 

@@ -24,7 +24,7 @@ from ...formats.kinds import payload_nbytes, words_per_row
 from ...formats.manifest import STACK, Manifest, Source, write_manifest
 from ...formats.stack import BlockEntry, StackIndex, content_hash, prefix_edges, write_stack
 from .encode import layer_linears
-from .encode_bitstack import choose_rank
+from .encode_bitstack import choose_levels, choose_rank
 from .order import order_entries
 from .place import check_room, free_place, making
 from .synthetic_tokenizer import BOS, EOS, write_tokenizer
@@ -37,9 +37,9 @@ INT8_DEVIATION: Final = 73.3  # of uniform numbers in [-127, 127]
 def write_random_stack(
     a: Architecture, library: Path, name: str, *, seed: int = 0, levels: int = LEVELS, rank: int | None = None
 ) -> Manifest:
-    """Put a random model of shape `a` into the library. Raises `InvalidName`, `ModelExists` or `DiskFull`."""
+    """Put a random model of shape `a` into the library. Raises `InvalidName`, `InvalidRequest`, `ModelExists` or `DiskFull`."""
     place = free_place(library, name)
-    plain = list(_entries(a, levels, rank))
+    plain = list(_entries(a, choose_levels(levels), rank))
     check_room(library, prefix_edges(plain)[-1])
     entries = [msgspec.structs.replace(entry, hash=content_hash(_payload(entry, seed))) for entry in plain]
     index, _ = order_entries(a, entries, "gain")

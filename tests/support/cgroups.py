@@ -1,4 +1,4 @@
-"""Runs a measurement of `support.memory_child` in a memory cgroup of its own, so that the kernel's figure is its alone.
+"""Memory cgroups of the suite's own: to measure one child in (so that the kernel's figure is its alone), or to limit.
 
 Where none can be made, the child counts its own private pages instead. MemAvailable would not do: on a machine with
 other programs on it, it moved by more than was measured.
@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from support.residents import run_child
@@ -28,6 +29,39 @@ def own_cgroup() -> Iterator[Path | None]:
     finally:
         if group is not None:
             group.rmdir()
+
+
+@dataclass(frozen=True)
+class Limited:
+    """A v1 group with a limit, and the command prefix that starts a program inside it."""
+
+    path: Path
+
+    @property
+    def prefix(self) -> tuple[str, ...]:
+        return ("sh", "-c", f'echo $$ > {self.path}/cgroup.procs && exec "$@"', "sh")
+
+    def read(self, name: str) -> int:
+        return int((self.path / name).read_text())
+
+    @property
+    def oom_kills(self) -> int:
+        lines = dict(line.split() for line in (self.path / "memory.oom_control").read_text().splitlines())
+        return int(lines["oom_kill"])
+
+
+def can_limit() -> bool:
+    """Whether groups can be made here (root, and a v1 memory hierarchy)."""
+    return os.access(V1 / "cgroup.procs", os.W_OK)
+
+
+@contextmanager
+def limited_cgroup(nbytes: int) -> Iterator[Limited]:
+    """A group limited to so many bytes; its processes must have gone at the end. Ask `can_limit` first."""
+    with own_cgroup() as path:
+        assert path is not None
+        (path / "memory.limit_in_bytes").write_text(str(nbytes))
+        yield Limited(path)
 
 
 def measure(what: str, *arguments: str) -> dict[str, int]:
