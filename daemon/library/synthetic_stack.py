@@ -37,7 +37,10 @@ INT8_DEVIATION: Final = 73.3  # of uniform numbers in [-127, 127]
 def write_random_stack(
     a: Architecture, library: Path, name: str, *, seed: int = 0, levels: int = LEVELS, rank: int | None = None
 ) -> Manifest:
-    """Put a random model of shape `a` into the library. Raises `InvalidName`, `InvalidRequest`, `ModelExists` or `DiskFull`."""
+    """Put a random model of shape `a` into the library.
+
+    Raises `InvalidName`, `InvalidRequest` (levels, rank), `ModelExists` or `DiskFull`.
+    """
     place = free_place(library, name)
     plain = list(_entries(a, choose_levels(levels), rank))
     check_room(library, prefix_edges(plain)[-1])
