@@ -24,7 +24,7 @@ import msgspec
 
 from ...formats.errors import Cancelled, EbbflowError, InternalError, InvalidRequest, OutOfMemory
 from ...formats.messages import Added, AddModel, Message, Progress, Ready, failure
-from ...formats.units import parse_size
+from ...formats.units import format_size, parse_size
 from ..channel import Child
 from ..process import MEMORY_VARIABLE, die_with_parent, set_oom_score
 
@@ -109,11 +109,13 @@ def _add(request: AddModel, library: Path, cache: Path, send: Send, cancellation
     # Read when torch loads OpenMP. A low-priority thread that spins while it waits for another takes the processor the
     # other needs: with one busy neighbour on two cores, adding a tiny model took over 90 s instead of 12.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # A second of import, after which SIGTERM and the memory cap hold already.
-    import torch
+    # A second of import, during which SIGTERM and the memory cap hold already.
+    try:
+        import torch
 
-    from .add import add_model
-
+        from .add import add_model
+    except (ImportError, OSError) as error:
+        raise _unloadable(error) from error
     torch.set_num_threads(len(os.sched_getaffinity(0)))
 
     def tell(progress: Progress) -> None:
@@ -128,6 +130,12 @@ def _limit_memory() -> None:
     if wish:
         nbytes = parse_size(wish)
         resource.setrlimit(resource.RLIMIT_DATA, (nbytes, nbytes))
+
+
+def _unloadable(error: ImportError | OSError) -> Exception:
+    """Libraries that find no room say so in many ways; under a cap that is the likely reason."""
+    cap = os.environ.get(MEMORY_VARIABLE)
+    return OutOfMemory(f"no room for torch in {format_size(parse_size(cap))}: {error}") if cap else error
 
 
 def _is_allocation_failure(error: Exception) -> bool:

@@ -12,7 +12,7 @@ from typing import Final, assert_never
 
 import msgspec
 
-from ...formats.errors import Cancelled, InvalidRequest, JobDied, ModelBusy, ModelExists
+from ...formats.errors import Cancelled, InvalidRequest, JobDied, ModelBusy, ModelExists, OutOfMemory
 from ...formats.messages import (
     Added,
     AddModel,
@@ -29,6 +29,7 @@ from ...formats.messages import (
     Started,
 )
 from ...formats.paths import check_name
+from ...formats.units import format_size
 from .children import LEAVE_SECONDS, Launcher, Ward, fresh_identity
 from .library import Library
 from .requests import OpenRequest, Requests
@@ -36,6 +37,8 @@ from .requests import OpenRequest, Requests
 log = logging.getLogger(__name__)
 
 WAITING: Final = "waiting"
+# Bytes. Importing torch takes 300 MB, and below that its libraries may abort without a word; the rest is for the model.
+JOB_NBYTES: Final = 700_000_000
 
 
 @dataclass
@@ -143,9 +146,12 @@ class Adding:
     def _start_next(self, now: float) -> None:
         while self._waiting and self._job is None:
             request, message = self._waiting.pop(0)
-            identity = fresh_identity("job")
+            spare, identity = self._spare_nbytes(), fresh_identity("job")
+            if spare < JOB_NBYTES:
+                self._requests.fail(request, _too_little(spare))
+                continue
             try:
-                process = self._launcher.start_job(identity, message, self._spare_nbytes())
+                process = self._launcher.start_job(identity, message, spare)
             except OSError as error:
                 self._requests.fail(request, JobDied(f"the job could not be started: {error}"))
                 continue
@@ -160,3 +166,10 @@ class Adding:
         assert self._job
         self._requests.answer(event)
         self._job.ward.kill_at(now + LEAVE_SECONDS)
+
+
+def _too_little(spare: int) -> OutOfMemory:
+    return OutOfMemory(
+        f"adding a model needs at least {format_size(JOB_NBYTES)} of memory, of which {format_size(spare)} can be "
+        "spared now; end other programs, or make a model smaller (`ebb resize`)"
+    )

@@ -176,6 +176,19 @@ class Budget:
             return self._grow(now)
         return {}
 
+    def spare(self, reading: Reading) -> int:
+        """Bytes that another process of ours may take: what is free, and what automatic models would give back for it.
+
+        What models have been promised and not yet taken (fixed sizes, and the bases of automatic ones) is not spare.
+        """
+        room = reading.available - self.reserve
+        for name, model in self._models.items():
+            if self.wish(name).automatic:
+                room += (model.holding.nbytes if model.holding else 0) - model.base
+            else:
+                room -= model.arriving
+        return max(0, room)
+
     def target(self, name: str) -> int | None:
         """What a loaded model was last told to hold."""
         model = self._models.get(name)

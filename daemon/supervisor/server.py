@@ -274,8 +274,8 @@ class Server:
         return self._sensor.read([os.getpid(), *(ward.process.pid for ward in self._wards())])
 
     def _spare_nbytes(self) -> int:
-        """What a job may take: all that is free but the reserve."""
-        return max(0, self._read_sensor().available - self._reserve)
+        """What a job may take."""
+        return self.budget.spare(self._read_sensor())
 
     def _processes(self) -> Iterator[ProcessMemory]:
         pids = [("supervisor", os.getpid())]

@@ -157,6 +157,21 @@ def test_memory_has_a_cap():
     assert "MemoryError" in found.stderr
 
 
+def test_libraries_that_find_no_room_are_a_shortage():
+    code = (
+        "import sys; from pathlib import Path; from ebbflow.daemon.library import job\n"
+        "from ebbflow.formats.messages import AddModel\n"
+        "sys.modules['torch'] = None  # the import fails\n"
+        "request = AddModel(id=1, source='/s', name='n')\n"
+        "print(job.outcome(request, Path(), Path(), print, job.Cancellation()).code)\n"
+    )
+    for cap, said in (("64GB", "out_of_memory\n"), ("", "internal\n")):
+        environment = os.environ | {job.MEMORY_VARIABLE: cap}
+        command = [sys.executable, "-P", "-c", code]
+        found = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        assert found.stdout == said
+
+
 # -- every failure has a name -------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from ebbflow.daemon.supervisor.adding import JOB_NBYTES
 from ebbflow.daemon.supervisor.children import LAST_WORDS_SECONDS, LEAVE_SECONDS
 from ebbflow.daemon.supervisor.library import summary
 from ebbflow.formats.messages import (
@@ -23,7 +24,7 @@ from ebbflow.formats.messages import (
     Shutdown,
 )
 
-from support.house import House
+from support.house import GB, MB, House, generate, holds
 from support.models import write_model
 
 
@@ -208,3 +209,33 @@ def test_shutdown_ends_jobs(house, client):
     assert client.hear() == [Done(id=3)]
     assert house.server.finished
     assert not folder.exists()
+
+
+# -- memory -------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_may_take_what_an_automatic_model_would_give_back(house, client):
+    client.say(generate(1))
+    house.turn()
+    worker = house.ready_worker()
+    load, _ = worker.hear()
+    worker.say(holds(load))  # all of its GB, of which 200 MB are its base
+    house.sensor.available = 600 * MB
+    house.turn(0.2)
+    client.say(add(2))
+    house.turn()
+    assert house.launcher.job_memory == 100 * MB + 800 * MB
+
+
+def test_a_job_that_could_not_even_begin_is_not_started(house, client):
+    house.sensor.available = GB // 2 + JOB_NBYTES - 1
+    client.say(add(1), add(2))
+    house.turn()
+    heard = client.hear()
+    assert failures(heard) == [(1, "out_of_memory"), (2, "out_of_memory")]
+    assert "needs at least 700 MB" in heard[0].message
+    assert house.launcher.jobs == []
+    house.sensor.available += 1
+    client.say(add(3))
+    house.turn()
+    assert len(house.launcher.jobs) == 1
