@@ -7,6 +7,7 @@ full speed, and one that was just loaded grows before its first request starts.
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, Protocol, assert_never
@@ -31,8 +32,12 @@ from ...formats.messages import (
 from ..mapping import private_nbytes
 from .served import Served
 
+log = logging.getLogger(__name__)
+
 GROW_SECONDS: Final = 0.025  # per step while requests run: the step target keeps room for it
-IDLE_GROW_SECONDS: Final = 0.1  # while nothing runs: how long a message may have to wait
+IDLE_log = logging.getLogger(__name__)
+
+GROW_SECONDS: Final = 0.1  # while nothing runs: how long a message may have to wait
 REPORT_SECONDS: Final = 0.5
 IDLE_SECONDS: Final = 5.0
 
@@ -99,6 +104,7 @@ class Loop:
     def _load(self, message: LoadModel) -> None:
         if message.model in self._models:
             self._models[message.model].aim(message.target_nbytes)
+            self._report()
             return
         try:
             served = Served(Path(message.folder), message.target_nbytes, self._threads, self._clock)
@@ -154,6 +160,7 @@ class Loop:
         try:
             moved = served.move(IDLE_GROW_SECONDS if idle else GROW_SECONDS)
         except EbbflowError as error:
+            log.warning("%s stays at %d bytes: %s", name, served.resident.nbytes, error)
             if served.waiting is not None:
                 self._line.send(failure(served.waiting.id, error))
                 served.waiting = None
