@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -41,16 +42,19 @@ def add_model(
     cache: Path,
     send: Send,
     *,
+    commit: Callable[[], None] = lambda: None,
     clock: Clock = time.monotonic,
     estimate: GainEstimate = second_order_gain,
 ) -> ModelSummary:
     """Add the model that `request` asks for and say how far it is through `send`, at most ten times a second.
 
+    `commit` is called when all is made and the model is about to be in the library; it may raise.
+
     Raises `InvalidName`, `ModelExists`, `InvalidRequest`, `Unsupported`, `CorruptCheckpoint`, `DiskFull`, `Retryable`
     (hub out of reach) or what `send` raises; the library is then untouched.
     """
     try:
-        return _add(request, library, cache, send, clock, estimate)
+        return _add(request, library, cache, send, commit, clock, estimate)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(f"no room left in {library} while adding {request.name}; nothing was added") from error
@@ -58,7 +62,13 @@ def add_model(
 
 
 def _add(
-    request: AddModel, library: Path, cache: Path, send: Send, clock: Clock, estimate: GainEstimate
+    request: AddModel,
+    library: Path,
+    cache: Path,
+    send: Send,
+    commit: Callable[[], None],
+    clock: Clock,
+    estimate: GainEstimate,
 ) -> ModelSummary:
     place = free_place(library, request.name)
     levels = _check_options(request)
@@ -67,7 +77,7 @@ def _add(
     reporter = Reporter(request.id, checkpoint.nbytes, send, clock)
     plan = EncodePlan(checkpoint, levels, request.rank, request.seed, estimate, reporter)
     check_room(library, 2 * expected_nbytes(checkpoint.architecture, levels, request.rank))
-    with making(place) as folder:
+    with making(place, commit) as folder:
         checksum = checkpoint.checksum()
         texts = _texts(request, plan, checksum, cache)
         stack = _make_stack(plan, request.order, texts.calibration, folder)

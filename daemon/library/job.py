@@ -56,6 +56,11 @@ class Cancellation:
         if self.asked:
             raise Cancelled(CANCELLED)
 
+    def close(self) -> None:
+        """From now on it is too late to cancel. Raises `Cancelled` if somebody asked before."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.check()
+
     def _cancel(self, number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self.asked = True
@@ -122,7 +127,8 @@ def _add(request: AddModel, library: Path, cache: Path, send: Send, cancellation
         cancellation.check()
         send(progress)
 
-    return Added(id=request.id, summary=add_model(request, library, cache, tell), seconds=time.monotonic() - begun)
+    summary = add_model(request, library, cache, tell, commit=cancellation.close)
+    return Added(id=request.id, summary=summary, seconds=time.monotonic() - begun)
 
 
 def _limit_memory() -> None:

@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -42,10 +42,10 @@ def check_room(library: Path, wanted: int) -> None:
 
 
 @contextlib.contextmanager
-def making(place: Path) -> Iterator[Path]:
+def making(place: Path, commit: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """A folder to make a model in; on leaving without an error it becomes `place`, else it is removed.
 
-    Raises `ModelExists` when somebody else took the place meanwhile.
+    `commit` is called just before that, and may raise. Raises `ModelExists` when somebody else took the place.
     """
     folder = place.with_name(f"{PREFIX}{place.name}-{os.getpid()}")
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +55,8 @@ def making(place: Path) -> Iterator[Path]:
         lock = _lock(folder)
     try:
         yield folder
+        _sync(folder)
+        commit()
         _publish(folder, place)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -72,7 +74,6 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def _publish(folder: Path, place: Path) -> None:
-    _sync(folder)
     try:
         folder.rename(place)
     except OSError as error:

@@ -336,6 +336,18 @@ def test_cancelled_at_any_stage(adder, small, stage):
     assert adder.names() == []
 
 
+def test_the_last_chance_to_cancel_is_when_all_is_made(adder, small):
+    def commit() -> None:
+        [made] = adder.library.iterdir()
+        assert read_manifest(made).name == "new"
+        raise Cancelled("at last")
+
+    request = AddModel(id=1, source=str(small), name="new", levels=2)
+    with pytest.raises(Cancelled, match="at last"):
+        add_model(request, adder.library, adder.cache, adder.told.append, commit=commit)
+    assert adder.names() == []
+
+
 def test_killed_at_any_step(adder, tmp_path):
     write_checkpoint(msgspec.structs.replace(SMALL, layers=1), tmp_path / "source")
     script = Path(__file__).parents[1] / "support" / "kill_steps.py"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ import zmq
 from ebbflow.daemon.library import add, job
 from ebbflow.daemon.library.shapes import SHAPES
 from ebbflow.daemon.library.synthetic import write_checkpoint
-from ebbflow.formats.errors import UnknownModel
+from ebbflow.formats.errors import Cancelled, UnknownModel
 from ebbflow.formats.manifest import read_manifest
 from ebbflow.formats.messages import Added, AddModel, Failed, Message, Progress, Ready, decode, from_child_decoder
 
@@ -149,6 +150,26 @@ def test_wrong_arguments():
     assert found.stderr.startswith("usage:")
 
 
+def test_from_the_rename_on_it_is_too_late_to_cancel():
+    code = (
+        "import os, signal; from ebbflow.daemon.library.job import Cancellation\n"
+        "c = Cancellation(); c.listen(); c.close(); os.kill(os.getpid(), signal.SIGTERM); c.check(); print('added')\n"
+    )
+    command = [sys.executable, "-P", "-c", code]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "added\n"
+
+
+def test_who_asked_just_before_is_still_heard():
+    cancellation = job.Cancellation()
+    cancellation.asked = True
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(Cancelled):
+            cancellation.close()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_memory_has_a_cap():
     code = "from ebbflow.daemon.library import job; job._limit_memory(); bytearray(2 * 10**9)"
     environment = os.environ | {job.MEMORY_VARIABLE: "1GB"}
@@ -176,7 +197,7 @@ def test_libraries_that_find_no_room_are_a_shortage():
 
 
 def outcome(monkeypatch, error: BaseException, *, cancelled: bool = False) -> Message:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(add, "add_model", fail)
