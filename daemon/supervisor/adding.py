@@ -64,8 +64,8 @@ class Adding:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The models being added, the present one first."""
-        running = (self._job.message.name,) if self._job else ()
+        """The models being added, the present one first; a job that only has to go counts no more."""
+        running = (self._job.message.name,) if self._job and self._requests.is_open(self._job.request) else ()
         return running + tuple(message.name for _, message in self._waiting)
 
     @property
@@ -116,7 +116,7 @@ class Adding:
             return
         match message:
             case Ready():
-                self._job.request.forwarded = True
+                pass
             case Progress():
                 if not self._job.cancelled:
                     self._requests.answer(self._ours(message))

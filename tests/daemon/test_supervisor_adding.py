@@ -174,7 +174,7 @@ def test_a_client_that_is_gone_needs_no_model(house, client):
 def test_a_job_that_dies_says_what_it_wrote_last(house, client):
     process, job, folder = begin(house, client)
     job.say(Chunk(id=process.request.id, text="not a job's word", tokens=1))
-    process.lines = "MemoryError"
+    process.words = "MemoryError"
     end(house, process, -11)
     [failed] = client.hear()
     assert (failed.id, failed.code) == (1, "job_died")
@@ -197,6 +197,32 @@ def test_a_job_that_is_done_and_does_not_go_is_killed(house, client):
     assert failures(client.hear()) == [(1, "unsupported_model")]
     house.turn(LEAVE_SECONDS)
     assert process.signals == ["KILL"]
+
+
+def test_once_answered_a_name_is_free_and_the_next_of_it_waits_in_line(house, client):
+    process, job, _ = begin(house, client)
+    job.say(Failed(id=process.request.id, code="disk_full", message="no room"))
+    house.turn()
+    client.say(add(2), GetStatus(id=3))
+    house.turn()
+    failed, waiting, status = client.hear()
+    assert failed.code == "disk_full"
+    assert waiting == Progress(id=2, stage="waiting")
+    assert status.adding == ("new",)
+    assert len(house.launcher.jobs) == 1
+    end(house, process)
+    assert len(house.launcher.jobs) == 2
+
+
+def test_a_model_that_was_just_added_can_be_removed_at_once(house, client):
+    process, job, folder = begin(house, client)
+    folder.rename(house.root / "new")
+    job.say(Added(id=process.request.id, summary=summary(write_model(house.root, "new")), seconds=3.0))
+    house.turn()
+    client.say(RemoveModel(id=2, model="new"))
+    house.turn()
+    assert client.hear()[-1] == Done(id=2)
+    assert not process.closed
 
 
 def test_shutdown_ends_jobs(house, client):
