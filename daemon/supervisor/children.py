@@ -27,7 +27,6 @@ LEAVE_SECONDS: Final = 5.0  # between being asked to leave and being killed
 LAST_WORDS_SECONDS: Final = 0.1  # what a child sent just before its end may still be on its way
 LOG_NBYTES: Final = 1_000_000  # a log larger than this is set aside when the next child starts
 TAIL_NBYTES: Final = 2_000
-TAIL_LINES: Final = 5
 
 WORKER: Final = (sys.executable, "-P", "-m", "ebbflow.daemon.worker")
 JOB: Final = (sys.executable, "-P", "-m", "ebbflow.daemon.library.job")
@@ -55,8 +54,8 @@ class Process(Protocol):
         """End it."""
         ...
 
-    def last_lines(self) -> str:
-        """The end of what it wrote to its log; nothing when that cannot be read."""
+    def last_words(self) -> str:
+        """The last line that it wrote to its log, and where that is; nothing when that cannot be read."""
         ...
 
     def close(self) -> None:
@@ -126,7 +125,7 @@ class _Subprocess:
     def kill(self) -> None:
         self._process.kill()
 
-    def last_lines(self) -> str:
+    def last_words(self) -> str:
         try:
             with self._log.open("rb") as file:
                 end = file.seek(0, os.SEEK_END)
@@ -134,7 +133,8 @@ class _Subprocess:
                 text = file.read().decode(errors="replace")
         except OSError:  # somebody tidied up
             return ""
-        return "\n".join(text.splitlines()[-TAIL_LINES:])
+        lines = text.split("\n")
+        return next((f"{line.strip()} (see {self._log})" for line in reversed(lines) if line.strip()), "")
 
     def close(self) -> None:
         if self._descriptor is not None:
@@ -196,8 +196,8 @@ class Ward:
         """`ended with exit code 3`, `was killed by signal 9`; what it wrote last."""
         code = self.process.exit_code() or 0
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        lines = self.process.last_lines()
-        return f"{how}\n{lines}" if lines else how
+        words = self.process.last_words()
+        return f"{how}: {words}" if words else how
 
 
 def fresh_identity(role: str) -> str:

@@ -33,9 +33,12 @@ def prepare(paths: Paths) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Hold the daemon's lock. Taken before the socket is bound: a second bind would steal its path.
 
-    Raises `AlreadyRunning`.
+    Raises `AlreadyRunning`, or `DaemonFailed` when the lock cannot be opened.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise DaemonFailed(f"the lock {path} cannot be opened: {error.strerror}") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

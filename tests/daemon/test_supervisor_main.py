@@ -72,6 +72,23 @@ def test_the_lock_is_held_once_and_names_its_holder(paths):
         assert paths.lock.read_text() == f"{os.getpid()}\n"
 
 
+def test_a_lock_that_cannot_be_opened_is_a_typed_error(paths):
+    prepare(paths)
+    paths.lock.mkdir()
+    with pytest.raises(DaemonFailed, match="cannot be opened: Is a directory"), locked(paths.lock):
+        pass
+
+
+def test_of_a_traceback_only_its_last_line_is_told(paths):
+    prepare(paths)
+    fail = (sys.executable, "-c", "raise MemoryError('no room\\n\\n')")
+    worker = CommandLauncher(paths, fail, fail).start_worker("worker-1")
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+    assert worker.last_words() == f"MemoryError: no room (see {paths.logs / 'worker.log'})"
+    worker.exit_code()
+    worker.close()
+
+
 def test_main_turns_errors_into_exit_codes(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("EBBFLOW_HOME", str(tmp_path / ("x" * 120)))
     assert main([]) == DaemonFailed.exit_code
@@ -84,7 +101,7 @@ def test_the_real_commands_are_modules_of_ours():
     assert JOB[1:] == ("-P", "-m", "ebbflow.daemon.library.job")
 
 
-def test_children_get_their_arguments_and_their_last_lines_are_kept(paths):
+def test_children_get_their_arguments_and_their_last_words_are_kept(paths):
     prepare(paths)
     tell = (sys.executable, "-c", "import sys; print('\\n'.join(sys.argv[1:])); sys.exit(7)")
     launcher = CommandLauncher(paths, tell, tell)
@@ -96,10 +113,12 @@ def test_children_get_their_arguments_and_their_last_lines_are_kept(paths):
         assert process.exit_code() == 7
         process.close()
         process.close()
-    assert worker.last_lines() == f"{paths.children}\nworker-1"
-    address, identity, library, cache, request = job.last_lines().splitlines()
+    log = paths.logs / "worker.log"
+    assert log.read_text() == f"{paths.children}\nworker-1\n"
+    assert worker.last_words() == f"worker-1 (see {log})"
+    address, identity, library, cache, request = (paths.logs / "job.log").read_text().splitlines()
     assert (address, identity, library, cache) == (paths.children, "job-1", str(paths.library), str(paths.cache))
     assert '"source":"/s"' in request
     (paths.logs / "job.log").unlink()
-    assert job.last_lines() == ""
+    assert job.last_words() == ""
     assert (paths.logs / "worker.log.1").stat().st_size > LOG_NBYTES

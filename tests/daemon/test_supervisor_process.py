@@ -176,7 +176,7 @@ def test_the_fake_worker_keeps_the_contract(daemon):
     assert "told to leave" in failed.message
 
 
-def test_a_worker_that_cannot_start_ends_in_an_error_with_its_last_lines(start):
+def test_a_worker_that_cannot_start_ends_in_an_error_with_its_last_words(start):
     daemon = start(FAKE_WORKER="stillborn")
     failed = daemon.ask(generate(1))
     assert (failed.id, failed.code) == (1, "worker_died")

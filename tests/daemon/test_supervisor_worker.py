@@ -131,7 +131,7 @@ def test_a_worker_that_dies_while_starting_is_tried_again_but_not_for_ever(house
     for attempt in range(START_ATTEMPTS):
         assert len(house.launcher.workers) == attempt + 1
         assert client.hear() == []
-        house.launcher.workers[-1].lines = "ImportError: no numba"
+        house.launcher.workers[-1].words = "ImportError: no numba"
         die(house, code=1)
     [failed] = client.hear()
     assert (failed.id, failed.code) == (1, "worker_died")

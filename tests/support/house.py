@@ -70,7 +70,7 @@ class FakeProcess:
         self.code: int | None = None
         self.signals: list[str] = []
         self.closed = False
-        self.lines = ""
+        self.words = ""
 
     def exit_code(self) -> int | None:
         return self.code
@@ -82,8 +82,8 @@ class FakeProcess:
         self.signals.append("KILL")
         self.code = -9
 
-    def last_lines(self) -> str:
-        return self.lines
+    def last_words(self) -> str:
+        return self.words
 
     def close(self) -> None:
         assert not self.closed
