@@ -22,6 +22,7 @@
     │   │   └── UnknownKind
     │   ├── CorruptManifest
     │   └── CorruptCheckpoint
+    ├── StorageFailed             the system does not let us read or write a file or folder
     ├── Cancelled                 somebody asked for it to end
     ├── Retryable                 the same request may succeed later
     │   ├── OutOfMemory
@@ -170,6 +171,13 @@ class CorruptCheckpoint(CorruptFile):
     code = "corrupt_checkpoint"
 
 
+class StorageFailed(EbbflowError):
+    """The system does not let us read or write a file or folder: no right, a read-only disk, a broken one."""
+
+    code = "storage_failed"
+    exit_code = 74
+
+
 class Cancelled(EbbflowError):
     """The request was cancelled, by its client or because the daemon stops."""
 
@@ -257,6 +265,11 @@ def _tree(root: type[EbbflowError]) -> dict[str, type[EbbflowError]]:
 
 
 BY_CODE: dict[str, type[EbbflowError]] = _tree(EbbflowError)
+
+
+def storage_failed(error: OSError, where: object) -> StorageFailed:
+    """What the system said, of the file that it named or else of `where`."""
+    return StorageFailed(f"{error.filename or where}: {error.strerror or error}")
 
 
 def from_wire(code: str, message: str) -> EbbflowError:

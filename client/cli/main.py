@@ -25,9 +25,9 @@ Exit codes:
     0  done                                  69  the daemon is not running, went away, or cannot start
     1  another error                         70  a bug of ours (the log has the traceback)
     2  the request or its usage is wrong     73  another daemon is running
-    3  no such model                         75  not now: memory, disk, too busy, a process died; try again
-    4  not supported                        130  cancelled, or Ctrl-C
-    5  a file is corrupt
+    3  no such model                         74  the system refuses to read or write a file or folder
+    4  not supported                         75  not now: memory, disk, too busy, a process died; try again
+    5  a file is corrupt                    130  cancelled, or Ctrl-C
 
 \b
 EBBFLOW_HOME=FOLDER keeps everything in one folder; EBBFLOW_DEBUG=1 shows tracebacks.

@@ -17,7 +17,7 @@ from typing import Final
 from torch import Tensor
 
 from ...formats.checkpoint import open_checkpoint
-from ...formats.errors import DiskFull, Unsupported
+from ...formats.errors import DiskFull, Unsupported, storage_failed
 from ...formats.manifest import STACK, CurvePoint, Manifest, Source, write_manifest
 from ...formats.messages import AddModel, ModelSummary
 from ...formats.stack import Stack, read_blocks, read_stack, write_stack
@@ -50,14 +50,16 @@ def add_model(
 
     `commit` is called when all is made and the model is about to be in the library; it may raise.
 
-    Raises `InvalidName`, `ModelExists`, `InvalidRequest`, `Unsupported`, `CorruptCheckpoint`, `DiskFull`, `Retryable`
-    (hub out of reach) or what `send` raises; the library is then untouched.
+    Raises `InvalidName`, `ModelExists`, `InvalidRequest`, `Unsupported`, `CorruptCheckpoint`, `DiskFull`,
+    `StorageFailed`, `Retryable` (hub out of reach) or what `send` raises; the library is then untouched.
     """
     try:
         return _add(request, library, cache, send, commit, clock, estimate)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(f"no room left in {library} while adding {request.name}; nothing was added") from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+            raise storage_failed(error, library) from error
         raise
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from ...formats.errors import CorruptFile, CorruptManifest, UnknownModel, UnsupportedVersion
+from ...formats.errors import CorruptFile, CorruptManifest, UnknownModel, UnsupportedVersion, storage_failed
 from ...formats.manifest import Manifest, read_manifest
 from ...formats.messages import ModelDetail, ModelSummary
 
@@ -81,12 +81,18 @@ class Library:
         return tuple(summary(self._models[name]) for name in sorted(self._models))
 
     def remove(self, name: str) -> None:
-        """Take a model out: at once for everybody who looks, on the disk a moment later. Raises `UnknownModel`."""
+        """Take a model out: at once for everybody who looks, on the disk a moment later.
+
+        Raises `UnknownModel`, or `StorageFailed`; the model is then still there.
+        """
         folder = self.folder(name)
         trash = self._root / f"{REMOVING}{name}-{os.getpid()}"
         if trash.exists():  # an earlier one of the same name is still being deleted
             trash = trash.with_name(f"{REMOVING}{name}.{len(self._folders(hidden=True))}-{os.getpid()}")
-        folder.rename(trash)
+        try:
+            folder.rename(trash)
+        except OSError as error:
+            raise storage_failed(error, folder) from error
         del self._models[name]
         self._delete(trash)
 

@@ -20,6 +20,7 @@ from ...formats.errors import (
     InvalidRequest,
     ModelBusy,
     TooBusy,
+    storage_failed,
 )
 from ...formats.messages import (
     AddModel,
@@ -150,6 +151,9 @@ class Server:
             self._handle(client, request, now)
         except EbbflowError as error:
             self._clients.send(client, failure(asked, error))
+        except OSError as error:
+            log.warning("%r: %s", type(request).__name__, error)
+            self._clients.send(client, failure(asked, storage_failed(error, "the daemon's folders")))
         except Exception as error:
             log.exception("a request failed: %r", type(request).__name__)
             self._clients.send(client, failure(asked, InternalError(f"{type(error).__name__}; see the daemon's log")))
@@ -226,8 +230,8 @@ class Server:
         waiting = len(self.requests.of_model(model))
         if waiting:
             raise ModelBusy(f"{waiting} requests use {model}; wait for them or cancel them")
-        self.worker.unload(model)
         self._library.remove(model)
+        self.worker.unload(model)
 
     def _see_to_clients(self, now: float) -> None:
         """Close what is open for clients that are gone or do not read."""

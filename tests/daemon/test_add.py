@@ -33,6 +33,7 @@ from ebbflow.formats.errors import (
     InvalidRequest,
     ModelExists,
     Retryable,
+    StorageFailed,
     Unsupported,
     UnsupportedModel,
 )
@@ -323,6 +324,16 @@ def test_full_disk(adder, small, monkeypatch, owner, name):
         adder(small)
     assert adder.content() == before
     assert adder.names() == ["old"]
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO])
+def test_a_library_that_cannot_be_written_is_named_with_the_reason(adder, small, monkeypatch, number):
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(StorageFailed, match=f"library: {os.strerror(number)}"):
+        adder(small)
 
 
 @pytest.mark.parametrize("stage", STAGES)

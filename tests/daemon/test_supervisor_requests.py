@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 import pytest
 
 from ebbflow.daemon.supervisor.requests import OPEN_PER_CLIENT
 from ebbflow.formats.messages import (
     LEASE_SECONDS,
+    AddModel,
     Cancel,
     ChatMessage,
     Chunk,
@@ -22,12 +26,14 @@ from ebbflow.formats.messages import (
     Pong,
     Ready,
     RemoveModel,
+    Resize,
     Sampling,
     ShowModel,
     Started,
     Status,
     UnloadModel,
 )
+from ebbflow.formats.units import SizeWish
 
 from support.house import GB, House, finished, generate, holds
 from support.models import write_model
@@ -271,7 +277,42 @@ def test_a_model_in_use_is_not_removed(house):
     assert not (house.root / "other").exists()
 
 
-def test_removing_a_loaded_model_unloads_it_first(house):
+def test_a_model_that_cannot_be_removed_stays_as_it_is(house, monkeypatch):
+    def refuse(path, target):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    client = house.client()
+    client.say(Resize(id=1, model="demo", wish=SizeWish(fraction=0.5)), generate(2))
+    house.turn()
+    worker = house.ready_worker()
+    load, forwarded = worker.hear()
+    worker.say(holds(load), finished(forwarded.id))
+    house.turn()
+    client.hear()
+    monkeypatch.setattr(Path, "rename", refuse)
+    client.say(RemoveModel(id=3, model="demo"), GetStatus(id=4))
+    house.turn()
+    failed, status = client.hear()
+    assert failed.code == "storage_failed"
+    assert failed.message == f"{house.root / 'demo'}: Read-only file system"
+    assert worker.hear() == []
+    assert [model.wish for model in status.models] == [SizeWish(fraction=0.5)]
+
+
+def test_what_the_system_refuses_is_told_without_a_traceback(house, monkeypatch, caplog):
+    def refuse(name):
+        raise PermissionError(errno.EACCES, "Permission denied", "/library/new")
+
+    monkeypatch.setattr(house.library, "exists", refuse)
+    client = house.client()
+    client.say(AddModel(id=1, source="/x", name="new"))
+    house.turn()
+    [failed] = client.hear()
+    assert (failed.code, failed.message) == ("storage_failed", "/library/new: Permission denied")
+    assert "Traceback" not in caplog.text
+
+
+def test_removing_a_loaded_model_unloads_it(house):
     client = house.client()
     client.say(generate(1))
     house.turn()
