@@ -35,9 +35,7 @@ from .served import Served
 log = logging.getLogger(__name__)
 
 GROW_SECONDS: Final = 0.025  # per step while requests run: the step target keeps room for it
-IDLE_log = logging.getLogger(__name__)
-
-GROW_SECONDS: Final = 0.1  # while nothing runs: how long a message may have to wait
+IDLE_GROW_SECONDS: Final = 0.1  # while nothing runs: how long a message may have to wait
 REPORT_SECONDS: Final = 0.5
 IDLE_SECONDS: Final = 5.0
 
