@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.metadata
 import io
 import os
@@ -19,6 +18,7 @@ from .ps import ps
 from .resize import resize
 from .run import run
 from .serve import serve, status, stop
+from .standard import give_up, open_missing
 
 EPILOG = """\b
 Exit codes:
@@ -38,6 +38,17 @@ Completion: eval "$(_EBB_COMPLETE=bash_source ebb)", also zsh_source and fish_so
 class Commands(click.Group):
     """A group that ends every error with one line on stderr and the error's exit code, never with a traceback."""
 
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run the command line; leaves with its exit code."""
+        open_missing()
+        try:
+            return super().main(*args, **extra)
+        except OSError as error:
+            if os.environ.get("EBBFLOW_DEBUG"):
+                raise
+            give_up(error)
+            sys.exit(1)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         for stream in (sys.stdout, sys.stderr):
@@ -49,11 +60,13 @@ class Commands(click.Group):
             raise
         except EbbflowError as error:
             _end(ctx, str(error), error.exit_code)
+        except OSError:
+            raise  # of reading or writing: click leaves quietly when nobody reads any more, `main` says the rest
         except (KeyboardInterrupt, click.Abort):
             ctx.exit(130)
         except Exception as error:  # the last boundary: whatever it is, no traceback
-            if os.environ.get("EBBFLOW_DEBUG") or (isinstance(error, OSError) and error.errno == errno.EPIPE):
-                raise  # click leaves quietly when nobody reads our output any more
+            if os.environ.get("EBBFLOW_DEBUG"):
+                raise
             message = f"unexpected {type(error).__name__}: {error}; EBBFLOW_DEBUG=1 shows where"
             _end(ctx, message, InternalError.exit_code)
 

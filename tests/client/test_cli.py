@@ -383,6 +383,33 @@ def test_a_reader_that_goes_away_is_no_drama(daemon: FakeDaemon):
     assert result.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        ("list >/dev/full", 1, "ebb: the output: No space left on device\n"),
+        ("run tiny Say >/dev/full", 1, "ebb: the output: No space left on device\n"),
+        ("--help >/dev/full", 1, "ebb: the output: No space left on device\n"),
+        ("list >&-", 0, ""),
+        ("run tiny - <&-", 0, ""),
+        ("list 2>&- >/dev/full", 1, ""),
+        ("what 2>/dev/full", 1, ""),
+    ],
+)
+def test_streams_that_are_closed_or_full(daemon: FakeDaemon, command: str, code: int, said: str):
+    def script(request: Request) -> Iterable[Item]:
+        match request:
+            case Generate():
+                yield from say(request, "Hello")
+                yield end(request)
+            case _:
+                yield ModelList(id=request.id, models=(SUMMARY,))
+
+    daemon.script = script
+    shell = f"{sys.executable} -P -m ebbflow.client.cli.main {command}"
+    result = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env=dict(os.environ), check=False)
+    assert (result.returncode, result.stderr) == (code, said)
+
+
 def test_help_names_version_completion_and_exit_codes():
     assert ebb("--version").stdout.startswith("ebb, version ")
     output = ebb("--help").stdout
