@@ -5,6 +5,6 @@ A process of its own, because the compiler leaves about 100 MB behind in whoever
 
 from __future__ import annotations
 
-from . import attention, elementwise, matmul
+from . import attention, elementwise, hadamard, matmul, nested
 
-KERNEL_FILES = (attention, elementwise, matmul)  # explicit signatures: importing them compiled them
+KERNEL_FILES = (attention, elementwise, hadamard, matmul, nested)  # explicit signatures: importing them compiled them

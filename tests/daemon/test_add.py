@@ -241,7 +241,7 @@ def test_held_back_text_is_not_calibrated_on():
     [
         ({"name": "../new"}, InvalidName),
         ({"name": ".adding-x-1"}, InvalidName),
-        ({"codec": "nested"}, Unsupported),
+        ({"codec": "best"}, Unsupported),
         ({"order": "random"}, Unsupported),
         ({"levels": 0}, InvalidRequest),
         ({"rank": 0}, InvalidRequest),
@@ -289,7 +289,7 @@ def test_broken_weights(adder, tmp_path):
 
 
 def test_no_room_is_found_before_anything_is_written(adder, small, monkeypatch):
-    expected = encode.expected_nbytes(SMALL, 3, None)
+    expected = encode.expected_nbytes(SMALL, "bitstack", 3, None)
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(place.shutil, "disk_usage", lambda path: usage(2 * expected - 1))
     with pytest.raises(DiskFull, match="are free"):

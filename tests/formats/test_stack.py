@@ -279,8 +279,8 @@ def test_entry_that_makes_no_sense(tmp_path, block, change):
 
 def test_unknown_kind(tmp_path):
     document = header()
-    entries(document)[1]["kind"] = "plane"
-    with pytest.raises(UnknownKind, match="plane"):
+    entries(document)[1]["kind"] = "mask"
+    with pytest.raises(UnknownKind, match="mask"):
         read_stack(assemble(tmp_path / "s", document))
 
 
