@@ -66,7 +66,7 @@ def measure_curve(
     """
     assert all(stack.base <= count <= len(stack.blocks) for count in blocks)
     a = checkpoint.architecture
-    original = _Original(checkpoint, tokens)
+    original = Original(checkpoint, tokens)
     weights: dict[str, GrowingWeight] = {}
     points: dict[int, CurvePoint] = {}
     wanted = sorted(set(blocks))
@@ -88,7 +88,7 @@ def _point(stack: Stack, count: int, found: Quality) -> CurvePoint:
     return CurvePoint(count, stack.edges[count], found.mean_kl, found.perplexity)
 
 
-class _Original:
+class Original:
     """The original model's last hidden states on some tokens, and its head."""
 
     def __init__(self, checkpoint: Checkpoint, tokens: Tensor) -> None:

@@ -143,6 +143,27 @@ def test_every_weight_is_in_the_stack(adder, small):
     assert kinds["layers.1.down"] == ("signs", "")
 
 
+def test_adds_planes(adder, small):
+    adder(small, codec="nested", levels=None)
+    manifest, stack = read_manifest(adder.library / "new"), adder.stack()
+    assert manifest.codec == "nested"
+    assert manifest.options == {"levels": 5, "order": "gain", "calibration": "sampled", "seed": 0}
+    checkpoint, blocks = open_checkpoint(small), list(read_blocks(stack))
+    for name, weight in sum_blocks(blocks).items():
+        original = checkpoint.tensor(name)
+        error = float((torch.from_numpy(weight) - original).norm() / original.norm())
+        assert error == 0 if "norm" in name else error < 0.15
+    assert {entry.kind for entry in stack.blocks if entry.tensor == "layers.1.down"} == {"plane"}
+    assert all(entry.level == 0 for entry in stack.blocks[: stack.base])
+    assert manifest.curve[0].kl > 10 * manifest.curve[-1].kl
+
+
+def test_planes_are_the_same_for_the_same_seed(adder, small):
+    for name in ("one", "two"):
+        adder(small, name, codec="nested", seed=4)
+    assert (adder.library / "one" / STACK).read_bytes() == (adder.library / "two" / STACK).read_bytes()
+
+
 @pytest.mark.parametrize("order", ["gain", "paper"])
 def test_base_is_every_level_0_and_gains_are_real(adder, small, order):
     adder(small, order=order)
@@ -245,6 +266,8 @@ def test_held_back_text_is_not_calibrated_on():
         ({"order": "random"}, Unsupported),
         ({"levels": 0}, InvalidRequest),
         ({"rank": 0}, InvalidRequest),
+        ({"codec": "nested", "levels": 8}, InvalidRequest),
+        ({"codec": "nested", "rank": 2}, InvalidRequest),
         ({"calibration": "/nowhere"}, InvalidRequest),
         ({"source": "/nowhere"}, UnsupportedModel),
         ({"source": "a/b/c"}, UnsupportedModel),
