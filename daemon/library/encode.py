@@ -1,7 +1,8 @@
 """Every weight of a checkpoint -> blocks in a spool, each with its gain; in what order they come does not matter.
 
-Linears of layers go through the codec, layer by layer as their moments arrive; everything else is stored dense. The
-codecs are `encode_nested` and `encode_bitstack`; which there are, and what they are asked for, is told apart only here.
+Matrices go through the codec, layer by layer as their moments arrive; everything else is stored dense (with `bitstack`,
+which would take more bytes for them than int8, embedding and head too). The codecs are `encode_nested` and
+`encode_bitstack`; which there are, and what they are asked for, is told apart only here.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def encode_model(plan: EncodePlan, tokens: Tensor, spool: Spool) -> None:
 
 def expected_nbytes(a: Architecture, codec: str, levels: int, rank: int | None) -> int:
     """The most bytes that a stack of these options can take, its header apart."""
-    linears = layer_linears(a)
+    linears = encoded_matrices(a, codec)
     total = 0
     for name, shape in weight_shapes(a).items():
         if name in linears:
@@ -86,8 +87,16 @@ def _level_nbytes(codec: str, m: int, n: int, level: int, rank: int | None) -> i
 
 
 def layer_linears(a: Architecture) -> dict[str, tuple[int, int]]:
-    """Name and `[m, n]` of every linear that is encoded; all other weights are stored dense."""
+    """Name and `[m, n]` of every linear of a layer."""
     return {f"layers.{i}.{role}": shape for i in range(a.layers) for role, shape in linear_shapes(a).items()}
+
+
+def encoded_matrices(a: Architecture, codec: str) -> dict[str, tuple[int, int]]:
+    """What goes through the codec: the linears of layers; with `nested`, embedding and head too."""
+    shapes = layer_linears(a)
+    if codec == "nested":
+        shapes |= {name: (a.vocab, a.hidden) for name in ("embed", "head") if name in weight_shapes(a)}
+    return shapes
 
 
 def dense_block(a: Architecture, name: str, weight: F32) -> tuple[BlockEntry, bytes]:
@@ -113,18 +122,24 @@ def dense_block(a: Architecture, name: str, weight: F32) -> tuple[BlockEntry, by
 
 
 def _encode_dense(plan: EncodePlan, spool: Spool) -> None:
-    linears = layer_linears(plan.checkpoint.architecture)
+    linears = encoded_matrices(plan.checkpoint.architecture, plan.codec)
     for name in weight_shapes(plan.checkpoint.architecture):
         if name not in linears:
             spool.add(*dense_block(plan.checkpoint.architecture, name, plan.checkpoint.tensor(name).numpy()))
 
 
 def _encode_linears(plan: EncodePlan, tokens: Tensor, spool: Spool) -> None:
-    linears_of = layer_linears(plan.checkpoint.architecture)
+    linears_of = encoded_matrices(plan.checkpoint.architecture, plan.codec)
     total = sum(prod(shape) for shape in linears_of.values())
     done = 0
     plan.reporter.begin("measuring activations")
-    moments = layer_moments(plan.checkpoint, tokens, lambda what, i, n: plan.reporter.tick(), seed=plan.seed)
+    moments = layer_moments(
+        plan.checkpoint,
+        tokens,
+        lambda what, i, n: plan.reporter.tick(),
+        seed=plan.seed,
+        vocabulary=plan.codec == "nested",
+    )
     for _, linears in moments:
         plan.reporter.enter("encoding")
         for name, levels in _encoded(plan, linears):
