@@ -6,13 +6,22 @@ Unpacking here is the slow, obvious reading of the specification; serving comput
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import BadBlock
-from .kinds import dense_nbytes, signs_nbytes, words_per_row
+from .kinds import (
+    dense_nbytes,
+    plane_depth,
+    planes_nbytes,
+    rotation_blocks,
+    rotation_sign,
+    signs_nbytes,
+    words_per_row,
+)
 from .stack import BlockEntry
 
 F32 = NDArray[np.float32]
@@ -79,22 +88,90 @@ def unpack_signs(payload: bytes | memoryview, m: int, n: int, rank: int) -> tupl
     return positive, factors[: m * rank].reshape(m, rank), factors[m * rank :].reshape(rank, n)
 
 
-def block_weight(entry: BlockEntry, payload: bytes | memoryview) -> F32:
-    """What one block adds to its tensor, in float32."""
-    if entry.kind == "dense":
-        return unpack_dense(payload, entry.shape, entry.dtype)
-    positive, u, v = unpack_signs(payload, entry.shape[0], entry.shape[1], entry.rank)
-    magnitude = u.astype(np.float32) @ v.astype(np.float32)
-    return np.where(positive, magnitude, -magnitude)
+def pack_plane(planes: NDArray[np.bool_], scale: F32, levels: NDArray[Any]) -> bytes:
+    """Planes `[p, m, n]`, row scales `[m]` that bf16 holds exactly, and levels: int8 `[m, 2^d]` or f16 `[2^d]`.
+
+    Raises `BadBlock` for numbers that are not finite.
+    """
+    if not (np.isfinite(scale).all() and np.isfinite(levels).all()):
+        raise BadBlock("NaN or infinity among the levels")
+    count, m, n = planes.shape
+    bits = np.zeros((count, m, words_per_row(n) * 64), np.uint8)
+    bits[:, :, :n] = planes
+    packed = np.packbits(bits, axis=2, bitorder="little").tobytes()
+    stored = (np.ascontiguousarray(scale, "<f4").view("<u4") >> 16).astype("<u2")
+    return packed + stored.tobytes() + levels.astype("i1" if levels.ndim > 1 else "<f2").tobytes()
+
+
+def unpack_plane(entry: BlockEntry, payload: bytes | memoryview) -> tuple[NDArray[np.bool_], F32, NDArray[Any]]:
+    """The inverse of `pack_plane`."""
+    m, n = entry.shape
+    width, size = words_per_row(n) * 8, planes_nbytes(m, n, entry.level)
+    bits = np.frombuffer(payload, np.uint8, size).reshape(-1, m, width)
+    planes = np.unpackbits(bits, axis=2, count=n, bitorder="little").astype(np.bool_)
+    scale = (np.frombuffer(payload, "<u2", m, size).astype(np.uint32) << 16).view(np.float32)
+    count = 2 ** plane_depth(entry.level)
+    if entry.dtype == "i8":
+        return planes, scale, np.frombuffer(payload, np.int8, m * count, size + 2 * m).reshape(m, count)
+    return planes, scale, np.frombuffer(payload, "<f2", count, size + 2 * m)
+
+
+def rotation_signs(n: int) -> F32:
+    """The signs of a rotation's columns, `[n]`."""
+    return np.array([rotation_sign(j) for j in range(n)], np.float32)
+
+
+def rotate_rows(rows: F32) -> F32:
+    """`x [T, n] -> Q x` of every row, by whole Hadamard matrices (`kinds` has the definition)."""
+    return _by_blocks(rows * rotation_signs(rows.shape[1]))
+
+
+def unrotate_rows(rows: F32) -> F32:
+    """`y [T, n] -> Q^T y` of every row, the inverse of `rotate_rows`."""
+    return _by_blocks(rows) * rotation_signs(rows.shape[1])
+
+
+class GrowingWeight:
+    """One tensor's weight as the blocks given so far, in the order of their levels, approximate it.
+
+    Dense and signs blocks add up; planes lengthen every index, and the deepest levels replace those before.
+    """
+
+    def __init__(self) -> None:
+        self._sum: F32 | None = None
+        self._index: NDArray[np.uint8] | None = None
+        self._levels: F32 | None = None
+
+    def add(self, entry: BlockEntry, payload: bytes | memoryview) -> None:
+        """Take the tensor's next block."""
+        if entry.kind == "plane":
+            self._add_plane(entry, payload)
+            return
+        part = _additive_part(entry, payload)
+        self._sum = part if self._sum is None else self._sum + part
+
+    def value(self) -> F32:
+        """The weight, not rotated; at least one block must have been given."""
+        if self._index is not None:
+            assert self._levels is not None
+            return unrotate_rows(np.take_along_axis(self._levels, self._index.astype(np.intp), axis=1))
+        assert self._sum is not None
+        return self._sum
+
+    def _add_plane(self, entry: BlockEntry, payload: bytes | memoryview) -> None:
+        planes, scale, stored = unpack_plane(entry, payload)
+        index = np.zeros(entry.shape, np.uint8) if self._index is None else self._index
+        for plane in planes:
+            index = index << 1 | plane
+        self._index, self._levels = index, scale[:, None] * stored.astype(np.float32)
 
 
 def sum_blocks(blocks: Iterable[tuple[BlockEntry, bytes]]) -> dict[str, F32]:
     """Every tensor's weights, in float32, as these blocks of a stack approximate them."""
-    weights: dict[str, F32] = {}
+    weights: dict[str, GrowingWeight] = {}
     for entry, payload in blocks:
-        part = block_weight(entry, payload)
-        weights[entry.tensor] = weights[entry.tensor] + part if entry.tensor in weights else part
-    return weights
+        weights.setdefault(entry.tensor, GrowingWeight()).add(entry, payload)
+    return {name: weight.value() for name, weight in weights.items()}
 
 
 def check_finite(entry: BlockEntry, payload: NDArray[np.uint8]) -> None:
@@ -103,7 +180,13 @@ def check_finite(entry: BlockEntry, payload: NDArray[np.uint8]) -> None:
     `payload` holds at least the entry's bytes, aligned to 64.
     """
     numbers: NDArray[Any]
-    if entry.kind == "signs":
+    if entry.kind == "plane":
+        m, n = entry.shape
+        start = planes_nbytes(m, n, entry.level)
+        stored = payload[start : entry.nbytes].view(np.uint16)
+        bad = bool(np.any((stored[:m] & 0x7F80) == 0x7F80))
+        bad |= entry.dtype == "f16" and bool(np.any((stored[m:] & 0x7C00) == 0x7C00))
+    elif entry.kind == "signs":
         m, n = entry.shape
         numbers = payload[8 * m * words_per_row(n) : entry.nbytes].view(np.uint16)
         bad = bool(np.any((numbers & 0x7C00) == 0x7C00))
@@ -117,6 +200,30 @@ def check_finite(entry: BlockEntry, payload: NDArray[np.uint8]) -> None:
         bad = bool(np.any((numbers & exponent) == exponent))
     if bad:
         raise BadBlock(f"{entry.tensor} level {entry.level} holds NaN or infinity")
+
+
+def _additive_part(entry: BlockEntry, payload: bytes | memoryview) -> F32:
+    if entry.kind == "dense":
+        return unpack_dense(payload, entry.shape, entry.dtype)
+    positive, u, v = unpack_signs(payload, entry.shape[0], entry.shape[1], entry.rank)
+    magnitude = u.astype(np.float32) @ v.astype(np.float32)
+    return np.where(positive, magnitude, -magnitude)
+
+
+def _by_blocks(rows: F32) -> F32:
+    """Each Hadamard block times its columns."""
+    result, start = np.empty_like(rows), 0
+    for size in rotation_blocks(rows.shape[1]):
+        result[:, start : start + size] = rows[:, start : start + size] @ _hadamard(size)
+        start += size
+    return result
+
+
+@cache
+def _hadamard(size: int) -> F32:
+    parity = np.array([[(i & j).bit_count() & 1 for j in range(size)] for i in range(size)])
+    matrix: F32 = ((1 - 2 * parity) / size**0.5).astype(np.float32)
+    return matrix
 
 
 def _round_to_bf16(weight: F32) -> NDArray[np.uint16]:

@@ -7,6 +7,20 @@ Numbers are little-endian. `words = ceil(n / 64)`.
     signs   packed signs `[m, words]` u64 (bit j of word w is column 64 w + j; 1 means plus; bits past n are 0),
             then U `[m, k]` f16, then V `[k, n]` f16. Adds  S * (U V)  to the weight, S = +-1.
             Source: BitStack, arXiv 2410.23918, section 3.
+    plane   one more bit of every weight's index, and the levels that the index then chooses from.
+            Level 0 of a tensor holds the two top bits, as two planes, and each later level one plane more: level l
+            reaches depth d = l + 2, at most 8. A plane is `[m, words]` u64, packed like signs, the top bit first.
+            Then scales `[m]` bf16, one a row, then levels, by dtype:
+                i8    `[m, 2^d]` int8: index c of row r means  scale[r] * level[r, c].
+                f16   `[2^d]` f16, the same for all rows: index c of row r means  scale[r] * level[c].
+            All blocks of such a tensor are planes, and the levels of the deepest replace those before. The values make
+            the *rotated* weight  W Q^T,  which wants its input rotated too:  y = (W Q^T) (Q x).
+
+Rotation Q, n x n: column j's sign is minus where `splitmix64(j)` has its top bit set; then Hadamard blocks of the sizes
+`rotation_blocks(n)`: `y[i] = sum_j (-1)^popcount(i & j) x[j] / sqrt(size)`. It spreads outliers of weights and
+activations over a block. It depends on n alone, so nothing of it is stored, and all tensors that read the same input
+share it; signs that differ from file to file would protect only against weights made to fit these. A row that is looked
+up (an embedding) is rotated back.
 """
 
 from __future__ import annotations
@@ -17,9 +31,12 @@ from typing import Final, Literal
 from .errors import BadBlock, UnknownKind
 
 Dtype = Literal["bf16", "f16", "f32", "i8"]
-Kind = Literal["dense", "signs"]
+Kind = Literal["dense", "signs", "plane"]
 
 ITEM_NBYTES: Final[dict[str, int]] = {"bf16": 2, "f16": 2, "f32": 4, "i8": 1}
+BASE_PLANES: Final = 2
+MAX_DEPTH: Final = 8
+LARGEST_ROTATION: Final = 256
 
 
 def words_per_row(n: int) -> int:
@@ -40,7 +57,37 @@ def signs_nbytes(m: int, n: int, rank: int) -> int:
     return 8 * m * words_per_row(n) + 2 * rank * (m + n)
 
 
-def payload_nbytes(kind: str, shape: tuple[int, ...], *, dtype: str = "", rank: int = 0) -> int:
+def plane_depth(level: int) -> int:
+    """Bits of the index that are known with level `level` of a tensor made of planes."""
+    return level + BASE_PLANES
+
+
+def planes_nbytes(m: int, n: int, level: int) -> int:
+    """Bytes of the planes alone, with which a plane block begins."""
+    return 8 * m * words_per_row(n) * (1 if level else BASE_PLANES)
+
+
+def plane_nbytes(m: int, n: int, level: int, dtype: str) -> int:
+    """Bytes of a plane block: planes, scales, levels."""
+    return planes_nbytes(m, n, level) + 2 * m + ((m if dtype == "i8" else 2) << plane_depth(level))
+
+
+def rotation_blocks(n: int) -> tuple[int, ...]:
+    """Sizes of the Hadamard blocks: n split greedily into powers of two, at most 256. 576 = 256 + 256 + 64."""
+    sizes = [LARGEST_ROTATION] * (n // LARGEST_ROTATION)
+    rest = n % LARGEST_ROTATION
+    return (*sizes, *(1 << bit for bit in range(rest.bit_length() - 1, -1, -1) if rest >> bit & 1))
+
+
+def rotation_sign(j: int) -> int:
+    """+1 or -1: what column j is multiplied with before its Hadamard block."""
+    z = (j + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return -1 if (z ^ z >> 31) >> 63 else 1
+
+
+def payload_nbytes(kind: str, shape: tuple[int, ...], *, dtype: str = "", rank: int = 0, level: int = 0) -> int:
     """Bytes of a block before padding. Raises `UnknownKind`, or `BadBlock` for parameters that make no sense."""
     if not shape or min(shape) < 1:
         raise BadBlock(f"shape {list(shape)} has no elements")
@@ -55,7 +102,14 @@ def payload_nbytes(kind: str, shape: tuple[int, ...], *, dtype: str = "", rank: 
                     f"signs block of shape {list(shape)}, rank {rank}; want a matrix and 1 <= rank <= min(m, n)"
                 )
             return signs_nbytes(shape[0], shape[1], rank)
+        case "plane":
+            if len(shape) != 2 or not 0 <= level <= MAX_DEPTH - BASE_PLANES or dtype not in ("i8", "f16"):
+                raise BadBlock(
+                    f"plane block of shape {list(shape)}, level {level}, dtype {dtype!r}; want a matrix, a level of 0 "
+                    f"to {MAX_DEPTH - BASE_PLANES} and levels as i8 or f16"
+                )
+            return plane_nbytes(shape[0], shape[1], level, dtype)
         case _:
             raise UnknownKind(
-                f"block kind {kind!r}; this version knows dense and signs, a newer one may read this file"
+                f"block kind {kind!r}; this version knows dense, signs and plane, a newer one may read this file"
             )

@@ -148,7 +148,7 @@ class AddModel(Message, frozen=True):
     id: int
     source: str
     name: str
-    codec: str = "bitstack"
+    codec: str = "nested"
     levels: int | None = None
     rank: int | None = None
     order: str = "gain"

@@ -231,15 +231,20 @@ def _check_offsets(tensors: dict[str, _Tensor], count: int) -> tuple[int, ...]:
 def _check_blocks(index: StackIndex, edges: Sequence[int]) -> None:
     levels: dict[str, int] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    planes: set[str] = set()
     for position, entry in enumerate(index.blocks):
         name = f"block {position} ({entry.tensor} level {entry.level})"
-        expected = payload_nbytes(entry.kind, entry.shape, dtype=entry.dtype, rank=entry.rank)
+        expected = payload_nbytes(entry.kind, entry.shape, dtype=entry.dtype, rank=entry.rank, level=entry.level)
         if entry.nbytes != expected or padded(expected) != edges[position + 1] - edges[position]:
             raise BadBlock(f"{name} says {entry.nbytes} bytes; {entry.kind} {list(entry.shape)} takes {expected}")
         if entry.level != levels.get(entry.tensor, 0):
             raise BadBlock(f"{name} comes before level {levels.get(entry.tensor, 0)}")
         if entry.shape != shapes.setdefault(entry.tensor, entry.shape):
             raise BadBlock(f"{name} has another shape than the tensor's first block")
+        if (entry.kind == "plane") != (entry.tensor in planes if entry.level else entry.kind == "plane"):
+            raise BadBlock(f"{name} is {entry.kind}, and blocks before it are not: planes are not added to others")
+        if entry.kind == "plane":
+            planes.add(entry.tensor)
         if not entry.uses:
             raise BadBlock(f"{name} is used nowhere")
         levels[entry.tensor] = entry.level + 1

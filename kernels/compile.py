@@ -1,10 +1,10 @@
-"""`python -m ebbflow.kernels.compile`: compile every kernel into the cache.
+"""`python -m ebbflow.kernels.compile`: compile every kernel that serves into the cache.
 
 A process of its own, because the compiler leaves about 100 MB behind in whoever ran it.
 """
 
 from __future__ import annotations
 
-from . import attention, elementwise, matmul
+from . import attention, elementwise, hadamard, matmul
 
-KERNEL_FILES = (attention, elementwise, matmul)  # explicit signatures: importing them compiled them
+KERNEL_FILES = (attention, elementwise, hadamard, matmul)  # explicit signatures: importing them compiled them

@@ -9,14 +9,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .rows import BF16, F16, F32, I8, SIGNS
+from .rows import BF16, F16, F32, I8, PLANE, SHARED_PLANE, SIGNS
 
 F64 = NDArray[np.float64]
 
 
 def reference_levels(stored: NDArray[np.uint16], blocks: NDArray[np.int64], m: int, n: int) -> list[F64]:
-    """What each of `blocks [levels, 3]` adds to the weight `[m, n]`."""
+    """What each of `blocks [levels, 3]` adds to the weight `[m, n]`; planes as one, rotated."""
     raw = stored.tobytes()
+    if len(blocks) and blocks[0, 0] >= PLANE:
+        return [_planes(raw, blocks, m, n)]
     return [_level(raw[at:], int(kind), m, n, int(rank)) for kind, at, rank in blocks]
 
 
@@ -55,3 +57,21 @@ def _level(raw: bytes, kind: int, m: int, n: int, rank: int) -> F64:
         top = np.frombuffer(raw, "<u2", m * n).astype("<u4") << 16
         return top.view("<f4").reshape(m, n).astype(np.float64)
     return np.frombuffer(raw, {F32: "<f4", F16: "<f2"}[kind], m * n).reshape(m, n).astype(np.float64)
+
+
+def _planes(raw: bytes, blocks: NDArray[np.int64], m: int, n: int) -> F64:
+    width = -(-n // 64) * 8
+    index = np.zeros((m, n), np.int64)
+    levels = np.zeros((m, 0))
+    for level, (kind, at, _) in enumerate(blocks):
+        count = 1 if level else 2
+        bits = np.frombuffer(raw, np.uint8, count * m * width, at).reshape(count, m, width)
+        for plane in np.unpackbits(bits, axis=2, count=n, bitorder="little"):
+            index = 2 * index + plane
+        at += count * m * width
+        scale = (np.frombuffer(raw, "<u2", m, at).astype("<u4") << 16).view("<f4").astype(np.float64)[:, None]
+        size = 2 ** (level + 2)
+        shared = kind == SHARED_PLANE
+        stored = np.frombuffer(raw, "<f2" if shared else np.int8, size if shared else m * size, at + 2 * m)
+        levels = scale * stored.astype(np.float64).reshape(-1, size)
+    return np.take_along_axis(levels, index, axis=1)

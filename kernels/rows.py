@@ -27,8 +27,11 @@ F16: Final = 1
 BF16: Final = 2
 I8: Final = 3
 SIGNS: Final = 4
+PLANE: Final = 5  # levels for each row
+SHARED_PLANE: Final = 6  # levels shared by all rows
 CODES: Final = {"f32": F32, "f16": F16, "bf16": BF16, "i8": I8}
 
+BASE_PLANES: Final = 2  # in a tensor's first plane block
 ROWS: Final = 4  # rows decoded together
 LANES: Final = 16  # floats in one vector
 WORD: Final = 64  # columns whose signs are one stored word
@@ -183,6 +186,65 @@ _add_signs_vector: Any = _plain_add_signs if JIT_OFF else intrinsic(_typed_add_s
 
 
 @njit(nogil=True)
+def _row_levels(
+    stored: NDArray[np.uint16], blocks: NDArray[np.int64], m: int, words: int, row: int, levels: NDArray[np.float32]
+) -> None:
+    """What every index of the deepest resident plane means in one row, into `levels [2^depth]`."""
+    last = blocks.shape[0] - 1
+    at = int(blocks[last, 1]) // 2 + 4 * m * words * (1 if last else BASE_PLANES)
+    scale = _bf16_to_float(stored[at + row])
+    count = 1 << (last + BASE_PLANES)
+    if blocks[last, 0] == PLANE:
+        integers = stored.view(np.int8)
+        start = 2 * (at + m) + row * count
+        for c in range(count):
+            levels[c] = scale * np.float32(integers[start + c])
+    else:
+        for c in range(count):
+            levels[c] = scale * half_to_float(stored[at + m + c])
+
+
+@njit(nogil=True)
+def _bf16_to_float(bits: np.uint16) -> np.float32:
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@njit(nogil=True)
+def _decode_planes(
+    stored: NDArray[np.uint16],
+    blocks: NDArray[np.int64],
+    m: int,
+    n: int,
+    first: int,
+    rows: int,
+    w: NDArray[np.float32],
+) -> None:
+    """`decode_rows` for a weight made of planes: 64 indices at a time are put together, then looked up."""
+    words = -(-n // WORD)
+    count = blocks.shape[0]
+    levels = np.empty(1 << (count + BASE_PLANES - 1), np.float32)
+    index = np.empty(WORD, np.uint8)
+    packed = stored.view(np.uint64)
+    for i in range(rows):
+        _row_levels(stored, blocks, m, words, first + i, levels)
+        for word in range(words):
+            place = (first + i) * words + word
+            base = blocks[0, 1] // 8 + place
+            high, low = packed[base], packed[base + m * words]
+            for j in range(WORD):
+                index[j] = ((high >> np.uint64(j)) & np.uint64(1)) << np.uint64(1) | (low >> np.uint64(j)) & np.uint64(
+                    1
+                )
+            for level in range(1, count):
+                bits = packed[blocks[level, 1] // 8 + place]
+                for j in range(WORD):
+                    index[j] = (np.uint64(index[j]) << np.uint64(1)) | (bits >> np.uint64(j)) & np.uint64(1)
+            start = word * WORD
+            for j in range(min(WORD, n - start)):
+                w[i, start + j] = levels[index[j]]
+
+
+@njit(nogil=True)
 def decode_rows(
     stored: NDArray[np.uint16],
     blocks: NDArray[np.int64],
@@ -195,9 +257,13 @@ def decode_rows(
 ) -> None:
     """Rows `[first, first + rows)` of a weight `[m, n]` into `w [ROWS, >= n]`; columns past n are left alone.
 
-    `stored` is the resident memory as uint16; `blocks [levels, 3]` holds each level's kind code, byte offset (even)
-    and rank; `factors [ROWS, >= rank]` is scratch. `1 <= rows <= ROWS`.
+    `stored` is the resident memory as uint16, a multiple of 8 bytes; `blocks [levels, 3]` holds each level's kind code,
+    byte offset (even; of planes a multiple of 8) and rank; `factors [ROWS, >= rank]` is scratch. `1 <= rows <= ROWS`.
+    Planes come rotated.
     """
+    if blocks.shape[0] and blocks[0, 0] >= PLANE:
+        _decode_planes(stored, blocks, m, n, first, rows, w)
+        return
     for i in range(rows):
         w[i, :n] = 0
     for level in range(blocks.shape[0]):

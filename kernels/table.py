@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from . import attention, elementwise, matmul, reference, rows
+from . import attention, elementwise, hadamard, matmul, nested, reference, rows
 from .attention import BLOCK_TOKENS
 
 Array = NDArray[Any]
@@ -21,6 +21,8 @@ Arguments = list[Any]
 
 LARGEST_HALF: Final = 65504.0
 NASTY_HALF: Final = (0.0, -0.0, 6e-8, -6e-8, 6.0e-5, 6.2e-5, LARGEST_HALF, -LARGEST_HALF)
+NASTY_SCALE: Final = (0.0, -0.0, 1e-30, -1e10)  # times the least fp16 still a normal float32
+_PLANES: Final = {"plane": rows.PLANE, "shared_plane": rows.SHARED_PLANE}
 NASTY_SINGLE: Final = (0.0, -0.0, 1e-45, -1e-39, 1.2e-38, 1e10, -1e10)
 
 
@@ -63,15 +65,17 @@ class Draw:
 
 
 def store_levels(draw: Draw, levels: tuple[str, ...], m: int, n: int) -> tuple[Array, Array]:
-    """Memory holding one weight `[m, n]` and its block table; a level is a dtype or `signs:RANK`.
+    """Memory holding one weight `[m, n]` and its block table.
+
+    A level is a dtype, `signs:RANK`, `plane` or `shared_plane`.
 
     Between the blocks, and before the first, lies what must not be read as weights: NaN.
     """
     parts, table, at = [b"\xff" * 64], [], 64
-    for level in levels:
+    for number, level in enumerate(levels):
         kind, _, rank = level.partition(":")
-        payload = _payload(draw, kind, m, n, int(rank or 0))
-        table.append((rows.SIGNS if kind == "signs" else rows.CODES[kind], at, int(rank or 0)))
+        payload = _payload(draw, kind, m, n, number if kind in _PLANES else int(rank or 0))
+        table.append(((_PLANES | rows.CODES | {"signs": rows.SIGNS})[kind], at, int(rank or 0)))
         payload += b"\xff" * (64 + -len(payload) % 64)
         parts.append(payload)
         at += len(payload)
@@ -80,7 +84,18 @@ def store_levels(draw: Draw, levels: tuple[str, ...], m: int, n: int) -> tuple[A
 
 
 def _payload(draw: Draw, kind: str, m: int, n: int, rank: int) -> bytes:
+    """`rank` is a plane's level."""
     match kind:
+        case "plane" | "shared_plane":
+            count = 2 if rank == 0 else 1
+            bits = np.zeros((count, m, -(-n // 64) * 64), np.uint8)
+            bits[:, :, :n] = draw.rng.integers(0, 2, (count, m, n))
+            scale = (draw.numbers((m,), NASTY_SCALE).astype("<f4").view("<u4") >> 16).astype("<u2")
+            if kind == "plane":
+                levels = draw.rng.integers(-128, 128, m << (rank + 2)).astype(np.int8)
+            else:
+                levels = draw.numbers((1 << (rank + 2),), NASTY_HALF).astype("<f2")
+            return np.packbits(bits, axis=2, bitorder="little").tobytes() + scale.tobytes() + levels.tobytes()
         case "signs":
             bits = np.zeros((m, -(-n // 64) * 64), np.uint8)
             bits[:, :n] = draw.rng.integers(0, 2, (m, n))
@@ -131,6 +146,48 @@ def _take_rows(draw: Draw, *, m: int, n: int, tokens: int, levels: tuple[str, ..
 
 def _take_rows_magnitude(stored: Array, table: Array, m: int, tokens: Array, y: Array) -> Array:
     return _level_magnitudes(stored, table, m, y.shape[1])[tokens]
+
+
+def _rotate_inputs(draw: Draw, *, tokens: int, n: int) -> Arguments:
+    sizes = [1 << bit for bit in range(n.bit_length() - 1, -1, -1) if n >> bit & 1]
+    signs = draw.rng.choice(np.array([-1, 1], np.float32), n)
+    return [draw.singles(tokens, n), signs, np.array(sizes), np.full((tokens, n), np.nan, np.float32)]
+
+
+def _rotated_magnitude(x: Array, signs: Array, sizes: Array, y: Array) -> Array:
+    blocks = np.split(np.abs(x.astype(np.float64)), np.cumsum(sizes)[:-1], axis=1)
+    return np.concatenate([np.repeat(b.sum(1, keepdims=True), b.shape[1], axis=1) for b in blocks], axis=1)
+
+
+def _feedback(draw: Draw, *, m: int, n: int, depth: int) -> Arguments:
+    x, inverse = draw.rng.standard_normal((m, n)), np.triu(draw.rng.standard_normal((n, n)) / n, 1) + np.eye(n)
+    blend = np.sort(draw.rng.standard_normal(1 << depth))
+    floats = [np.ascontiguousarray(array, np.float32) for array in (x, inverse, blend, blend**2 + 0.01)]
+    return [*floats, np.full((m, n), 255, np.uint8)]
+
+
+def _metric(draw: Draw, n: int) -> Array:
+    x = draw.rng.standard_normal((2 * n, n))
+    return np.ascontiguousarray(x.T @ x / (2 * n), np.float32)
+
+
+def _descend(draw: Draw, *, m: int, n: int, depth: int) -> Arguments:
+    h, weight = _metric(draw, n), draw.rng.random((m, depth + 1)).astype(np.float32)
+    weight[:, :2] = 0
+    heap = np.zeros((m, 2 << depth), np.float32)
+    index = draw.rng.integers(0, 1 << depth, (m, n)).astype(np.uint8)
+    gradient, x = np.zeros((m, depth + 1, n), np.float32), draw.rng.standard_normal((m, n))
+    for d in range(2, depth + 1):
+        heap[:, 1 << d : 2 << d] = np.sort(draw.rng.standard_normal((m, 1 << d)), axis=1)
+        values = np.take_along_axis(heap[:, 1 << d :], (index >> (depth - d)).astype(np.intp), axis=1)
+        gradient[:, d] = (x - values) @ h
+    return [h, heap, weight, gradient, draw.rng.permutation(n), index]
+
+
+def _gather(draw: Draw, *, m: int, n: int, count: int) -> Arguments:
+    index = draw.rng.integers(0, count, (m, n)).astype(np.uint8)
+    x = draw.rng.standard_normal((m, n)).astype(np.float32)
+    return [_metric(draw, n), x, index, np.zeros((m, count, count), np.float32), np.zeros((m, count), np.float32)]
 
 
 def kv_step(
@@ -216,5 +273,31 @@ TABLE: Final = (
         8,
     ),
     Entry("rotate", elementwise.rotate, elementwise.reference_rotate, _rotate, _pair_magnitude, 4),
+    Entry(
+        "rotate_inputs",
+        hadamard.rotate_inputs,
+        hadamard.reference_rotate_inputs,
+        _rotate_inputs,
+        _rotated_magnitude,
+        12,
+    ),
+    Entry(
+        "unrotate_rows",
+        hadamard.unrotate_rows,
+        hadamard.reference_unrotate_rows,
+        _rotate_inputs,
+        _rotated_magnitude,
+        12,
+    ),
+    Entry("feedback", nested.feedback, nested.reference_feedback, _feedback, lambda *_: 0.0, 0),
+    Entry("descend", nested.descend, nested.reference_descend, _descend, lambda *_: 0.0, 0),
+    Entry(
+        "gather_moments",
+        nested.gather_moments,
+        nested.reference_gather_moments,
+        _gather,
+        lambda h, w, *_: np.abs(h).sum() * np.abs(w).max(),
+        100,
+    ),
     Entry("add", elementwise.add, elementwise.reference_add, _add, lambda *_: 0.0, 0),
 )

@@ -13,12 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...formats.architecture import Architecture, weight_shapes
-from ...formats.blocks import unpack_dense
+from ...formats.blocks import rotation_signs, unpack_dense
+from ...formats.kinds import rotation_blocks
 from ...formats.stack import BlockEntry
 from ...kernels.attention import attend, store_kv
 from ...kernels.elementwise import add, gated, rms_norm, rotate
+from ...kernels.hadamard import rotate_inputs, unrotate_rows
 from ...kernels.matmul import matmul, row_stride, take_rows
-from ...kernels.rows import ROWS
+from ...kernels.rows import PLANE, ROWS
 from .network import Linear, Network, build_layer
 from .rotary import rotary_frequencies
 from .scheduler import Piece
@@ -91,23 +93,65 @@ class Scratch:
         return self._rows[n]
 
 
+class Rotation:
+    """The rotation of inputs of n columns. Linears that read the same input in turn share what was computed for it."""
+
+    def __init__(self, n: int) -> None:
+        self._signs, self._sizes = rotation_signs(n), np.array(rotation_blocks(n), np.int64)
+        self._of: F32 | None = None
+        self._rotated: F32 | None = None
+
+    def inputs(self, x: F32) -> F32:
+        """`x [T, n]` rotated, `[T, padded_width(n)]`, zero past n. `x` must not change while it is in use."""
+        if self._of is not x or self._rotated is None:
+            rotated = np.zeros((x.shape[0], padded_width(x.shape[1])), np.float32)
+            rotate_inputs(x, self._signs, self._sizes, rotated)
+            self._of, self._rotated = x, rotated
+        return self._rotated
+
+    def rows(self, y: F32) -> None:
+        """Rotate rows of a stored weight, `[T, n]`, back, in place."""
+        unrotate_rows(y, self._signs, self._sizes, y)
+
+
+class Shared:
+    """What the linears of one model share: scratch and rotations, by width."""
+
+    def __init__(self, threads: int) -> None:
+        self.scratch = Scratch(threads)
+        self._rotations: dict[int, Rotation] = {}
+
+    def rotation(self, n: int) -> Rotation:
+        """Of inputs of n columns."""
+        if n not in self._rotations:
+            self._rotations[n] = Rotation(n)
+        return self._rotations[n]
+
+
 class ResidentLinear:
     """One weight matrix `[m, n]` as the blocks that are resident now."""
 
-    def __init__(self, weights: Weights, name: str, shape: tuple[int, int], bias: F32 | None, scratch: Scratch) -> None:
-        self._weights, self._name, self._bias, self._scratch = weights, name, bias, scratch
+    def __init__(self, weights: Weights, name: str, shape: tuple[int, int], bias: F32 | None, shared: Shared) -> None:
+        self._weights, self._name, self._bias, self._shared = weights, name, bias, shared
         self._m, self._n = shape
 
     def __call__(self, x: F32) -> F32:
         """`x [T, n] -> [T, m]`."""
-        if padded_width(self._n) != self._n:
+        table = self._weights.table(self._name)
+        if _rotated(table):
+            x = self._shared.rotation(self._n).inputs(x)
+        elif padded_width(self._n) != self._n:
             x = np.pad(x, ((0, 0), (0, padded_width(self._n) - self._n)))
         y = np.empty((x.shape[0], self._m), np.float32)
-        table = self._weights.table(self._name)
-        matmul(self._weights.stored, table, self._n, x, self._scratch.rows(self._n), y)
+        matmul(self._weights.stored, table, self._n, x, self._shared.scratch.rows(self._n), y)
         if self._bias is not None:
             add(y, self._bias[None], y)
         return y
+
+
+def _rotated(table: I64) -> bool:
+    """Whether a tensor is made of planes, which are stored rotated."""
+    return len(table) > 0 and bool(table[0, 0] >= PLANE)
 
 
 class Batch:
@@ -150,7 +194,7 @@ class Batch:
 
 def serve(a: Architecture, weights: Weights, threads: int) -> Network[F32]:
     """A network over resident blocks; the base of the stack must be resident already."""
-    scratch, shapes = Scratch(threads), weight_shapes(a)
+    shared, shapes = Shared(threads), weight_shapes(a)
 
     def vector(name: str) -> F32:
         entry, payload = weights.payload(name)
@@ -158,11 +202,14 @@ def serve(a: Architecture, weights: Weights, threads: int) -> Network[F32]:
 
     def linear(name: str, bias: str | None) -> Linear[F32]:
         m, n = shapes[name]
-        return ResidentLinear(weights, name, (m, n), vector(bias) if bias else None, scratch)
+        return ResidentLinear(weights, name, (m, n), vector(bias) if bias else None, shared)
 
     def embed(tokens: I64) -> F32:
         y = np.empty((tokens.shape[0], a.hidden), np.float32)
-        take_rows(weights.stored, weights.table("embed"), a.vocab, tokens, y)
+        table = weights.table("embed")
+        take_rows(weights.stored, table, a.vocab, tokens, y)
+        if _rotated(table):
+            shared.rotation(a.hidden).rows(y)
         return y
 
     return Network(

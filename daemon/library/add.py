@@ -17,12 +17,11 @@ from typing import Final
 from torch import Tensor
 
 from ...formats.checkpoint import open_checkpoint
-from ...formats.errors import DiskFull, Unsupported, storage_failed
+from ...formats.errors import DiskFull, storage_failed
 from ...formats.manifest import STACK, CurvePoint, Manifest, Source, write_manifest
 from ...formats.messages import AddModel, ModelSummary
 from ...formats.stack import Stack, read_blocks, read_stack, write_stack
-from .encode import EncodePlan, encode_model, expected_nbytes
-from .encode_bitstack import choose_levels, choose_rank
+from .encode import EncodePlan, choose_levels, encode_model, expected_nbytes
 from .gain import GainEstimate, second_order_gain
 from .measure import measure_curve
 from .order import check_rule, order_entries
@@ -32,7 +31,6 @@ from .source import find_source
 from .spool import Spool
 from .texts import Texts, file_texts, sampled_texts
 
-CODECS: Final = ("bitstack",)
 CURVE_POINTS: Final = 8
 
 
@@ -77,8 +75,8 @@ def _add(
     Reporter(request.id, 0, send, clock).begin("reading")
     checkpoint = open_checkpoint(find_source(request.source))
     reporter = Reporter(request.id, checkpoint.nbytes, send, clock)
-    plan = EncodePlan(checkpoint, levels, request.rank, request.seed, estimate, reporter)
-    check_room(library, 2 * expected_nbytes(checkpoint.architecture, levels, request.rank))
+    plan = EncodePlan(checkpoint, request.codec, levels, request.rank, request.seed, estimate, reporter)
+    check_room(library, 2 * expected_nbytes(checkpoint.architecture, request.codec, levels, request.rank))
     with making(place, commit) as folder:
         checksum = checkpoint.checksum()
         texts = _texts(request, plan, checksum, cache)
@@ -105,11 +103,8 @@ def summary(manifest: Manifest) -> ModelSummary:
 
 def _check_options(request: AddModel) -> int:
     """The number of levels. Raises `Unsupported` or `InvalidRequest`."""
-    if request.codec not in CODECS:
-        raise Unsupported(f"codec {request.codec!r}; this version knows {', '.join(CODECS)}")
     check_rule(request.order)
-    choose_rank(1, 1, request.rank)
-    return choose_levels(request.levels)
+    return choose_levels(request.codec, request.levels, request.rank)
 
 
 def _texts(request: AddModel, plan: EncodePlan, checksum: str, cache: Path) -> Texts:
@@ -149,7 +144,7 @@ def _manifest(
 ) -> Manifest:
     options: dict[str, str | int | float] = {
         "levels": plan.levels,
-        "rank": request.rank or "by shape",
+        **({"rank": request.rank or "by shape"} if request.codec == "bitstack" else {}),
         "order": request.order,
         "calibration": request.calibration or "sampled",
         "seed": request.seed,

@@ -117,12 +117,18 @@ def encode_calibration(folder: Path, path: Path, length: int = 256, *, streams: 
 
 
 def layer_moments(
-    checkpoint: Checkpoint, tokens: Tensor, progress: Progress = no_progress, *, seed: int = 0
+    checkpoint: Checkpoint,
+    tokens: Tensor,
+    progress: Progress = no_progress,
+    *,
+    seed: int = 0,
+    vocabulary: bool = False,
 ) -> Iterator[tuple[int, dict[str, LinearMoments]]]:
     """Every layer's moments on `tokens [S, L]`, by stored name (`layers.0.q`), layer by layer from the first.
 
     Gradients come from evenly chosen streams, at most `GRADIENT_TOKENS` tokens. Holds one layer's weights and moments
     (or the head's weights), and the hidden states of all tokens. Raises `CorruptCheckpoint` when activations overflow.
+    With `vocabulary`, what `vocabulary_moments` gives comes last, as if it were one layer more.
     """
     a = checkpoint.architecture
     gradients = _output_gradients(checkpoint, _subset(tokens), seed, progress)
@@ -132,9 +138,41 @@ def layer_moments(
         progress("moments", index + 1, a.layers)
         yield (
             index,
-            {f"layers.{index}.{role}": LinearMoments(*found[_READS[role]], gradients[index][role]) for role in _READS},
+            {
+                f"layers.{index}.{role}": LinearMoments(*found[_READS[role]], gradients.layers[index][role])
+                for role in _READS
+            },
         )
         del found  # before the next layer's moments are made
+    if vocabulary:
+        yield a.layers, vocabulary_moments(checkpoint, hidden, gradients)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Second moments of the gradient of log-probability: `layers` has `G [m]` of every linear, by layer; `embedding
+    [d, d]` is that at the embedding's output, `logits` that at a logit, in the mean over the vocabulary.
+    """
+
+    layers: list[dict[Role, Tensor]]
+    embedding: Tensor
+    logits: float
+
+
+@torch.no_grad()
+def vocabulary_moments(checkpoint: Checkpoint, hidden: Tensor, gradients: Gradients) -> dict[str, LinearMoments]:
+    """Moments of the embedding and the head, `[v, d]`, from the last layer's output `hidden [S, L, d]`.
+
+    The head is a linear like others. A row of the embedding is read for one token in v, so an error E of it costs
+    `E Gamma E^T / 2v`, Gamma the gradient's second moment there. A tied embedding costs both. All rows count alike.
+    """
+    a = checkpoint.architecture
+    x = DenseOps().rms_norm(hidden.flatten(0, 1), checkpoint.tensor("final_norm"), a.norm_eps)
+    _check_finite(x, "final activations")
+    head, embed = gradients.logits * (x.T @ x) / len(x), gradients.embedding / a.vocab
+    parts = {"embed": head + embed} if a.tied else {"embed": embed, "head": head}
+    ones = torch.ones(a.vocab)
+    return {name: LinearMoments(h, h.diagonal().clamp_min(0).sqrt() + SCALE_FLOOR, ones) for name, h in parts.items()}
 
 
 def _subset(tokens: Tensor) -> Tensor:
@@ -210,10 +248,8 @@ def _parts(hidden: Tensor) -> tuple[Tensor, ...]:
     return parts
 
 
-def _output_gradients(
-    checkpoint: Checkpoint, tokens: Tensor, seed: int, progress: Progress
-) -> list[dict[Role, Tensor]]:
-    """`G [m]` of every linear, by layer: each layer's input is kept on the way up, the layer run again on the way down.
+def _output_gradients(checkpoint: Checkpoint, tokens: Tensor, seed: int, progress: Progress) -> Gradients:
+    """All second moments: each layer's input is kept on the way up, the layer run again on the way down.
 
     Targets are drawn from the model's own distribution at every position, so that this is the true Fisher information
     on any tokens, sampled or not.
@@ -223,13 +259,14 @@ def _output_gradients(
     for index in range(a.layers):
         inputs.append(_forward(a, dense_layer(a, index, checkpoint.tensor), index, inputs[-1]))
         progress("gradients", index + 1, 2 * a.layers)
-    gradient = _head_gradient(checkpoint, inputs.pop(), torch.Generator().manual_seed(seed))
+    gradient, logits = _head_gradient(checkpoint, inputs.pop(), torch.Generator().manual_seed(seed))
     found: list[dict[Role, Tensor]] = []
     for index in reversed(range(a.layers)):
         gradient, squares = _layer_gradients(checkpoint, index, inputs.pop(), gradient)
         found.append(squares)
         progress("gradients", 2 * a.layers - index, 2 * a.layers)
-    return found[::-1]
+    rows = gradient.flatten(0, 1)
+    return Gradients(found[::-1], rows.T @ rows / len(rows), logits)
 
 
 def _layer_gradients(
@@ -262,19 +299,22 @@ def _backward(a: Architecture, layer: Layer[Tensor], index: int, hidden: Tensor,
     return torch.cat(results)
 
 
-def _head_gradient(checkpoint: Checkpoint, hidden: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient at the last layer's output `[S, L, d]` of the log-probability of tokens drawn at every position."""
+def _head_gradient(checkpoint: Checkpoint, hidden: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:
+    """Gradient at the last layer's output `[S, L, d]` of the log-probability of tokens drawn at every position; and its
+    second moment at a logit, whose expectation is `p (1 - p)`, in the mean over tokens and vocabulary.
+    """
     a = checkpoint.architecture
     norm, head = checkpoint.tensor("final_norm"), DenseLinear(checkpoint.tensor("embed" if a.tied else "head"))
-    results = []
+    results, squares = [], 0.0
     for rows in hidden.flatten(0, 1).split(max(1, CHUNK_LOGITS // a.vocab)):
         x = rows.detach().requires_grad_()
         with torch.enable_grad():
             logits = head(DenseOps().rms_norm(x, norm, a.norm_eps))
             targets = _draw(logits.detach(), generator)
+            squares += float((1 - logits.detach().softmax(-1).square().sum(1)).sum())
             loss = functional.cross_entropy(logits, targets, reduction="sum")
         results.append(-torch.autograd.grad(loss, x)[0])
-    return torch.cat(results).view_as(hidden)
+    return torch.cat(results).view_as(hidden), squares / (hidden.shape[0] * hidden.shape[1] * a.vocab)
 
 
 def _embed(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:

@@ -1,13 +1,16 @@
 """Every weight of a checkpoint -> blocks in a spool, each with its gain; in what order they come does not matter.
 
-Linears of layers go through the codec, layer by layer as their moments arrive; everything else is stored dense.
+Matrices go through the codec, layer by layer as their moments arrive; everything else is stored dense (with `bitstack`,
+which would take more bytes for them than int8, embedding and head too). The codecs are `encode_nested` and
+`encode_bitstack`; which there are, and what they are asked for, is told apart only here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import Final, TypeVar
 
 import msgspec
 import numpy as np
@@ -16,25 +19,47 @@ from torch import Tensor
 from ...formats.architecture import Architecture, linear_shapes, weight_shapes, weight_uses
 from ...formats.blocks import F32, pack_dense, unpack_dense
 from ...formats.checkpoint import Checkpoint
-from ...formats.kinds import payload_nbytes, signs_nbytes
+from ...formats.errors import InvalidRequest, Unsupported
+from ...formats.kinds import payload_nbytes, plane_nbytes, signs_nbytes
 from ...formats.stack import BlockEntry, content_hash, padded
+from . import encode_bitstack, encode_nested
 from .calibrate import LinearMoments, layer_moments
-from .encode_bitstack import choose_rank, encode_matrix, square_root
+from .encode_bitstack import Level, choose_rank, encode_matrix, square_root
+from .encode_nested import encode_planes, input_metric, level_dtype
 from .gain import GainEstimate
 from .progress import Reporter
 from .spool import Spool
 
+CODECS: Final = ("nested", "bitstack")
+
+S = TypeVar("S")
+
 
 @dataclass(frozen=True)
 class EncodePlan:
-    """What is to be encoded and how; `rank` None means by shape."""
+    """What is to be encoded and how; `rank` is `bitstack`'s, None means by shape."""
 
     checkpoint: Checkpoint
+    codec: str
     levels: int
     rank: int | None
     seed: int
     estimate: GainEstimate
     reporter: Reporter
+
+
+def choose_levels(codec: str, levels: int | None, rank: int | None) -> int:
+    """How many levels `codec` shall store. Raises `Unsupported`, or `InvalidRequest` for what makes no sense."""
+    match codec:
+        case "nested":
+            if rank is not None:
+                raise InvalidRequest("rank belongs to the codec bitstack; the codec nested has none")
+            return encode_nested.choose_levels(levels)
+        case "bitstack":
+            choose_rank(1, 1, rank)
+            return encode_bitstack.choose_levels(levels)
+        case _:
+            raise Unsupported(f"codec {codec!r}; this version knows {', '.join(CODECS)}")
 
 
 def encode_model(plan: EncodePlan, tokens: Tensor, spool: Spool) -> None:
@@ -43,21 +68,35 @@ def encode_model(plan: EncodePlan, tokens: Tensor, spool: Spool) -> None:
     _encode_linears(plan, tokens, spool)
 
 
-def expected_nbytes(a: Architecture, levels: int, rank: int | None) -> int:
+def expected_nbytes(a: Architecture, codec: str, levels: int, rank: int | None) -> int:
     """The most bytes that a stack of these options can take, its header apart."""
-    linears = layer_linears(a)
+    linears = encoded_matrices(a, codec)
     total = 0
     for name, shape in weight_shapes(a).items():
         if name in linears:
-            total += levels * padded(signs_nbytes(*linears[name], choose_rank(*linears[name], rank)))
+            total += sum(padded(_level_nbytes(codec, *linears[name], level, rank)) for level in range(levels))
         else:
             total += padded(payload_nbytes("dense", shape, dtype="i8" if len(shape) > 1 else "f32"))
     return total
 
 
+def _level_nbytes(codec: str, m: int, n: int, level: int, rank: int | None) -> int:
+    if codec == "nested":
+        return plane_nbytes(m, n, level, level_dtype(n, level))
+    return signs_nbytes(m, n, choose_rank(m, n, rank))
+
+
 def layer_linears(a: Architecture) -> dict[str, tuple[int, int]]:
-    """Name and `[m, n]` of every linear that is encoded; all other weights are stored dense."""
+    """Name and `[m, n]` of every linear of a layer."""
     return {f"layers.{i}.{role}": shape for i in range(a.layers) for role, shape in linear_shapes(a).items()}
+
+
+def encoded_matrices(a: Architecture, codec: str) -> dict[str, tuple[int, int]]:
+    """What goes through the codec: the linears of layers; with `nested`, embedding and head too."""
+    shapes = layer_linears(a)
+    if codec == "nested":
+        shapes |= {name: (a.vocab, a.hidden) for name in ("embed", "head") if name in weight_shapes(a)}
+    return shapes
 
 
 def dense_block(a: Architecture, name: str, weight: F32) -> tuple[BlockEntry, bytes]:
@@ -83,54 +122,68 @@ def dense_block(a: Architecture, name: str, weight: F32) -> tuple[BlockEntry, by
 
 
 def _encode_dense(plan: EncodePlan, spool: Spool) -> None:
-    linears = layer_linears(plan.checkpoint.architecture)
+    linears = encoded_matrices(plan.checkpoint.architecture, plan.codec)
     for name in weight_shapes(plan.checkpoint.architecture):
         if name not in linears:
             spool.add(*dense_block(plan.checkpoint.architecture, name, plan.checkpoint.tensor(name).numpy()))
 
 
 def _encode_linears(plan: EncodePlan, tokens: Tensor, spool: Spool) -> None:
-    total = sum(prod(shape) for shape in layer_linears(plan.checkpoint.architecture).values())
+    linears_of = encoded_matrices(plan.checkpoint.architecture, plan.codec)
+    total = sum(prod(shape) for shape in linears_of.values())
     done = 0
     plan.reporter.begin("measuring activations")
-    moments = layer_moments(plan.checkpoint, tokens, lambda what, i, n: plan.reporter.tick(), seed=plan.seed)
+    moments = layer_moments(
+        plan.checkpoint,
+        tokens,
+        lambda what, i, n: plan.reporter.tick(),
+        seed=plan.seed,
+        vocabulary=plan.codec == "nested",
+    )
     for _, linears in moments:
         plan.reporter.enter("encoding")
-        for name, weight, linear, probes in _with_probes(plan.checkpoint, linears):
-            for level, share in _levels(plan, name, weight, linear, probes):
-                spool.add(*level)
-                plan.reporter.fraction(done + round(share * weight.numel()), total, name)
-            done += weight.numel()
+        for name, levels in _encoded(plan, linears):
+            weight_size = prod(linears_of[name])
+            for i, level in enumerate(levels):
+                gain = plan.estimate(linears[name].gradient, level.before, level.after)
+                spool.add(msgspec.structs.replace(level.entry, gain=gain), level.payload)
+                plan.reporter.fraction(done + round((i + 1) / plan.levels * weight_size), total, name)
+            done += weight_size
             plan.reporter.fraction(done, total, name)
         plan.reporter.enter("measuring activations")
 
 
-def _with_probes(
-    checkpoint: Checkpoint, linears: dict[str, LinearMoments]
-) -> Iterator[tuple[str, Tensor, LinearMoments, Tensor]]:
-    """Each linear's name, weight, moments and probes; linears that read the same activations share the probes."""
-    known: dict[int, Tensor] = {}
-    for name, linear in linears.items():
-        if id(linear.inputs) not in known:
-            known[id(linear.inputs)] = square_root(linear.inputs)
-        yield name, checkpoint.tensor(name), linear, known[id(linear.inputs)]
+def _encoded(plan: EncodePlan, linears: dict[str, LinearMoments]) -> Iterator[tuple[str, Iterator[Level]]]:
+    """Each linear's name and its levels, encoded as they are asked for."""
+    a, tensor = plan.checkpoint.architecture, plan.checkpoint.tensor
+    if plan.codec == "nested":
+        for name, _, metric in _per_input(linears, input_metric):
+            uses = weight_uses(a, name)
+            yield name, encode_planes(name, tensor(name), metric, uses=uses, levels=plan.levels, seed=plan.seed)
+        return
+    for name, moments, probes in _per_input(linears, square_root):
+        weight = tensor(name)
+        yield (
+            name,
+            encode_matrix(
+                name,
+                weight,
+                moments.scale,
+                probes,
+                uses=weight_uses(a, name),
+                levels=plan.levels,
+                rank=choose_rank(weight.shape[0], weight.shape[1], plan.rank),
+                seed=plan.seed,
+            ),
+        )
 
 
-def _levels(
-    plan: EncodePlan, name: str, weight: Tensor, linear: LinearMoments, probes: Tensor
-) -> Iterator[tuple[tuple[BlockEntry, bytes], float]]:
-    """Each level's entry, with its gain, and payload; and the share of the tensor's work that is then done."""
-    m, n = weight.shape
-    levels = encode_matrix(
-        name,
-        weight,
-        linear.scale,
-        probes,
-        uses=weight_uses(plan.checkpoint.architecture, name),
-        levels=plan.levels,
-        rank=choose_rank(m, n, plan.rank),
-        seed=plan.seed,
-    )
-    for i, level in enumerate(levels):
-        gain = plan.estimate(linear.gradient, level.before, level.after)
-        yield (msgspec.structs.replace(level.entry, gain=gain), level.payload), (i + 1) / plan.levels
+def _per_input(
+    linears: dict[str, LinearMoments], prepare: Callable[[Tensor], S]
+) -> Iterator[tuple[str, LinearMoments, S]]:
+    """Each linear's name, moments and `prepare(H)`, which linears that read the same activations share."""
+    known: dict[int, S] = {}
+    for name, moments in linears.items():
+        if id(moments.inputs) not in known:
+            known[id(moments.inputs)] = prepare(moments.inputs)
+        yield name, moments, known[id(moments.inputs)]

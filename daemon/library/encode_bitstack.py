@@ -99,7 +99,7 @@ def encode_matrix(
     beyond 1e6.
     """
     m, n = weight.shape
-    rest = _checked(tensor, weight)
+    rest = checked_weight(tensor, weight)
     scale = _usable_scale(tensor, scale)
     generator = torch.Generator().manual_seed(seed ^ zlib.crc32(tensor.encode()))
     before = row_errors(rest, probes)
@@ -154,7 +154,8 @@ def row_errors(error: Tensor, probes: Tensor) -> Tensor:
     return errors
 
 
-def _checked(tensor: str, weight: Tensor) -> Tensor:
+def checked_weight(tensor: str, weight: Tensor) -> Tensor:
+    """A float32 copy of `weight`. Raises `CorruptCheckpoint` for what is not finite, or beyond 1e6."""
     largest = float(weight.abs().max())
     if not largest <= LARGEST_WEIGHT:
         raise CorruptCheckpoint(f"{tensor} holds a weight of magnitude {largest}; at most {LARGEST_WEIGHT:g} is sane")

@@ -25,6 +25,7 @@ import msgspec
 from ...formats.errors import Cancelled, EbbflowError, InternalError, InvalidRequest, OutOfMemory
 from ...formats.messages import Added, AddModel, Message, Progress, Ready, failure
 from ...formats.units import format_size, parse_size
+from ...kernels.cache import use_cache
 from ..channel import Child
 from ..process import MEMORY_VARIABLE, die_with_parent, set_oom_score
 
@@ -114,6 +115,7 @@ def _add(request: AddModel, library: Path, cache: Path, send: Send, cancellation
     # Read when torch loads OpenMP. A low-priority thread that spins while it waits for another takes the processor the
     # other needs: with one busy neighbour on two cores, adding a tiny model took over 90 s instead of 12.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    use_cache(cache / "encoding")  # not the worker's, which must find all of its kernels there or none
     # A second of import, during which SIGTERM and the memory cap hold already.
     try:
         import torch

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...formats.architecture import Architecture
-from ...formats.blocks import block_weight
+from ...formats.blocks import GrowingWeight
 from ...formats.checkpoint import Checkpoint
 from ...formats.errors import BadBlock
 from ...formats.manifest import CurvePoint
@@ -60,21 +60,21 @@ def measure_curve(
 ) -> tuple[CurvePoint, ...]:
     """One point for each prefix length in `blocks`, in that order, on `tokens [S, L]` (a few thousand, L at least 2).
 
-    Lengths lie between the stack's base and its number of blocks. Holds one float32 copy of the model, its largest
-    layer or head twice. Raises `BadBlock` or `TruncatedStack` when the stack cannot be read or makes no model.
+    Lengths lie between the stack's base and its number of blocks. Holds one float32 copy of the model, with a byte more
+    for every weight stored as planes, its largest layer or head twice. Raises `BadBlock` or `TruncatedStack` when the
+    stack cannot be read or makes no model.
     """
     assert all(stack.base <= count <= len(stack.blocks) for count in blocks)
     a = checkpoint.architecture
-    original = _Original(checkpoint, tokens)
-    weights: dict[str, Tensor] = {}
+    original = Original(checkpoint, tokens)
+    weights: dict[str, GrowingWeight] = {}
     points: dict[int, CurvePoint] = {}
     wanted = sorted(set(blocks))
     for position, (entry, payload) in enumerate(read_blocks(stack) if wanted else ()):
-        part = torch.from_numpy(block_weight(entry, payload))
-        weights[entry.tensor] = weights[entry.tensor].add_(part) if entry.level else part
+        weights.setdefault(entry.tensor, GrowingWeight()).add(entry, payload)
         count = position + 1
         if count in wanted:
-            found = original.compare(build_network(a, weights.__getitem__))
+            found = original.compare(build_network(a, lambda name: torch.from_numpy(weights[name].value())))
             points[count] = _point(stack, count, found)
             progress("measure", len(points), len(wanted))
         if count == wanted[-1]:
@@ -88,7 +88,7 @@ def _point(stack: Stack, count: int, found: Quality) -> CurvePoint:
     return CurvePoint(count, stack.edges[count], found.mean_kl, found.perplexity)
 
 
-class _Original:
+class Original:
     """The original model's last hidden states on some tokens, and its head."""
 
     def __init__(self, checkpoint: Checkpoint, tokens: Tensor) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ...formats.blocks import check_finite
 from ...formats.errors import CorruptStack, TruncatedStack
 from ...formats.stack import BlockEntry, Stack
-from ...kernels.rows import CODES, SIGNS
+from ...kernels.rows import CODES, PLANE, SHARED_PLANE, SIGNS
 from ..mapping import Mapping
 
 READ_NBYTES: Final = 8_000_000  # read at once: a shrink that arrives meanwhile waits for one such read, a few ms
@@ -127,8 +127,7 @@ class Resident:
         return self._mapping.bytes[self.stack.edges[position] : self.stack.edges[position + 1]]
 
     def _admit(self, entry: BlockEntry, offset: int) -> None:
-        code = SIGNS if entry.kind == "signs" else CODES[entry.dtype]
-        self._rows.setdefault(entry.tensor, []).append((code, offset, entry.rank))
+        self._rows.setdefault(entry.tensor, []).append((_code(entry), offset, entry.rank))
         self._tables.pop(entry.tensor, None)
 
     def _drop_tail(self) -> None:
@@ -151,3 +150,14 @@ class Resident:
         # The copy in the page cache is of no more use, and would look like memory that somebody needs.
         # From the file's beginning: what a page cache folio shares with the slice before goes only as a whole.
         os.posix_fadvise(self._file, 0, self.stack.data_start + stop, os.POSIX_FADV_DONTNEED)
+
+
+def _code(entry: BlockEntry) -> int:
+    """What the kernels call a block's kind."""
+    match entry.kind:
+        case "signs":
+            return SIGNS
+        case "plane":
+            return PLANE if entry.dtype == "i8" else SHARED_PLANE
+        case _:
+            return CODES[entry.dtype]

@@ -276,7 +276,7 @@ def test_add_tells_how_far_it_is_on_stderr(daemon: FakeDaemon, tmp_path: Path):
     assert "tiny: added, 3.0 MB to 24.0 MB (the original has 60.0 MB)" in result.stderr
     asked = daemon.wait_for(AddModel)
     assert (asked.source, asked.name) == (str(tmp_path / "some-model"), "some-model")
-    assert (asked.levels, asked.order, asked.codec) == (4, "paper", "bitstack")
+    assert (asked.levels, asked.order, asked.codec) == (4, "paper", "nested")
 
 
 def test_ctrl_c_cancels_an_add_and_says_that_nothing_changed(daemon: FakeDaemon, tmp_path: Path):

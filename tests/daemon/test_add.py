@@ -82,7 +82,7 @@ class Adder:
 
     def __call__(self, source: Path | str, name: str = "new", **options):
         self.told = []
-        request = AddModel(id=7, source=str(source), name=name, **{"levels": 3, **options})
+        request = AddModel(id=7, source=str(source), name=name, **{"codec": "bitstack", "levels": 3, **options})
         return add_model(request, self.library, self.cache, self.told.append)
 
     def content(self) -> dict[str, bytes]:
@@ -142,6 +142,27 @@ def test_every_weight_is_in_the_stack(adder, small):
     assert kinds["embed"] == kinds["head"] == ("dense", "i8")
     assert kinds["final_norm"] == ("dense", "bf16")  # exact, because the source is bf16
     assert kinds["layers.1.down"] == ("signs", "")
+
+
+def test_adds_planes(adder, small):
+    adder(small, codec="nested", levels=None)
+    manifest, stack = read_manifest(adder.library / "new"), adder.stack()
+    assert manifest.codec == "nested"
+    assert manifest.options == {"levels": 5, "order": "gain", "calibration": "sampled", "seed": 0}
+    checkpoint, blocks = open_checkpoint(small), list(read_blocks(stack))
+    for name, weight in sum_blocks(blocks).items():
+        original = checkpoint.tensor(name)
+        error = float((torch.from_numpy(weight) - original).norm() / original.norm())
+        assert error == 0 if "norm" in name else error < 0.15
+    assert {entry.kind for entry in stack.blocks if len(entry.shape) == 2} == {"plane"}
+    assert all(entry.level == 0 for entry in stack.blocks[: stack.base])
+    assert manifest.curve[0].kl > 10 * manifest.curve[-1].kl
+
+
+def test_planes_are_the_same_for_the_same_seed(adder, small):
+    for name in ("one", "two"):
+        adder(small, name, codec="nested", seed=4)
+    assert (adder.library / "one" / STACK).read_bytes() == (adder.library / "two" / STACK).read_bytes()
 
 
 @pytest.mark.parametrize("order", ["gain", "paper"])
@@ -242,10 +263,12 @@ def test_held_back_text_is_not_calibrated_on():
     [
         ({"name": "../new"}, InvalidName),
         ({"name": ".adding-x-1"}, InvalidName),
-        ({"codec": "nested"}, Unsupported),
+        ({"codec": "best"}, Unsupported),
         ({"order": "random"}, Unsupported),
         ({"levels": 0}, InvalidRequest),
         ({"rank": 0}, InvalidRequest),
+        ({"codec": "nested", "levels": 8}, InvalidRequest),
+        ({"codec": "nested", "rank": 2}, InvalidRequest),
         ({"calibration": "/nowhere"}, InvalidRequest),
         ({"source": "/nowhere"}, UnsupportedModel),
         ({"source": "a/b/c"}, UnsupportedModel),
@@ -290,7 +313,7 @@ def test_broken_weights(adder, tmp_path):
 
 
 def test_no_room_is_found_before_anything_is_written(adder, small, monkeypatch):
-    expected = encode.expected_nbytes(SMALL, 3, None)
+    expected = encode.expected_nbytes(SMALL, "bitstack", 3, None)
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(place.shutil, "disk_usage", lambda path: usage(2 * expected - 1))
     with pytest.raises(DiskFull, match="are free"):

@@ -28,8 +28,9 @@ SOURCE_LINEARS = {
 }
 
 
-def all_moments(checkpoint: Checkpoint, tokens: torch.Tensor) -> dict[str, LinearMoments]:
-    return {name: found for _, layer in layer_moments(checkpoint, tokens) for name, found in layer.items()}
+def all_moments(checkpoint: Checkpoint, tokens: torch.Tensor, vocabulary: bool = False) -> dict[str, LinearMoments]:
+    layers = layer_moments(checkpoint, tokens, vocabulary=vocabulary)
+    return {name: found for _, layer in layers for name, found in layer.items()}
 
 
 def transformers_activations(
@@ -84,11 +85,21 @@ def test_linears_that_read_the_same_share_one_moment(tmp_path: Path) -> None:
     assert moments[at + "q"].inputs is not moments[at + "o"].inputs
 
 
-@pytest.mark.parametrize("name", ["layers.0.v", "layers.0.down", "layers.1.q"])
-def test_moments_predict_the_kl_of_a_small_error(name: str, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(write_tiny_model(tmp_path))
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama", "layers.0.v"),
+        ("llama", "layers.0.down"),
+        ("llama", "layers.1.q"),
+        ("llama", "embed"),
+        ("llama", "head"),
+        ("smollm", "embed"),  # tied
+    ],
+)
+def test_moments_predict_the_kl_of_a_small_error(family: str, name: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_tiny_model(tmp_path, family))
     tokens = sample_tokens(checkpoint, streams=32, length=32)
-    found = all_moments(checkpoint, tokens)[name]
+    found = all_moments(checkpoint, tokens, vocabulary=True)[name]
     weight = checkpoint.tensor(name)
     error = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * weight.std() * 0.02
     predicted = 0.5 * float((found.gradient * torch.einsum("rn,nk,rk->r", error, found.inputs, error)).sum())

@@ -15,7 +15,7 @@ from ebbflow.daemon.library.encode_bitstack import (
     square_root,
 )
 from ebbflow.daemon.library.gain import second_order_gain
-from ebbflow.formats.blocks import block_weight, unpack_signs
+from ebbflow.formats.blocks import sum_blocks, unpack_signs
 from ebbflow.formats.errors import CorruptCheckpoint, InvalidRequest
 from ebbflow.formats.kinds import payload_nbytes
 from ebbflow.formats.stack import content_hash
@@ -41,7 +41,7 @@ def encode(weight: torch.Tensor, *, levels: int = 4, rank: int | None = None, se
 
 
 def rebuilt(levels: list[Level]) -> torch.Tensor:
-    return torch.from_numpy(sum(block_weight(level.entry, level.payload) for level in levels))
+    return torch.from_numpy(sum_blocks((level.entry, level.payload) for level in levels)["t"])
 
 
 def relative(weight: torch.Tensor, levels: list[Level]) -> float:

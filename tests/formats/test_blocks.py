@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,16 +10,19 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from ebbflow.formats.blocks import (
-    block_weight,
     check_finite,
     pack_dense,
+    pack_plane,
     pack_signs,
+    rotate_rows,
     sum_blocks,
     unpack_dense,
+    unpack_plane,
     unpack_signs,
+    unrotate_rows,
 )
 from ebbflow.formats.errors import BadBlock, UnknownKind
-from ebbflow.formats.kinds import payload_nbytes, signs_nbytes, words_per_row
+from ebbflow.formats.kinds import payload_nbytes, rotation_blocks, rotation_sign, signs_nbytes, words_per_row
 from ebbflow.formats.stack import BlockEntry
 
 from support import golden
@@ -76,6 +80,10 @@ def test_sizes(n, words):
         ("signs", (3,), {"rank": 1}),
         ("signs", (3, 4), {"rank": 0}),
         ("signs", (3, 4), {"rank": 4}),
+        ("plane", (3,), {"dtype": "i8"}),
+        ("plane", (3, 4), {"dtype": "bf16"}),
+        ("plane", (3, 4), {"dtype": "i8", "level": 7}),
+        ("plane", (3, 4), {"dtype": "i8", "level": -1}),
     ],
 )
 def test_parameters_that_make_no_sense(kind, shape, own):
@@ -84,8 +92,8 @@ def test_parameters_that_make_no_sense(kind, shape, own):
 
 
 def test_unknown_kind():
-    with pytest.raises(UnknownKind, match="plane"):
-        payload_nbytes("plane", (1, 1))
+    with pytest.raises(UnknownKind, match="mask"):
+        payload_nbytes("mask", (1, 1))
 
 
 # -- round trips --------------------------------------------------------------------------------------------------
@@ -135,9 +143,83 @@ def test_signs_round_trip(data):
 def test_blocks_of_a_tensor_add_up():
     signs, dense = entry("signs", (2, 3), rank=1), entry("dense", (2, 3), dtype="f32")
     ones = np.ones((2, 3), np.float32).tobytes()
-    np.testing.assert_array_equal(block_weight(signs, golden.SIGNS), [[0.5, 0.5, 0.125], [-2, -2, 0.5]])
+    np.testing.assert_array_equal(sum_blocks([(signs, golden.SIGNS)])["t"], [[0.5, 0.5, 0.125], [-2, -2, 0.5]])
     found = sum_blocks([(signs, golden.SIGNS), (dense, ones)])
     np.testing.assert_array_equal(found["t"], [[1.5, 1.5, 1.125], [-1, -1, 1.5]])
+
+
+# -- planes -------------------------------------------------------------------------------------------------------
+
+
+def plane_entry(shape: tuple[int, ...], level: int, dtype: str) -> BlockEntry:
+    nbytes = payload_nbytes("plane", shape, dtype=dtype, level=level)
+    return BlockEntry(
+        kind="plane", tensor="t", level=level, shape=shape, nbytes=nbytes, gain=0.0, hash="", uses=("t",), dtype=dtype
+    )
+
+
+def test_plane_layouts():
+    """Two rows of three columns: indices 2 1 3 and 0 3 2 of two bits, then another bit each, levels shared."""
+    own, shared = plane_entry((2, 3), 0, "i8"), plane_entry((2, 3), 1, "f16")
+    planes, scale, levels = unpack_plane(own, golden.PLANES)
+    assert (2 * planes[0] + planes[1]).tolist() == [[2, 1, 3], [0, 3, 2]]
+    assert scale.tolist() == [1.0, 0.5]
+    assert levels.tolist() == [[-3, -1, 1, 3], [-128, -2, 2, 127]]
+    assert pack_plane(planes, scale, levels) == golden.PLANES
+    assert len(golden.PLANES) == own.nbytes
+    planes, scale, levels = unpack_plane(shared, golden.SHARED_PLANE)
+    assert planes.tolist() == [[[True, False, False], [False, False, True]]]
+    assert scale.tolist() == [2.0, 1.0]
+    assert levels.tolist() == [-4, -3, -2, -1, 1, 2, 3, 4]
+    assert pack_plane(planes, scale, levels) == golden.SHARED_PLANE
+    assert len(golden.SHARED_PLANE) == shared.nbytes
+
+
+def test_deeper_levels_replace_those_before():
+    """Signs of the rotation are + - - for the first columns; its blocks are of sizes 2 and 1."""
+    assert [rotation_sign(j) for j in range(3)] == golden.ROTATION_SIGNS
+    own, shared = plane_entry((2, 3), 0, "i8"), plane_entry((2, 3), 1, "f16")
+    first = sum_blocks([(own, golden.PLANES)])["t"]
+    np.testing.assert_allclose(rotate_rows(first), [[1, -1, 3], [-64, 63.5, 1]], atol=1e-5)
+    both = sum_blocks([(own, golden.PLANES), (shared, golden.SHARED_PLANE)])["t"]
+    np.testing.assert_allclose(rotate_rows(both), [[4, -4, 6], [-4, 3, 2]], atol=1e-5)
+
+
+@given(st.data())
+def test_planes_round_trip(data):
+    m, n, level = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 200)), data.draw(st.integers(0, 6))
+    dtype = data.draw(st.sampled_from(["i8", "f16"]))
+    planes = data.draw(arrays(np.bool_, (1 if level else 2, m, n)))
+    shape = (m, 2 ** (level + 2)) if dtype == "i8" else (2 ** (level + 2),)
+    finite = st.integers(-128, 127) if dtype == "i8" else st.floats(-65504, 65504, width=16)
+    levels = data.draw(arrays(np.int8 if dtype == "i8" else np.float16, shape, elements=finite))
+    payload = pack_plane(planes, np.full(m, 0.75, np.float32), levels)
+    stored = plane_entry((m, n), level, dtype)
+    assert len(payload) == stored.nbytes
+    for found, put in zip(unpack_plane(stored, payload), (planes, np.full(m, 0.75), levels), strict=True):
+        np.testing.assert_array_equal(found, put)
+
+
+@pytest.mark.parametrize(
+    ("n", "sizes"), [(1, (1,)), (64, (64,)), (172, (128, 32, 8, 4)), (576, (256, 256, 64)), (1280, (256,) * 5)]
+)
+def test_a_rotation_keeps_lengths_and_can_be_undone(n, sizes):
+    assert rotation_blocks(n) == sizes
+    x = np.random.default_rng(0).standard_normal((5, n)).astype(np.float32)
+    np.testing.assert_allclose(np.linalg.norm(rotate_rows(x), axis=1), np.linalg.norm(x, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(unrotate_rows(rotate_rows(x)), x, atol=1e-5)
+
+
+def test_a_rotation_spreads_one_outlier_over_its_block():
+    x = np.zeros((1, 576), np.float32)
+    x[0, 300] = 16
+    np.testing.assert_allclose(np.abs(rotate_rows(x))[0], np.repeat([0, 1, 0], [256, 256, 64]), atol=1e-5)
+
+
+def test_signs_of_the_rotation_are_mixed():
+    signs = [rotation_sign(j) for j in range(4096)]
+    assert abs(sum(signs)) < 200
+    assert abs(sum(a * b for a, b in pairwise(signs))) < 200
 
 
 # -- numbers that are none ----------------------------------------------------------------------------------------
@@ -181,6 +263,9 @@ STORED = {
     "bf16": Stored(entry("dense", (3, 4), dtype="bf16"), pack_dense(ONES, "bf16"), (0, 22), b"\x80\xff"),
     "i8": Stored(entry("dense", (3, 4), dtype="i8"), pack_dense(ONES, "i8"), (0, 8), b"\0\0\x80\x7f"),
     "i8 vector": Stored(entry("dense", (4,), dtype="i8"), pack_dense(ONES[0], "i8"), (0,), b"\0\0\x80\xff"),
+    "plane": Stored(plane_entry((2, 3), 0, "i8"), golden.PLANES, (32, 34), b"\x80\x7f"),
+    "shared plane": Stored(plane_entry((2, 3), 1, "f16"), golden.SHARED_PLANE, (20, 34), b"\x00\x7c"),
+    "shared plane's scale": Stored(plane_entry((2, 3), 1, "f16"), golden.SHARED_PLANE, (16, 18), b"\xc0\xff"),
     "signs": Stored(entry("signs", (2, 3), rank=1), golden.SIGNS, (16, 18, 20, 24), b"\x01\x7c"),
 }
 
@@ -196,7 +281,7 @@ def test_check_finite(name):
     check_finite(stored.entry, aligned(stored.payload))
     for at in stored.at:
         spoilt = stored.payload[:at] + stored.nan + stored.payload[at + len(stored.nan) :]
-        with pytest.raises(BadBlock, match="t level 0 holds NaN or infinity"):
+        with pytest.raises(BadBlock, match=r"t level \d holds NaN or infinity"):
             check_finite(stored.entry, aligned(spoilt))
 
 

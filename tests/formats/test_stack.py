@@ -277,10 +277,25 @@ def test_entry_that_makes_no_sense(tmp_path, block, change):
         read_stack(assemble(tmp_path / "s", document))
 
 
+@pytest.mark.parametrize("changed", [0, 1])
+def test_planes_are_not_added_to_other_blocks(tmp_path, changed):
+    """Two levels of one matrix, one of them signs and one a plane, each as long as its entry says."""
+    plane = {"kind": "plane", "dtype": "f16"}
+    both = [{"kind": "signs", "rank": 1, "nbytes": 26}, {"kind": "signs", "rank": 1, "nbytes": 26}]
+    both[changed] = plane | {"nbytes": 44 if changed == 0 else 36}
+    document = header()
+    common = {"tensor": "t", "shape": [2, 3], "gain": 0.0, "hash": "", "uses": ["t"]}
+    document["__metadata__"]["index"] = {
+        "base": 1, "blocks": [common | own | {"level": level} for level, own in enumerate(both)]
+    }  # fmt: skip
+    with pytest.raises(BadBlock, match="planes are not added"):
+        read_stack(assemble(tmp_path / "s", document))
+
+
 def test_unknown_kind(tmp_path):
     document = header()
-    entries(document)[1]["kind"] = "plane"
-    with pytest.raises(UnknownKind, match="plane"):
+    entries(document)[1]["kind"] = "mask"
+    with pytest.raises(UnknownKind, match="mask"):
         read_stack(assemble(tmp_path / "s", document))
 
 
@@ -400,10 +415,11 @@ def stacks(draw) -> list[tuple[BlockEntry, bytes]]:
         m, n = draw(st.integers(1, 70)), draw(st.integers(1, 130))
         rank = draw(st.integers(1, min(m, n)))
         dtype = draw(st.sampled_from(["bf16", "f16", "f32", "i8"]))
+        planes, levels = draw(st.booleans()), draw(st.sampled_from(["i8", "f16"]))
         for level in range(draw(st.integers(1, 3))):
-            kind = draw(st.sampled_from(["dense", "signs"]))
-            own = {"dtype": dtype} if kind == "dense" else {"rank": rank}
-            nbytes = payload_nbytes(kind, (m, n), **own)
+            kind = "plane" if planes else draw(st.sampled_from(["dense", "signs"]))
+            own = {"dense": {"dtype": dtype}, "signs": {"rank": rank}, "plane": {"dtype": levels}}[kind]
+            nbytes = payload_nbytes(kind, (m, n), level=level, **own)
             payload = draw(st.randoms(use_true_random=False)).randbytes(nbytes)
             entry = BlockEntry(
                 kind=kind,

@@ -27,6 +27,8 @@ KINDS = (
     ("signs:1",),
     ("signs:5", "signs:16"),
     ("i8", "signs:3", "f16", "signs:2"),
+    ("plane", "plane"),
+    ("plane", "plane", "plane", "shared_plane", "shared_plane"),
 )
 COLUMNS = (1, 65) if JIT_OFF else (1, 64, 65, 172, 576)
 TOKENS = 6 if JIT_OFF else 16

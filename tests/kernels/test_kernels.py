@@ -28,6 +28,12 @@ LEVELS = (
     ("signs:16",),
     ("signs:5", "signs:2", "signs:16"),
     ("i8", "signs:1", "f16", "signs:3", "bf16", "f32"),
+    ("plane",),
+    ("plane", "plane", "plane"),
+    ("shared_plane",),
+    ("shared_plane", "plane"),
+    ("plane", "shared_plane"),
+    ("plane", "plane", "shared_plane", "plane", "shared_plane", "shared_plane", "shared_plane"),
 )
 # plain Python takes microseconds for each multiplication
 COLUMNS = (1, 65) if JIT_OFF else (1, 63, 64, 65, 172, 576)
@@ -52,6 +58,11 @@ SHAPES: dict[str, list[Shape]] = {
     "rms_norm": each(tokens=FEW, n=COLUMNS),
     "gated": each(tokens=FEW, n=COLUMNS),
     "rotate": each(tokens=FEW, width=(2, 16, 64)),
+    "rotate_inputs": each(tokens=FEW, n=COLUMNS),
+    "unrotate_rows": each(tokens=FEW, n=COLUMNS),
+    "feedback": each(m=(1, 9), n=(1, 20), depth=(2, 5)),
+    "descend": each(m=(1, 9), n=(1, 20), depth=(2, 5)),
+    "gather_moments": each(m=(1, 9), n=(1, 20), count=(4, 16)),
     "add": each(tokens=FEW, n=COLUMNS) + each(tokens=FEW, n=COLUMNS, rows=(1,)),
 }
 
@@ -81,7 +92,9 @@ def both(entry: Entry, arguments: list[Any]) -> tuple[Any, Any]:
 
 
 def scratch(entry: Entry) -> tuple[int, ...]:
-    return {"matmul": (4,), "attend": (7,)}.get(entry.name, ())
+    return {"matmul": (4,), "attend": (7,), "feedback": (0,), "descend": (3,), "gather_moments": (3,)}.get(
+        entry.name, ()
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,7 +142,7 @@ def test_a_gate_far_below_zero_is_shut_not_nan() -> None:
 
 
 def narrower(value: Any) -> Any:
-    wrong = {"f": np.float64, "i": np.int32, "u": np.uint8}[value.dtype.kind]
+    wrong = {"f": np.float64, "i": np.int32, "u": np.int8}[value.dtype.kind]
     return value.astype(wrong)
 
 

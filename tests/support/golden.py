@@ -10,6 +10,18 @@ SIGNS = bytes.fromhex(
     "0038 0040"  # U: 0.5, 2
     "003c 00bc 0034"  # V: 1, -1, 0.25
 )
+PLANES = bytes.fromhex(
+    "0500000000000000 0600000000000000"  # top bits: 1 0 1   0 1 1
+    "0600000000000000 0200000000000000"  # second bits: 0 1 1   0 1 0
+    "803f 003f"  # scales: 1, 0.5
+    "fdff0103 80fe027f"  # levels: -3 -1 1 3   -128 -2 2 127
+)
+SHARED_PLANE = bytes.fromhex(
+    "0100000000000000 0400000000000000"  # third bits: 1 0 0   0 0 1
+    "0040 803f"  # scales: 2, 1
+    "00c4 00c2 00c0 00bc 003c 0040 0042 0044"  # levels for all rows: -4 -3 -2 -1 1 2 3 4
+)
+ROTATION_SIGNS = [-1, 1, 1]
 ENTRIES = (
     BlockEntry(
         kind="dense",

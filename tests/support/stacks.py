@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebbflow.formats.architecture import Architecture, weight_shapes, weight_uses
-from ebbflow.formats.blocks import pack_dense, pack_signs
+from ebbflow.formats.blocks import pack_dense, pack_plane, pack_signs
+from ebbflow.formats.kinds import plane_depth
 from ebbflow.formats.manifest import MANIFEST, STACK, TOKENIZER_FILES, Manifest, Source, write_manifest
 from ebbflow.formats.stack import BlockEntry, StackIndex, content_hash, read_stack, write_stack
 
@@ -115,6 +116,49 @@ def _signs(
         hash=content_hash(payload),
         uses=weight_uses(a, name),
         rank=rank,
+    )
+    return entry, payload
+
+
+def write_planes_model(folder: Path, a: Architecture = TINY, levels: int = 4, seed: int = 0) -> Path:
+    """Random indices that get longer by a bit with every level, embedding and head included."""
+    rng = np.random.default_rng(seed)
+    base: list[tuple[BlockEntry, bytes]] = []
+    rest: list[tuple[BlockEntry, bytes]] = []
+    for name, shape in weight_shapes(a).items():
+        if len(shape) == 1:
+            base.append(dense_entry(a, name, np.ones(shape, np.float32), "f32"))
+        else:
+            for level in range(levels):
+                (rest if level else base).append(_plane(a, name, shape, level, rng))
+    rest.sort(key=lambda block: block[0].level)
+    return write_model(folder, a, base + rest, len(base))
+
+
+def _plane(
+    a: Architecture, name: str, shape: tuple[int, ...], level: int, rng: np.random.Generator
+) -> tuple[BlockEntry, bytes]:
+    """Levels of rows' own and shared ones in turn."""
+    m, n = shape
+    planes = rng.random((1 if level else 2, m, n)) < 0.5
+    dtype, count = ("f16", "i8")[level % 2], 2 ** plane_depth(level)
+    if dtype == "i8":
+        levels = rng.integers(-127, 128, (m, count)).astype(np.int8)
+        scale = np.full(m, 2.0**-6 / n**0.5, np.float32)
+    else:
+        levels, scale = np.linspace(-1, 1, count).astype(np.float16), np.full(m, 2.0 / n**0.5, np.float32)
+    scale = (scale.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+    payload = pack_plane(planes, scale, levels)
+    entry = BlockEntry(
+        kind="plane",
+        tensor=name,
+        level=level,
+        shape=shape,
+        nbytes=len(payload),
+        gain=0.5**level,
+        hash=content_hash(payload),
+        uses=weight_uses(a, name),
+        dtype=dtype,
     )
     return entry, payload
 
