@@ -96,7 +96,9 @@ def bytes_at(curve: tuple[CurvePoint, ...], kl: float) -> float | None:
 def main() -> int:
     """Measure every row, then compare."""
     report, tokens, checkpoint = Report("Quality of the demo model by size"), heldout_tokens(), open_checkpoint(DEMO)
-    report.note("original", f"{checkpoint.nbytes / 1e6:.1f} MB")
+    with torch.no_grad():
+        itself = Original(checkpoint, tokens).compare(build_network(checkpoint.architecture, checkpoint.tensor))
+    report.note("original", f"{checkpoint.nbytes / 1e6:.1f} MB, perplexity {itself.perplexity:.3f}", itself.perplexity)
     rows: dict[str, tuple[CurvePoint, ...]] = {}
     ranks = os.environ.get("EBBFLOW_BENCH_RANKS", " ".join(RANKS)).split()
     for name, codec, rank in [("nested", "nested", None)] + [

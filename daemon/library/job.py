@@ -79,6 +79,7 @@ def main(arguments: list[str]) -> int:
     set_oom_score(OOM_SCORE)
     os.nice(NICENESS)
     address, identity, library, cache, text = arguments
+    use_cache(Path(cache) / "encoding")  # not the worker's, which must find all of its kernels there or none
     request = msgspec.json.decode(text, type=AddModel)
     channel = Child(address, identity)
     try:
@@ -115,7 +116,6 @@ def _add(request: AddModel, library: Path, cache: Path, send: Send, cancellation
     # Read when torch loads OpenMP. A low-priority thread that spins while it waits for another takes the processor the
     # other needs: with one busy neighbour on two cores, adding a tiny model took over 90 s instead of 12.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    use_cache(cache / "encoding")  # not the worker's, which must find all of its kernels there or none
     # A second of import, during which SIGTERM and the memory cap hold already.
     try:
         import torch
