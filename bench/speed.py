@@ -62,7 +62,7 @@ def main() -> int:
     plain = read_gigabytes_per_second()
     report.note("plain read, one thread", f"{plain:.1f} GB/s", plain)
     with daemon(demo(), full_shape()) as client:
-        for model, tokens in (("pystd-16m", 200), (full_shape().name, 20)):
+        for model, tokens in (("pystd-16m", 200), (full_shape().name, 10)):
             decode(client, model, 5)
             for share in ("55%", "100%"):
                 resized = client.resize(model, share)
@@ -72,7 +72,7 @@ def main() -> int:
                 rate = held * speeds[1] / 1e9
                 text = f"{speeds[1]:.1f} tok/s, {rate:.2f} GB/s of weights"
                 report.note(f"{model}, {held / 1e6:.0f} MB, decode", text, speeds)
-            count, speed = prefill(client, model, "x = 1\n" * 50)
+            count, speed = prefill(client, model, "x = 1\n" * 40)
             report.note(f"{model}, prefill of {count} tokens", f"{speed:.0f} tok/s", speed)
     return report.finish()
 
