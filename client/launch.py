@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from .client import Client
 COMMAND: Final = (sys.executable, "-P", "-m", "ebbflow.daemon.supervisor")
 START_SECONDS: Final = 15.0
 LOG_LINES: Final = 10
+LOG_NBYTES: Final = 1_000_000  # a log larger than this is set aside when the next daemon starts
 
 
 def ensure_daemon(*, seconds: float = START_SECONDS, command: Sequence[str] = COMMAND) -> bool:
@@ -50,6 +52,7 @@ def answers(client: Client) -> bool:
 
 def _start(client: Client, paths: Paths, seconds: float, command: Sequence[str]) -> subprocess.Popen[bytes]:
     deadline = time.monotonic() + seconds
+    _set_aside(paths.log)
     began = _size(paths.log)
     process = _spawn(paths, command)
     while not answers(client):  # each try takes as long as a refused connection
@@ -88,6 +91,12 @@ def _spawn(paths: Paths, command: Sequence[str]) -> subprocess.Popen[bytes]:
     # Waited for in the background, so that it does not stay a zombie of a client that lives longer.
     threading.Thread(target=process.wait, name="ebbflow-reaper", daemon=True).start()
     return process
+
+
+def _set_aside(log: Path) -> None:
+    if _size(log) > LOG_NBYTES:
+        with contextlib.suppress(OSError):  # another one did it, or the folder cannot be written: it only grows
+            log.replace(log.with_suffix(".log.1"))
 
 
 def _size(path: Path) -> int:

@@ -6,10 +6,29 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Generic, Self
 
-from ..formats.messages import Finished, ModelSummary, Progress
+from ..formats.messages import TERMINAL, Finished, ModelSummary, Progress
 from .asks import Ask, Piece, Reader, Result
 from .channel import Channel
 from .exchange import Reply
+
+
+class _Replies:
+    """What has arrived, in order. Apart from `Stream`, so that a forgotten stream is not kept alive by its channel."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[Reply] = SimpleQueue()
+        self._last: Reply | None = None
+        self.get = self._queue.get
+
+    def put(self, reply: Reply) -> None:
+        if isinstance(reply, TERMINAL):
+            self._last = reply
+        self._queue.put(reply)
+
+    def repeat_last(self) -> None:
+        """Ctrl-C may take a reply out of the reader's hands: the one that it would wait for then comes again."""
+        if self._last is not None:
+            self._queue.put(self._last)
 
 
 class Stream(Generic[Piece, Result]):
@@ -19,7 +38,7 @@ class Stream(Generic[Piece, Result]):
     """
 
     def __init__(self, channel: Channel, ask: Ask[Piece, Result]) -> None:
-        self._replies: SimpleQueue[Reply] = SimpleQueue()
+        self._replies = _Replies()
         self._reader = Reader(ask)
         self._channel = channel
         self._id = channel.open(ask.request, self._replies.put)
@@ -49,6 +68,7 @@ class Stream(Generic[Piece, Result]):
     def cancel(self) -> None:
         """Ask for the end and keep reading: iteration then raises `Cancelled`, unless the answer was complete."""
         self._channel.cancel(self._id)
+        self._replies.repeat_last()
 
     def close(self) -> None:
         """Cancel what has not ended, and iterate no further. Idempotent."""

@@ -224,7 +224,7 @@ class JobDied(Retryable):
 
 
 class DaemonGone(Retryable):
-    """The daemon stopped answering; made by the client itself."""
+    """The daemon stopped answering (then made by the client itself), or is about to."""
 
     code = "daemon_gone"
     exit_code = 69

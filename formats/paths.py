@@ -17,6 +17,7 @@ import platformdirs
 from .errors import DaemonFailed, InvalidName
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+ADDING: Final = ".adding-"  # a model in the making is in `<library>/.adding-<name>-<process id>`
 SOCKET_PATH_LIMIT: Final = 107  # sockaddr_un.sun_path on Linux, less its terminating zero
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import click
 from rich.progress import BarColumn, SpinnerColumn, TextColumn
@@ -31,11 +34,16 @@ def add(source: str, name: str | None, **options: object) -> None:
     Ctrl-C cancels; the library is untouched until all is done.
     """
     given = {key: value for key, value in options.items() if value is not None}
-    with connected() as client, client.add(source, name, **given) as stream:  # type: ignore[arg-type]
+    with connected() as client:
+        stream = None
         try:
+            with _held_back():
+                stream = client.add(source, name, **given)  # type: ignore[arg-type]
             _follow(stream)
             summary = stream.result()
         except KeyboardInterrupt:
+            if stream is None:
+                raise
             summary = _cancel(stream)
     note(f"{summary.name}: {_sizes(summary)}; `ebb run {summary.name}` asks it something")
 
@@ -43,6 +51,19 @@ def add(source: str, name: str | None, **options: object) -> None:
 def _sizes(summary: ModelSummary) -> str:
     full, original = format_size(summary.nbytes), format_size(summary.original_nbytes)
     return f"added, {format_size(summary.base_nbytes)} to {full} (the original has {original})"
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Ctrl-C counts only at the end of the block, where there is something to cancel."""
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def _cancel(stream: ProgressStream) -> ModelSummary:

@@ -21,6 +21,7 @@ from ...formats.errors import DiskFull, storage_failed
 from ...formats.manifest import STACK, CurvePoint, Manifest, Source, write_manifest
 from ...formats.messages import AddModel, ModelSummary
 from ...formats.stack import Stack, read_blocks, read_stack, write_stack
+from ...formats.summary import summary
 from .encode import EncodePlan, choose_levels, encode_model, expected_nbytes
 from .gain import GainEstimate, second_order_gain
 from .measure import measure_curve
@@ -86,19 +87,6 @@ def _add(
         copy_tokenizer(checkpoint.folder, folder)
         write_manifest(folder, manifest)
     return summary(manifest)
-
-
-def summary(manifest: Manifest) -> ModelSummary:
-    """A manifest's line in `ebb list`."""
-    return ModelSummary(
-        name=manifest.name,
-        family=manifest.architecture.family,
-        codec=manifest.codec,
-        nbytes=manifest.nbytes,
-        base_nbytes=manifest.base_nbytes,
-        original_nbytes=manifest.original_nbytes,
-        created=manifest.created,
-    )
 
 
 def _check_options(request: AddModel) -> int:

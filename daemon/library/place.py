@@ -12,14 +12,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
 
 from ...formats.errors import DiskFull, ModelExists
 from ...formats.manifest import TOKENIZER_FILES
-from ...formats.paths import check_name
+from ...formats.paths import ADDING, check_name
 from ...formats.units import format_size
-
-PREFIX: Final = ".adding-"
 
 
 def free_place(library: Path, name: str) -> Path:
@@ -47,7 +44,7 @@ def making(place: Path, commit: Callable[[], None] = lambda: None) -> Iterator[P
 
     `commit` is called just before that, and may raise. Raises `ModelExists` when somebody else took the place.
     """
-    folder = place.with_name(f"{PREFIX}{place.name}-{os.getpid()}")
+    folder = place.with_name(f"{ADDING}{place.name}-{os.getpid()}")
     place.parent.mkdir(parents=True, exist_ok=True)
     with _locked(place.parent):
         _sweep(place.parent)
@@ -85,7 +82,7 @@ def _publish(folder: Path, place: Path) -> None:
 
 def _sweep(library: Path) -> None:
     """Remove what killed jobs left behind: folders that nobody holds a lock on."""
-    for folder in library.glob(PREFIX + "*"):
+    for folder in library.glob(ADDING + "*"):
         with contextlib.suppress(OSError):
             lock = _lock(folder)
             try:

@@ -107,7 +107,7 @@ class _Subprocess:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                env=os.environ | {PARENT_VARIABLE: str(os.getpid())} | environment,
+                env={**os.environ, PARENT_VARIABLE: str(os.getpid()), **environment},
             )
         self.pid = self._process.pid
         self._descriptor = _pidfd(self.pid)

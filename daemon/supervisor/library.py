@@ -17,10 +17,11 @@ from typing import Final
 from ...formats.errors import CorruptFile, CorruptManifest, UnknownModel, UnsupportedVersion, storage_failed
 from ...formats.manifest import Manifest, read_manifest
 from ...formats.messages import ModelDetail, ModelSummary
+from ...formats.paths import ADDING
+from ...formats.summary import summary
 
 log = logging.getLogger(__name__)
 
-ADDING: Final = ".adding-"
 REMOVING: Final = ".removing-"
 
 
@@ -126,19 +127,6 @@ class Library:
         if self._complained.get(name) != message:
             self._complained[name] = message
             log.warning("%s", message)
-
-
-def summary(manifest: Manifest) -> ModelSummary:
-    """A manifest's line of `ebb list`."""
-    return ModelSummary(
-        name=manifest.name,
-        family=manifest.architecture.family,
-        codec=manifest.codec,
-        nbytes=manifest.nbytes,
-        base_nbytes=manifest.base_nbytes,
-        original_nbytes=manifest.original_nbytes,
-        created=manifest.created,
-    )
 
 
 def detail(id: int, manifest: Manifest) -> ModelDetail:  # noqa: A002 - the wire's own word

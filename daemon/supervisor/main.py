@@ -52,6 +52,8 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--cap", metavar="SIZE", help="the most memory to use, whatever there is")
     parser.add_argument("--log-level", choices=LEVELS, default="info")
     given = parser.parse_args(arguments)
+    if not given.idle_seconds >= 0:  # nor is it a number
+        parser.error(f"--idle-seconds must be 0 or more, not {given.idle_seconds:g}")
     reserve = None if given.reserve is None else parse_size(given.reserve)
     cap = None if given.cap is None else parse_size(given.cap)
     return Options(given.idle_seconds, reserve, cap, given.log_level)

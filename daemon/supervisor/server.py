@@ -15,6 +15,7 @@ from typing import Final, assert_never
 
 from ...formats.errors import (
     Cancelled,
+    DaemonGone,
     EbbflowError,
     InternalError,
     InvalidRequest,
@@ -185,7 +186,7 @@ class Server:
             self._clients.send(client, failure(0, InvalidRequest(f"request {message.id} is still open")))
             return
         if self._stopping and not isinstance(message, Shutdown):
-            raise Cancelled("the daemon stops")
+            raise DaemonGone("the daemon is stopping; the same request may be sent again in a moment")
         match message:
             case Generate():
                 check_generate(message)

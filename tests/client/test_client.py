@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ebbflow.client import AsyncClient, Client, Lease, errors
+from ebbflow.client import AsyncClient, Client, Lease, asks, errors
+from ebbflow.client.stream import Stream
 from ebbflow.formats.messages import (
     HEADER,
     MAX_MESSAGE,
@@ -131,6 +132,14 @@ def test_leaving_the_block_cancels(address: str):
 
 def daemon_id(stream: object) -> int:
     return stream._id  # type: ignore[attr-defined, no-any-return]
+
+
+def test_an_answer_that_ctrl_c_took_out_of_the_readers_hands_is_not_waited_for_for_ever(address: str):
+    with FakeDaemon(address, lambda request: [Done(id=request.id)]), Client(address) as client:  # type: ignore[union-attr]
+        stream = Stream(client._channel, asks.remove("tiny"))
+        assert isinstance(stream._replies.get(), Done)  # and there the reader is interrupted
+        stream.cancel()
+        assert stream.wait() is None
 
 
 def test_a_forgotten_stream_cancels(address: str):

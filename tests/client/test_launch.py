@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ebbflow.client import Client, ensure_daemon, errors
+from ebbflow.client.launch import LOG_NBYTES
 
 from support.fake_daemon import FakeDaemon
 
@@ -75,6 +76,15 @@ def test_one_that_fails_is_an_error_with_its_last_words(home: Path):
         ensure_daemon(command=fails("for i in range(15): print('line', i)\nraise SystemExit(3)"))
     with pytest.raises(errors.DaemonFailed, match="says nothing"):  # the earlier one's words are not this one's
         ensure_daemon(command=fails("raise SystemExit(3)"))
+
+
+def test_a_large_log_is_set_aside(home: Path):
+    (home / "logs").mkdir()
+    (home / "logs" / "daemon.log").write_bytes(b"x" * (LOG_NBYTES + 1))
+    with pytest.raises(errors.DaemonFailed, match="says nothing"):
+        ensure_daemon(command=fails("raise SystemExit(3)"))
+    assert (home / "logs" / "daemon.log").stat().st_size == 0
+    assert (home / "logs" / "daemon.log.1").stat().st_size == LOG_NBYTES + 1
 
 
 def test_one_that_never_answers_is_not_waited_for_for_ever(home: Path):

@@ -40,6 +40,7 @@ from ebbflow.formats.errors import (
 from ebbflow.formats.manifest import STACK, read_manifest
 from ebbflow.formats.messages import AddModel, Progress
 from ebbflow.formats.stack import padded, read_blocks, read_stack
+from ebbflow.formats.summary import summary
 
 from support.tiny_models import write_tiny_model
 
@@ -107,7 +108,7 @@ def adder(tmp_path) -> Adder:
 def test_adds_a_model(adder, small):
     found = adder(small, rank=2, seed=5)
     manifest, stack = read_manifest(adder.library / "new"), adder.stack()
-    assert add.summary(manifest) == found
+    assert summary(manifest) == found
     assert (found.name, found.family, found.codec) == ("new", "llama", "bitstack")
     assert found.original_nbytes == open_checkpoint(small).nbytes
     assert manifest.architecture == SMALL

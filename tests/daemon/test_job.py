@@ -19,6 +19,7 @@ from ebbflow.daemon.library.synthetic import write_checkpoint
 from ebbflow.formats.errors import Cancelled, UnknownModel
 from ebbflow.formats.manifest import read_manifest
 from ebbflow.formats.messages import Added, AddModel, Failed, Message, Progress, Ready, decode, from_child_decoder
+from ebbflow.formats.summary import summary
 
 PATIENCE_MS = 60_000
 
@@ -91,7 +92,7 @@ def test_adds_a_model(supervisor, tiny):
     assert progress
     assert all(isinstance(message, Progress) and message.id == 42 for message in progress)
     assert isinstance(added, Added)
-    assert (added.id, added.summary) == (42, add.summary(read_manifest(supervisor.library / "new")))
+    assert (added.id, added.summary) == (42, summary(read_manifest(supervisor.library / "new")))
     assert added.seconds > 0
     assert process.wait(60) == 0
 

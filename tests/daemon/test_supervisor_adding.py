@@ -6,7 +6,6 @@ import pytest
 
 from ebbflow.daemon.supervisor.adding import JOB_NBYTES
 from ebbflow.daemon.supervisor.children import LAST_WORDS_SECONDS, LEAVE_SECONDS
-from ebbflow.daemon.supervisor.library import summary
 from ebbflow.formats.messages import (
     LEASE_SECONDS,
     Added,
@@ -23,6 +22,7 @@ from ebbflow.formats.messages import (
     RemoveModel,
     Shutdown,
 )
+from ebbflow.formats.summary import summary
 
 from support.house import GB, MB, House, generate, holds
 from support.models import write_model

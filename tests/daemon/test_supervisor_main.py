@@ -26,9 +26,10 @@ def test_options():
     assert given == Options(5.0, 10**9, 2**31, "debug")
     with pytest.raises(InvalidSize):
         parse(["--cap", "much"])
-    with pytest.raises(SystemExit) as left:
-        parse(["--log-level", "loud"])
-    assert left.value.code == 2
+    for wrong in (["--log-level", "loud"], ["--idle-seconds=-1"], ["--idle-seconds=nan"]):
+        with pytest.raises(SystemExit) as left:
+            parse(wrong)
+        assert left.value.code == 2
 
 
 @pytest.mark.parametrize(("total", "reserve"), [(2**30, 256 * 10**6), (10**10, 5 * 10**8), (2**36, 10**9)])

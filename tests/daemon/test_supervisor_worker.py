@@ -416,7 +416,7 @@ def test_shutdown_ends_requests_then_the_worker_then_answers(house, client):
     worker, _, _ = begin(house, client)
     client.say(Shutdown(id=9), generate(3))
     house.turn()
-    assert failures(client.hear()) == [(1, "cancelled"), (3, "cancelled")]
+    assert failures(client.hear()) == [(1, "cancelled"), (3, "daemon_gone")]
     assert [type(message) for message in worker.hear()] == [Cancel, Exit]
     assert not house.server.finished
     die(house, 0)
