@@ -58,8 +58,8 @@ class Pace:
             slope = self._slope_share * mean_seconds / (1 + self._slope_share * (mean - 1))
             self._same += 1
         fixed = mean_seconds - slope * mean
-        # a fixed cost that is only guessed must not excuse long steps: then go down, and see
-        self._aimed = target = self._target(fixed + slope) if seen else self.target
+        # a fixed cost that is only guessed must not excuse long steps: go down and see (what one token takes is known)
+        self._aimed = target = self._target(fixed + slope) if seen or mean < 1.01 else self.target
         room = (target - fixed) / slope
         if self._same and self._same % _PROBE_EVERY == 0:
             room = max(room, tokens + 1)

@@ -128,3 +128,16 @@ def test_one_accident_does_not_stop_everything() -> None:
     before = pace.limit
     pace.record(before, 0.2)
     assert pace.limit >= before // 4
+
+
+@pytest.mark.parametrize("fixed", [0.05, 0.125, 0.2, 0.7])
+def test_a_prompt_after_a_long_answer_does_not_crawl_where_one_token_takes_long(fixed: float) -> None:
+    pace, slope = Pace(), 0.0017
+    run(pace, fixed, slope, 20)
+    run(pace, fixed, slope, 300, want=1)
+    left, steps = 240, 0
+    while left > 0:
+        tokens = min(pace.limit, left)
+        pace.record(tokens, fixed + slope * tokens)
+        left, steps = left - tokens, steps + 1
+    assert steps <= 20
