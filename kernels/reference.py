@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from .planes import COLUMNS, GROUP, SUMS, column_order
 from .rows import BF16, F16, F32, I8, PLANE, SHARED_PLANE, SIGNS
 
 F64 = NDArray[np.float64]
@@ -41,6 +42,29 @@ def reference_take_rows(
     """Add up the levels, pick rows."""
     weight = sum(reference_levels(stored, blocks, m, y.shape[1]), np.zeros((m, y.shape[1])))
     y[:] = weight[tokens]
+
+
+def reference_multiply_planes(
+    instructions: int,
+    stored: NDArray[np.uint8],
+    blocks: NDArray[np.int64],
+    n: int,
+    x: NDArray[np.int8],
+    scales: NDArray[np.float32],
+    corrections: NDArray[np.int32],
+    scratch: NDArray[np.uint8],
+    y: NDArray[np.float32],
+) -> None:
+    """Put the tokens' columns in their order, scale them, multiply."""
+    weight = reference_levels(stored.view(np.uint16), blocks, y.shape[1], n)[0]
+    y[:] = reference_inputs(x, scales)[:, :n] @ weight.T
+
+
+def reference_inputs(x: NDArray[np.int8], scales: NDArray[np.float32]) -> F64:
+    """The rotated values that bytes `x [T, p]` and their scales stand for, `[T, p]`."""
+    columns = np.empty((len(x), x.shape[1] // COLUMNS, COLUMNS))
+    columns[:, :, column_order()] = x.reshape(columns.shape)
+    return columns.reshape(x.shape) * np.repeat(scales[:, :: SUMS // 2].astype(np.float64), GROUP, axis=1)
 
 
 def _level(raw: bytes, kind: int, m: int, n: int, rank: int) -> F64:

@@ -192,7 +192,7 @@ def _row_levels(
     """What every index of the deepest resident plane means in one row, into `levels [2^depth]`."""
     last = blocks.shape[0] - 1
     at = int(blocks[last, 1]) // 2 + 4 * m * words * (1 if last else BASE_PLANES)
-    scale = _bf16_to_float(stored[at + row])
+    scale = bf16_to_float(stored[at + row])
     count = 1 << (last + BASE_PLANES)
     if blocks[last, 0] == PLANE:
         integers = stored.view(np.int8)
@@ -205,7 +205,8 @@ def _row_levels(
 
 
 @njit(nogil=True)
-def _bf16_to_float(bits: np.uint16) -> np.float32:
+def bf16_to_float(bits: np.uint16) -> np.float32:
+    """Exact."""
     return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 

@@ -1,0 +1,49 @@
+"""Instruction sets that the integer kernels are written for, and which of them this processor has.
+
+All give the same bits (`planes` says why), so the choice is one of speed alone. EBBFLOW_INSTRUCTIONS names another than
+the best, to measure or to look for a fault.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Final
+
+import llvmlite.binding
+
+PORTABLE: Final = 0
+AVX512: Final = 1
+AVX2: Final = 2
+NEON: Final = 3
+NAMES: Final = {"avx512": AVX512, "avx2": AVX2, "neon": NEON, "portable": PORTABLE}  # the fastest first
+
+_NEEDS: Final = {
+    AVX512: ("avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512vnni", "gfni"),
+    AVX2: ("avx2",),
+    NEON: ("neon", "dotprod"),
+}
+_MACHINES: Final = {AVX512: ("x86_64", "AMD64"), AVX2: ("x86_64", "AMD64"), NEON: ("aarch64", "arm64")}
+VARIABLE: Final = "EBBFLOW_INSTRUCTIONS"
+
+
+def available() -> tuple[str, ...]:
+    """Names of what this processor can run, the fastest first; without the compiler only the portable one."""
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return ("portable",)
+    features = llvmlite.binding.get_host_cpu_features()
+    return tuple(
+        name
+        for name, code in NAMES.items()
+        if platform.machine() in _MACHINES.get(code, (platform.machine(),))
+        and all(features.get(feature) for feature in _NEEDS.get(code, ()))
+    )
+
+
+def choose() -> int:
+    """The code of the fastest set, or of the one that EBBFLOW_INSTRUCTIONS names. Raises `ValueError`."""
+    able = available()
+    wanted = os.environ.get(VARIABLE) or able[0]
+    if wanted not in able:
+        raise ValueError(f"{VARIABLE} is {wanted!r}; this processor can run {', '.join(able)}")
+    return NAMES[wanted]

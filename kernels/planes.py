@@ -1,0 +1,414 @@
+"""`y[T, m] = x[T, n] @ W^T` in integers, straight from stored planes, for any number of resident planes and tokens.
+
+Method: the levels of four rows of W are decoded into bytes, then multiplied with the tokens' bytes (`quantize`) and
+added up exactly. So decoding is paid once for all tokens, and no dense copy of W exists beyond those rows.
+
+Decoding takes 512 columns of one row at a time, 64 bytes of each plane. The planes' bytes are interleaved until every
+64 bits hold 8 x 8 bits, columns by planes; transposed, each byte is an index, and a table look-up makes it a level.
+Where fewer than eight planes are there the 64 bits hold two or four groups of columns. Columns come out in an order
+that `column_order` gives and the tokens' bytes follow; it is the same for any number of planes.
+
+Determinism: the products of 4 neighbouring bytes, in all 8 vectors of 512 columns, make one of 16 exact integer sums;
+each is turned into a float, multiplied with the scale of its 256 columns and added to one of 16 partials, in the order
+of the columns; the partials are added up in a fixed tree. Nothing is fused. Tokens, rows, chunks, threads and the
+instruction set do not enter, so all of these give the same bits.
+
+Layouts are those of `formats/kinds`. Levels are in [-127, 127].
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Final
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.core.cgutils import alloca_once
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from .instructions import AVX2, AVX512, NAMES, NEON, PORTABLE, available
+from .rows import BASE_PLANES, JIT_OFF, PLANE, ROWS, bf16_to_float
+from .vectors import LANE, Avx2, Avx512, Bytes, Neon, f32, i8, i32, i64, load, number, prefetch, store, vector
+
+COLUMNS: Final = 512  # decoded at a time
+GROUP: Final = 256  # columns of a token that share a scale
+SUMS: Final = 16  # integer sums, and float partials, of one row and token
+WORDS: Final = COLUMNS // 64
+VECTORS: Final = COLUMNS // 64  # of 64 bytes, from the 64 bytes of each plane
+AHEAD: Final = 4096  # bytes of each plane asked for ahead of time: took one core from 10 to 34 GB/s (AMD EPYC)
+DEPTHS: Final = tuple(range(BASE_PLANES, 9))
+
+_SETS: Final[dict[int, type[Bytes]]] = {AVX512: Avx512, AVX2: Avx2, NEON: Neon}
+_TILES: Final = {AVX512: 4, AVX2: 2, NEON: 2, PORTABLE: 1}  # tokens multiplied together with ROWS rows
+_USABLE: Final = tuple(NAMES[name] for name in available() if NAMES[name] in _SETS)
+TILES: Final = np.array([_TILES[code] for code in range(len(_TILES))])
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+U8 = NDArray[np.uint8]
+
+
+def padded(n: int) -> int:
+    """Bytes of one token of n columns."""
+    return -(-n // COLUMNS) * COLUMNS
+
+
+def level_stride(n: int) -> int:
+    """Bytes from one decoded row to the next: not a multiple of 4096, or stores and loads would look alike."""
+    return padded(n) + 64
+
+
+@cache
+def column_order() -> I64:
+    """Which of COLUMNS columns each byte belongs to, `[COLUMNS]`."""
+    place = np.arange(COLUMNS)
+    v, lane, half, bit = place // 64, place // 16 % 4, place // 8 % 2, place % 8
+    return np.asarray(128 * lane + 32 * (v // 2) + 16 * half + 8 * (v % 2) + bit)
+
+
+def indices(of: Bytes, planes: list[Any]) -> list[Any]:
+    """Vectors of `d` planes -> 8 vectors of indices of depth d.
+
+    Bits above the index are garbage from depth 2 to 4, within the low 6 too, and zero beyond.
+    """
+    d = len(planes)
+    if d == 2:
+        found = []
+        for high in (False, True):
+            mixed = of.transpose(of.pick(pairs := of.unpack(*planes, 1, high), pairs, (0, 2, 1, 3)))
+            found += [of.right(mixed, bits) for bits in (6, 4, 2, 0)]
+        return found
+    if d <= 4:
+        found = []
+        for mixed in _fours(of, [of.zero] * (4 - d) + planes):
+            turned = of.transpose(mixed)
+            found += [of.right(turned, 4), turned]
+        return found
+    eight = [of.zero] * (8 - d) + planes
+    return [
+        of.transpose(of.pick(top, low, order))
+        for top, low in zip(_fours(of, eight[:4]), _fours(of, eight[4:]), strict=True)
+        for order in ((0, 4, 2, 6), (1, 5, 3, 7))
+    ]
+
+
+def _fours(of: Bytes, p: list[Any]) -> list[Any]:
+    """Bytes of four planes interleaved: four vectors."""
+    return [
+        of.unpack(of.unpack(p[0], p[1], 1, low), of.unpack(p[2], p[3], 1, low), 2, high)
+        for low in (False, True)
+        for high in (False, True)
+    ]
+
+
+def emit_decode(
+    of: Bytes, base: Any, planes: Any, depth: int, rows: Any, strides: tuple[Any, Any, Any], levels: Any, out: Any
+) -> None:
+    """Code that decodes `rows` rows; `strides` in bytes of planes, levels and `out`, whose start they are given.
+
+    `planes` is an array of i64 offsets from `base`, of the first row's words.
+    """
+    b = of.builder
+    words, level_step, out_step = strides
+    offsets = [b.load(b.gep(planes, [number(p)])) for p in range(depth)]
+    row, next_row, end_row = _loop(b, rows)
+    table = of.table(b.gep(levels, [b.mul(row, level_step)]), depth)
+    here = b.gep(base, [b.mul(b.mul(row, words), number(8))])
+    there = b.gep(out, [b.mul(row, out_step)])
+    word, next_word, end_word = _loop(b, words, WORDS)
+    for start in range(0, 4, of.lanes):
+        found = []
+        for offset in offsets:
+            at = b.gep(here, [b.add(offset, b.add(b.mul(word, number(8)), number(LANE * start)))])
+            if start == 0:
+                prefetch(b, b.gep(at, [number(AHEAD)]))
+            found.append(of.masked(at, b.sub(words, b.add(word, number(2 * start)))))
+        for v, index in enumerate(indices(of, found)):
+            place = b.add(b.mul(word, number(64)), number(64 * v + LANE * start))
+            store(b, of.look_up(table, index, depth), b.gep(there, [place]))
+    next_word()
+    end_word()
+    next_row()
+    end_row()
+
+
+def emit_dot(
+    of: Bytes, w: Any, w_step: Any, x: Any, x_step: Any, scales: Any, corrections: Any, tokens: int, out: Any
+) -> None:
+    """Code that multiplies ROWS rows with `tokens` tokens, into `out [tokens * ROWS]` floats."""
+    b, parts = of.builder, 4 // of.lanes
+    width = 4 * of.lanes
+    sums, partial = vector(i32, width), vector(f32, width)
+    group_step = b.sdiv(x_step, number(COLUMNS // SUMS))
+    count = tokens * ROWS
+    totals = [alloca_once(b, partial) for _ in range(count * parts)]
+    for total in totals:
+        b.store(ir.Constant(partial, [0.0] * width), total)
+    j, following, end = _loop(b, x_step, COLUMNS)
+    for part in range(parts):
+        group = b.add(b.sdiv(j, number(COLUMNS // SUMS)), number(width * part))
+        places = [b.add(b.mul(group_step, number(t)), group) for t in range(tokens)]
+        first = [
+            load(b, sums, b.gep(corrections, [place]), 4) if of.flip else ir.Constant(sums, [0] * width)
+            for place in places
+        ]
+        found = [first[t] for t in range(tokens) for _ in range(ROWS)]
+        for v in range(VECTORS):
+            at = b.add(j, number(64 * v + of.nbytes * part))
+            xs = [load(b, of.kind, b.gep(x, [b.add(b.mul(x_step, number(t)), at)])) for t in range(tokens)]
+            ws = [load(b, of.kind, b.gep(w, [b.add(b.mul(w_step, number(i)), at)])) for i in range(ROWS)]
+            found = [of.dot(found[t * ROWS + i], ws[i], xs[t]) for t in range(tokens) for i in range(ROWS)]
+        scale = [load(b, partial, b.gep(scales, [place]), 4) for place in places]
+        for k, whole in enumerate(found):
+            total = totals[k * parts + part]
+            b.store(b.fadd(b.load(total), b.fmul(b.sitofp(whole, partial), scale[k // ROWS])), total)
+    following()
+    end()
+    for k in range(count):
+        vectors = [b.load(totals[k * parts + part]) for part in range(parts)]
+        while len(vectors) > 1:
+            half = len(vectors) // 2
+            vectors = [b.fadd(vectors[i], vectors[half + i]) for i in range(half)]
+        (left,) = vectors
+        size = width
+        while size > 1:
+            size //= 2
+            low, high = (b.shuffle_vector(left, left, ir.Constant(vector(i32, size), list(r))) for r in _halves(size))
+            left = b.fadd(low, high)
+        b.store(b.extract_element(left, ir.Constant(i32, 0)), b.gep(out, [number(k)]))
+
+
+def _halves(size: int) -> tuple[range, range]:
+    return range(size), range(size, 2 * size)
+
+
+def _loop(builder: Any, stop: Any, step: int = 1) -> tuple[Any, Any, Any]:
+    """A loop from 0 below `stop > 0`: its variable, what to call after the body, and what after the loop."""
+    before = builder.block
+    body, after = builder.append_basic_block("loop"), builder.append_basic_block("after")
+    builder.branch(body)
+    builder.position_at_end(body)
+    variable = builder.phi(i64)
+    variable.add_incoming(number(0), before)
+
+    def following() -> None:
+        further = builder.add(variable, number(step))
+        variable.add_incoming(further, builder.block)
+        builder.cbranch(builder.icmp_signed("<", further, stop), body, after)
+
+    return variable, following, lambda: builder.position_at_end(after)
+
+
+def _pointer(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+    """To an array's bytes."""
+    return builder.bitcast(context.make_array(kind)(context, builder, array).data, i8.as_pointer())
+
+
+def _width(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+    return builder.extract_value(context.make_array(kind)(context, builder, array).shape, 1)
+
+
+def _cases(builder: Any, value: Any, cases: dict[int, Any]) -> None:
+    """Run the code that `cases[value]` emits; none for a value that is not among them."""
+    after = builder.append_basic_block("after_cases")
+    blocks = {key: builder.append_basic_block(f"case_{key}") for key in cases}
+    switch = builder.switch(value, after)
+    for key, emit in cases.items():
+        switch.add_case(number(key), blocks[key])
+        builder.position_at_end(blocks[key])
+        emit()
+        builder.branch(after)
+    builder.position_at_end(after)
+
+
+def _typed_decode(
+    typing: Any,
+    instructions: Any,
+    stored: Any,
+    planes: Any,
+    depth: Any,
+    words: Any,
+    levels: Any,
+    step: Any,
+    rows: Any,
+    w: Any,
+) -> Any:
+    """`rows` rows of levels into `w [ROWS, stride]`.
+
+    `planes [depth]` are byte offsets of the first row's words, `levels` that of its levels, the next row's `step` on.
+    """
+    signature = types.void(types.int64, stored, planes, *[types.int64] * 5, w)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        instructions, stored, planes, depth, words, levels, step, rows, w = args
+        base, out = (_pointer(context, builder, sig.args[k], value) for k, value in ((1, stored), (8, w)))
+        offsets = context.make_array(sig.args[2])(context, builder, planes).data
+        strides = (words, step, _width(context, builder, sig.args[8], w))
+
+        def for_set(kind: type[Bytes]) -> None:
+            of = kind(builder)
+            at = builder.gep(base, [levels])
+            _cases(
+                builder,
+                depth,
+                {d: lambda d=d: emit_decode(of, base, offsets, d, rows, strides, at, out) for d in DEPTHS},
+            )
+
+        _cases(builder, instructions, {code: lambda code=code: for_set(_SETS[code]) for code in _USABLE})
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _typed_dot(
+    typing: Any, instructions: Any, tokens: Any, w: Any, x: Any, first: Any, scales: Any, corrections: Any, out: Any
+) -> Any:
+    """Of ROWS rows of levels `w` with `tokens` tokens of `x` from `first`, into `out [tokens * ROWS]`."""
+    signature = types.void(types.int64, types.int64, w, x, types.int64, scales, corrections, out)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        instructions, tokens, w, x, first, scales, corrections, out = args
+        step, x_step = (_width(context, builder, sig.args[k], value) for k, value in ((2, w), (3, x)))
+        rows = _pointer(context, builder, sig.args[2], w)
+        inputs = builder.gep(_pointer(context, builder, sig.args[3], x), [builder.mul(first, x_step)])
+        group = builder.mul(first, builder.sdiv(x_step, number(COLUMNS // SUMS)))
+        scale, correction = (
+            builder.gep(context.make_array(sig.args[k])(context, builder, value).data, [group])
+            for k, value in ((5, scales), (6, corrections))
+        )
+        results = context.make_array(sig.args[7])(context, builder, out).data
+
+        def for_set(code: int) -> None:
+            of = _SETS[code](builder)
+            _cases(
+                builder,
+                tokens,
+                {
+                    count: lambda count=count: emit_dot(
+                        of, rows, step, inputs, x_step, scale, correction, count, results
+                    )
+                    for count in (1, _TILES[code])
+                },
+            )
+
+        _cases(builder, instructions, {code: lambda code=code: for_set(code) for code in _USABLE})
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _plain(*arguments: Any) -> None:
+    raise AssertionError("there are no vectors without the compiler")
+
+
+_decode: Any = _plain if JIT_OFF else intrinsic(_typed_decode)
+_dot: Any = _plain if JIT_OFF else intrinsic(_typed_dot)
+
+
+@njit(nogil=True)
+def _portable_decode(stored: U8, planes: I64, words: int, levels: int, step: int, rows: int, w: U8) -> None:
+    """What `_typed_decode` documents, signed, one weight at a time."""
+    depth = planes.shape[0]
+    bits = np.empty(depth, np.uint8)
+    for i in range(rows):
+        table = levels + i * step
+        for byte in range(-(-words // WORDS) * 64):
+            for p in range(depth):
+                bits[p] = stored[planes[p] + i * words * 8 + byte] if byte < words * 8 else 0
+            lane, rest = byte // 16 % 4, byte % 16
+            start = byte // 64 * COLUMNS + 64 * (2 * (rest // 4) + rest % 2) + 16 * lane + 8 * (rest // 2 % 2)
+            for bit in range(8):
+                index = 0
+                for p in range(depth):
+                    index = 2 * index + ((bits[p] >> bit) & 1)
+                w[i, start + bit] = stored[table + index]
+
+
+@njit(nogil=True)
+def _portable_dot(
+    w: U8,
+    x: NDArray[np.int8],
+    token: int,
+    scales: F32,
+    sums: NDArray[np.int32],
+    partials: F32,
+    out: F32,
+) -> None:
+    """What `_typed_dot` documents, for one token; `w` is signed. `sums` and `partials` `[SUMS]` are scratch."""
+    signed = w.view(np.int8)
+    for i in range(ROWS):
+        partials[:] = 0
+        for block in range(x.shape[1] // COLUMNS):
+            sums[:] = 0
+            for v in range(VECTORS):
+                at = block * COLUMNS + 64 * v
+                for k in range(SUMS):
+                    for c in range(at + 4 * k, at + 4 * k + 4):
+                        sums[k] += np.int32(signed[i, c]) * np.int32(x[token, c])
+            for k in range(SUMS):
+                partials[k] += np.float32(sums[k]) * scales[token, block * SUMS + k]
+        for half in (8, 4, 2, 1):
+            for k in range(half):
+                partials[k] += partials[k + half]
+        out[i] = partials[0]
+
+
+@njit(
+    "void(i8,u1[::1],i8[:,::1],i8,i1[:,::1],f4[:,::1],i4[:,::1],u1[:,:,::1],f4[:,::1])",
+    nogil=True,
+    parallel=True,
+    cache=True,
+)
+def multiply_planes(
+    instructions: int,
+    stored: U8,
+    blocks: I64,
+    n: int,
+    x: NDArray[np.int8],
+    scales: F32,
+    corrections: NDArray[np.int32],
+    scratch: U8,
+    y: F32,
+) -> None:
+    """`y [T, m] = x @ W^T`, W `[m, n]` being planes: `blocks [levels, 3]` as in `rows.decode_rows`.
+
+    `instructions` is a code that `instructions.available` names. `x [T, padded(n)]`, `scales` and `corrections` `[T,
+    padded(n) / 32]` are what `quantize_inputs` writes. `scratch [chunks, ROWS, level_stride(n)]` is overwritten; rows
+    are shared out over its chunks. Scratch and `x` are fastest where each row of 64 bytes is a cache line.
+    """
+    m, chunks = y.shape[1], scratch.shape[0]
+    words, depth = -(-n // 64), blocks.shape[0] + BASE_PLANES - 1
+    share = -(-m // (chunks * ROWS)) * ROWS
+    tile = TILES[instructions]
+    kind, last = blocks[-1, 0], blocks[-1, 1] + 8 * m * words * (BASE_PLANES if blocks.shape[0] == 1 else 1)
+    halves = stored.view(np.uint16)
+    for chunk in prange(chunks):
+        w = scratch[chunk]
+        out, step = np.empty(8 * ROWS, np.float32), (1 << depth) if kind == PLANE else 0
+        sums, partials = np.empty(SUMS, np.int32), np.empty(SUMS, np.float32)
+        starts, planes = np.empty(depth, np.int64), np.empty(depth, np.int64)
+        for p in range(depth):
+            starts[p] = blocks[max(0, p - 1), 1] + (8 * m * words if p == 1 else 0)
+        for first in range(chunk * share, min(m, (chunk + 1) * share), ROWS):
+            rows = min(ROWS, m - first)
+            for p in range(depth):
+                planes[p] = starts[p] + 8 * first * words
+            levels = last + 2 * m + first * step
+            if instructions == PORTABLE:
+                _portable_decode(stored, planes, words, levels, step, rows, w)
+            else:
+                _decode(instructions, stored, planes, depth, words, levels, step, rows, w)
+            t = 0
+            while t < x.shape[0]:
+                count = tile if t + tile <= x.shape[0] else 1
+                if instructions == PORTABLE:
+                    _portable_dot(w, x, t, scales, sums, partials, out)
+                else:
+                    _dot(instructions, count, w, x, t, scales, corrections, out)
+                for i in range(rows):
+                    scale = bf16_to_float(halves[last // 2 + first + i])
+                    for s in range(count):
+                        y[t + s, first + i] = out[s * ROWS + i] * scale
+                t += count
