@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from .errors import BadBlock
 from .kinds import (
+    SHARED_LEVELS,
     dense_nbytes,
-    plane_depth,
     planes_nbytes,
     rotation_blocks,
     rotation_sign,
@@ -26,6 +26,7 @@ from .stack import BlockEntry
 
 F32 = NDArray[np.float32]
 F16 = NDArray[np.float16]
+I8 = NDArray[np.int8]
 
 
 def pack_dense(weight: F32, dtype: str) -> bytes:
@@ -88,32 +89,32 @@ def unpack_signs(payload: bytes | memoryview, m: int, n: int, rank: int) -> tupl
     return positive, factors[: m * rank].reshape(m, rank), factors[m * rank :].reshape(rank, n)
 
 
-def pack_plane(planes: NDArray[np.bool_], scale: F32, levels: NDArray[Any]) -> bytes:
-    """Planes `[p, m, n]`, row scales `[m]` that bf16 holds exactly, and levels: int8 `[m, 2^d]` or f16 `[2^d]`.
+def pack_plane(planes: NDArray[np.bool_], scale: F32, levels: I8) -> bytes:
+    """Planes `[p, m, n]`, row scales `[m]` that bf16 holds exactly, and levels `[m, 2^d]`, or `[2^d]` for all rows.
 
-    Raises `BadBlock` for numbers that are not finite.
+    Raises `BadBlock` for scales that are not finite, or a level of -128.
     """
-    if not (np.isfinite(scale).all() and np.isfinite(levels).all()):
-        raise BadBlock("NaN or infinity among the levels")
+    if not np.isfinite(scale).all():
+        raise BadBlock("NaN or infinity among the scales")
+    if np.any(levels == -128):
+        raise BadBlock("a level of -128")
     count, m, n = planes.shape
     bits = np.zeros((count, m, words_per_row(n) * 64), np.uint8)
     bits[:, :, :n] = planes
     packed = np.packbits(bits, axis=2, bitorder="little").tobytes()
     stored = (np.ascontiguousarray(scale, "<f4").view("<u4") >> 16).astype("<u2")
-    return packed + stored.tobytes() + levels.astype("i1" if levels.ndim > 1 else "<f2").tobytes()
+    return packed + stored.tobytes() + levels.tobytes()
 
 
-def unpack_plane(entry: BlockEntry, payload: bytes | memoryview) -> tuple[NDArray[np.bool_], F32, NDArray[Any]]:
+def unpack_plane(entry: BlockEntry, payload: bytes | memoryview) -> tuple[NDArray[np.bool_], F32, I8]:
     """The inverse of `pack_plane`."""
     m, n = entry.shape
     width, size = words_per_row(n) * 8, planes_nbytes(m, n, entry.level)
     bits = np.frombuffer(payload, np.uint8, size).reshape(-1, m, width)
     planes = np.unpackbits(bits, axis=2, count=n, bitorder="little").astype(np.bool_)
     scale = (np.frombuffer(payload, "<u2", m, size).astype(np.uint32) << 16).view(np.float32)
-    count = 2 ** plane_depth(entry.level)
-    if entry.dtype == "i8":
-        return planes, scale, np.frombuffer(payload, np.int8, m * count, size + 2 * m).reshape(m, count)
-    return planes, scale, np.frombuffer(payload, "<f2", count, size + 2 * m)
+    levels = np.frombuffer(payload, np.int8, entry.nbytes - size - 2 * m, size + 2 * m)
+    return planes, scale, levels if entry.dtype == SHARED_LEVELS else levels.reshape(m, -1)
 
 
 def rotation_signs(n: int) -> F32:
@@ -175,7 +176,8 @@ def sum_blocks(blocks: Iterable[tuple[BlockEntry, bytes]]) -> dict[str, F32]:
 
 
 def check_finite(entry: BlockEntry, payload: NDArray[np.uint8]) -> None:
-    """Raises `BadBlock` when a number stored in the block (scale, factor, raw value) is NaN or infinite.
+    """Raises `BadBlock` when a number stored in the block (scale, factor, raw value) is NaN or infinite, or a level of
+    a plane -128.
 
     `payload` holds at least the entry's bytes, aligned to 64.
     """
@@ -183,9 +185,10 @@ def check_finite(entry: BlockEntry, payload: NDArray[np.uint8]) -> None:
     if entry.kind == "plane":
         m, n = entry.shape
         start = planes_nbytes(m, n, entry.level)
-        stored = payload[start : entry.nbytes].view(np.uint16)
-        bad = bool(np.any((stored[:m] & 0x7F80) == 0x7F80))
-        bad |= entry.dtype == "f16" and bool(np.any((stored[m:] & 0x7C00) == 0x7C00))
+        levels = start + 2 * m
+        bad = bool(np.any((payload[start:levels].view(np.uint16) & 0x7F80) == 0x7F80))
+        if np.any(payload[levels : entry.nbytes] == 0x80):
+            raise BadBlock(f"{entry.tensor} level {entry.level} holds a level of -128")
     elif entry.kind == "signs":
         m, n = entry.shape
         numbers = payload[8 * m * words_per_row(n) : entry.nbytes].view(np.uint16)

@@ -11,8 +11,10 @@ Numbers are little-endian. `words = ceil(n / 64)`.
             Level 0 of a tensor holds the two top bits, as two planes, and each later level one plane more: level l
             reaches depth d = l + 2, at most 8. A plane is `[m, words]` u64, packed like signs, the top bit first.
             Then scales `[m]` bf16, one a row, then levels, by dtype:
-                i8    `[m, 2^d]` int8: index c of row r means  scale[r] * level[r, c].
-                f16   `[2^d]` f16, the same for all rows: index c of row r means  scale[r] * level[c].
+                i8          `[m, 2^d]` int8: index c of row r means  scale[r] * level[r, c].
+                i8-shared   `[2^d]` int8, the same for all rows: index c of row r means  scale[r] * level[c].
+            Levels lie in [-127, 127], so that integer kernels may negate them; -128 makes a block bad. Nothing is
+            padded: planes end at a multiple of 8 bytes, scales at one of 2.
             All blocks of such a tensor are planes, and the levels of the deepest replace those before. The values make
             the *rotated* weight  W Q^T,  which wants its input rotated too:  y = (W Q^T) (Q x).
 
@@ -34,6 +36,8 @@ Dtype = Literal["bf16", "f16", "f32", "i8"]
 Kind = Literal["dense", "signs", "plane"]
 
 ITEM_NBYTES: Final[dict[str, int]] = {"bf16": 2, "f16": 2, "f32": 4, "i8": 1}
+ROW_LEVELS: Final = "i8"  # dtypes of plane blocks: a table for each row, or one for all
+SHARED_LEVELS: Final = "i8-shared"
 BASE_PLANES: Final = 2
 MAX_DEPTH: Final = 8
 LARGEST_ROTATION: Final = 256
@@ -69,7 +73,7 @@ def planes_nbytes(m: int, n: int, level: int) -> int:
 
 def plane_nbytes(m: int, n: int, level: int, dtype: str) -> int:
     """Bytes of a plane block: planes, scales, levels."""
-    return planes_nbytes(m, n, level) + 2 * m + ((m if dtype == "i8" else 2) << plane_depth(level))
+    return planes_nbytes(m, n, level) + 2 * m + ((1 if dtype == SHARED_LEVELS else m) << plane_depth(level))
 
 
 def rotation_blocks(n: int) -> tuple[int, ...]:
@@ -103,10 +107,10 @@ def payload_nbytes(kind: str, shape: tuple[int, ...], *, dtype: str = "", rank: 
                 )
             return signs_nbytes(shape[0], shape[1], rank)
         case "plane":
-            if len(shape) != 2 or not 0 <= level <= MAX_DEPTH - BASE_PLANES or dtype not in ("i8", "f16"):
+            if len(shape) != 2 or not 0 <= level <= MAX_DEPTH - BASE_PLANES or dtype not in (ROW_LEVELS, SHARED_LEVELS):
                 raise BadBlock(
                     f"plane block of shape {list(shape)}, level {level}, dtype {dtype!r}; want a matrix, a level of 0 "
-                    f"to {MAX_DEPTH - BASE_PLANES} and levels as i8 or f16"
+                    f"to {MAX_DEPTH - BASE_PLANES} and levels as {ROW_LEVELS} or {SHARED_LEVELS}"
                 )
             return plane_nbytes(shape[0], shape[1], level, dtype)
         case _:

@@ -3,7 +3,7 @@
 Covers the container: header, offsets, index, reading and writing. What is inside a block is in `kinds` and `blocks`;
 which block comes first is decided in `daemon/library/order`; keeping a prefix in memory is `daemon/worker/resident`.
 
-Specification (version 1)
+Specification (version 2)
 -------------------------
 ::
 
@@ -13,7 +13,7 @@ Specification (version 1)
 
 * Block number i is a `U8` tensor named by i as six digits. Offsets follow the names, begin at 0, leave no hole and end
   at the end of the file. Each block is zero-padded inside its own tensor to a multiple of 64 bytes.
-* `__metadata__` holds `format` = `ebbflow-stack`, `version` = `1` and `index`, itself JSON:
+* `__metadata__` holds `format` = `ebbflow-stack`, `version` = `2` and `index`, itself JSON:
   `{"base": blocks without which the model is noise, "blocks": [entry, ...]}`, entry i describing block i:
   `kind`, `tensor`, `level` (0, 1, ... for each tensor in turn), `shape` of the weight, `nbytes` before padding,
   `gain` (drop in expected KL, nats per token), `hash` (BLAKE2b-128 of the unpadded bytes), `uses` (the places in
@@ -41,7 +41,7 @@ from .errors import BadBlock, BadHeader, BadOffsets, CorruptStack, TruncatedStac
 from .kinds import payload_nbytes
 
 FORMAT: Final = "ebbflow-stack"
-VERSION: Final = 1
+VERSION: Final = 2
 ALIGNMENT: Final = 4096
 BLOCK_ALIGNMENT: Final = 64
 MAX_HEADER: Final = 16_000_000

@@ -96,6 +96,6 @@ def _planes(raw: bytes, blocks: NDArray[np.int64], m: int, n: int) -> F64:
         scale = (np.frombuffer(raw, "<u2", m, at).astype("<u4") << 16).view("<f4").astype(np.float64)[:, None]
         size = 2 ** (level + 2)
         shared = kind == SHARED_PLANE
-        stored = np.frombuffer(raw, "<f2" if shared else np.int8, size if shared else m * size, at + 2 * m)
+        stored = np.frombuffer(raw, np.int8, size if shared else m * size, at + 2 * m)
         levels = scale * stored.astype(np.float64).reshape(-1, size)
     return np.take_along_axis(levels, index, axis=1)

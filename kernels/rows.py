@@ -194,14 +194,10 @@ def _row_levels(
     at = int(blocks[last, 1]) // 2 + 4 * m * words * (1 if last else BASE_PLANES)
     scale = bf16_to_float(stored[at + row])
     count = 1 << (last + BASE_PLANES)
-    if blocks[last, 0] == PLANE:
-        integers = stored.view(np.int8)
-        start = 2 * (at + m) + row * count
-        for c in range(count):
-            levels[c] = scale * np.float32(integers[start + c])
-    else:
-        for c in range(count):
-            levels[c] = scale * half_to_float(stored[at + m + c])
+    integers = stored.view(np.int8)
+    start = 2 * (at + m) + (row * count if blocks[last, 0] == PLANE else 0)
+    for c in range(count):
+        levels[c] = scale * np.float32(integers[start + c])
 
 
 @njit(nogil=True)

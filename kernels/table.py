@@ -91,10 +91,7 @@ def _payload(draw: Draw, kind: str, m: int, n: int, rank: int) -> bytes:
             bits = np.zeros((count, m, -(-n // 64) * 64), np.uint8)
             bits[:, :, :n] = draw.rng.integers(0, 2, (count, m, n))
             scale = (draw.numbers((m,), NASTY_SCALE).astype("<f4").view("<u4") >> 16).astype("<u2")
-            if kind == "plane":
-                levels = draw.rng.integers(-128, 128, m << (rank + 2)).astype(np.int8)
-            else:
-                levels = draw.numbers((1 << (rank + 2),), NASTY_HALF).astype("<f2")
+            levels = draw.rng.integers(-127, 128, (m if kind == "plane" else 1) << (rank + 2)).astype(np.int8)
             return np.packbits(bits, axis=2, bitorder="little").tobytes() + scale.tobytes() + levels.tobytes()
         case "signs":
             bits = np.zeros((m, -(-n // 64) * 64), np.uint8)

@@ -7,7 +7,8 @@ Method, for a weight W `[m, n]` whose inputs have the second moment H:
    of depth d: one pass of error feedback (GPTQ, arXiv 2210.17323) for a weighted mix of the depths.
 3. Fit each row's levels of each depth by least squares, `L = (S^T H S)^-1 S^T H w` with S the one-hot matrix of the
    row's indices, shrunk towards the codebook; round them to what is stored. A table for each row is worth its bytes
-   only in wide matrices; else all rows share one, fitted too, and each has a scale. On the demo (512 and 1280 wide)
+   only in wide matrices; else all rows share one, fitted too, and each has a scale, fitted once the levels are
+   integers. On the demo (512 and 1280 wide)
    tables up to depth 3 made the KL 3 % less, for 0.16 bit a weight, with which the next plane makes it 20 % less.
 4. Coordinate descent over all depths at once, then fit again; a few times.
 
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from ...formats.blocks import pack_plane, rotate_rows
 from ...formats.errors import CorruptCheckpoint, InvalidRequest
-from ...formats.kinds import BASE_PLANES, MAX_DEPTH, payload_nbytes, plane_depth
+from ...formats.kinds import BASE_PLANES, MAX_DEPTH, ROW_LEVELS, SHARED_LEVELS, payload_nbytes, plane_depth
 from ...formats.stack import BlockEntry, content_hash
 from ...kernels.nested import descend, feedback, gather_moments
 from .encode_bitstack import Level, checked_weight
@@ -44,6 +45,8 @@ ROW_TABLE_COLUMNS: Final = 512  # for each level of a row's own: such a table ma
 DAMPING: Final = 0.05  # of H's mean diagonal
 SHRINKAGE: Final = 1e-2  # of the fit's mean diagonal, towards the codebook
 SWEEPS: Final = 3
+LARGEST_LEVEL: Final = 127
+STEP_RANGE: Final = (1e-3, 1.0)  # in a row of size 1, whose largest level is not far from 4
 ROWS_AT_ONCE: Final = 1024  # rows worked on together: bounds the memory of what is kept for each depth
 CODEBOOK_SAMPLES: Final = 100_000
 # What the error at depth d counts: in the feedback, where deeper errors are smaller by themselves, and in the descent,
@@ -97,7 +100,7 @@ def row_depth(n: int) -> int:
 
 def level_dtype(n: int, level: int) -> str:
     """How the levels of a tensor's block number `level` are stored."""
-    return "i8" if plane_depth(level) <= row_depth(n) else "f16"
+    return ROW_LEVELS if plane_depth(level) <= row_depth(n) else SHARED_LEVELS
 
 
 def encode_planes(
@@ -165,7 +168,7 @@ class _Table:
     """The levels of one depth as stored, and what they mean: `values [m, 2^d]`."""
 
     scale: F32
-    stored: NDArray[np.int8] | NDArray[np.float16]
+    stored: NDArray[np.int8]
     values: F32
 
 
@@ -179,7 +182,7 @@ class _Encoder:
         self._size = rows.square().mean(1).sqrt_()
         self._sized_one = rows / torch.where(self._size > 0, self._size, 1.0)[:, None]
         self._curves = [_codebook(d) for d in range(self._own + 1, self._depth + 1)]
-        self._steps = self._size[:, None].repeat(1, len(self._curves))
+        self._steps = torch.ones(len(rows), len(self._curves))  # of rows of size 1
         self.index = self._first_indices()
         self.tables: list[_Table] = []
         self._fit()
@@ -226,13 +229,24 @@ class _Encoder:
     def _fit(self) -> None:
         """The levels of every depth for the present indices, all from one sum over the deepest."""
         parts = [self._fit_rows(rows) for rows in _parts(len(self._rows))]
-        tables = [_row_table(torch.cat(values)) for values in zip(*(part.own for part in parts), strict=True)]
-        steps = torch.cat([part.steps for part in parts])
-        self.tables = tables
+        self.tables = [_row_table(torch.cat(values)) for values in zip(*(part.own for part in parts), strict=True)]
         for k, curve in enumerate(self._curves):
-            curve = self._curves[k] = _solve_curve(torch.stack([part.curves[k] for part in parts]).sum(0), curve)
-            self.tables.append(_shared_table(curve, steps[:, k]))
-        self._steps = steps
+            self._curves[k] = _solve_curve(torch.stack([part.curves[k] for part in parts]).sum(0), curve)
+            self._curves[k] *= LARGEST_LEVEL / self._curves[k].abs().max()
+        levels = [curve.round() for curve in self._curves]
+        self._steps = torch.cat([self._fit_steps(rows, levels) for rows in _parts(len(self._rows))])
+        self.tables += [_shared_table(whole, self._size * self._steps[:, k]) for k, whole in enumerate(levels)]
+
+    def _fit_steps(self, rows: slice, levels: list[Tensor]) -> Tensor:
+        """The best step of each row for each of the shared `levels`, `[rows, K]`."""
+        x, steps = self._sized_one[rows], []
+        for k, whole in enumerate(levels):
+            index = torch.from_numpy(self.index[rows] >> (self._depth - self._own - 1 - k))
+            values = whole[index.int()]
+            seen = values @ self._metric.h
+            step = (seen * x).sum(1) / (seen * values).sum(1).clamp_min(1e-30)
+            steps.append(step.clamp(*STEP_RANGE))
+        return _columns(steps, len(x))
 
     def _fit_rows(self, rows: slice) -> _Fit:
         x = self._sized_one[rows]
@@ -241,24 +255,20 @@ class _Encoder:
         for d in range(BASE_PLANES, self._own + 1):
             a, b = _coarser(moments, targets, d)
             own.append(_solve(a, b, _codebook(d)))
-        steps, curves = [], []
-        for k, curve in enumerate(self._curves):
+        curves = []
+        for k, step in enumerate(self._steps[rows].T):
             a, b = _coarser(moments, targets, self._own + 1 + k)
-            step = (b @ curve) / torch.einsum("mkl,k,l->m", a, curve, curve).clamp_min(1e-30)
-            step = step.clamp(0.1, 10)  # rows are of size 1, curves those of the codebook
-            steps.append(step * self._size[rows])
             curves.append(torch.cat([torch.einsum("mkl,m->kl", a, step**2), (step @ b)[:, None]], dim=1))
-        return _Fit([values * self._size[rows, None] for values in own], _columns(steps, len(x)), curves)
+        return _Fit([values * self._size[rows, None] for values in own], curves)
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """For some rows: levels of their own for each depth that has them, then a step and the curve's normal equations
-    `[K, K + 1]` for each that has not.
+    """For some rows: levels of their own for each depth that has them, then the curve's normal equations `[K, K + 1]`
+    for each that has not.
     """
 
     own: list[Tensor]
-    steps: Tensor
     curves: list[Tensor]
 
 
@@ -304,17 +314,15 @@ def _solve_curve(equations: Tensor, prior: Tensor) -> Tensor:
 
 
 def _row_table(values: Tensor) -> _Table:
-    scale = _bf16_above(values.abs().amax(1) / 127)
-    levels = (values / torch.where(scale > 0, scale, 1.0)[:, None]).round_().clamp_(-127, 127)
+    scale = _bf16_above(values.abs().amax(1) / LARGEST_LEVEL)
+    levels = (values / torch.where(scale > 0, scale, 1.0)[:, None]).round_().clamp_(-LARGEST_LEVEL, LARGEST_LEVEL)
     return _Table(scale.numpy(), levels.to(torch.int8).numpy(), (scale[:, None] * levels).numpy())
 
 
-def _shared_table(curve: Tensor, steps: Tensor) -> _Table:
-    """Levels `curve [2^d]` times a step for each row."""
-    largest = curve.abs().max()
-    stored = (curve / largest).half()
-    scale = (steps * largest).bfloat16().float()
-    return _Table(scale.numpy(), stored.numpy(), (scale[:, None] * stored.float()).numpy())
+def _shared_table(whole: Tensor, steps: Tensor) -> _Table:
+    """Levels `whole [2^d]` times a step for each row."""
+    scale = steps.bfloat16().float()
+    return _Table(scale.numpy(), whole.to(torch.int8).numpy(), (scale[:, None] * whole).numpy())
 
 
 def _planes(index: U8, level: int, levels: int) -> NDArray[np.bool_]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ...formats.blocks import check_finite
 from ...formats.errors import CorruptStack, TruncatedStack
+from ...formats.kinds import SHARED_LEVELS
 from ...formats.stack import BlockEntry, Stack
 from ...kernels.rows import CODES, PLANE, SHARED_PLANE, SIGNS
 from ..mapping import Mapping
@@ -158,6 +159,6 @@ def _code(entry: BlockEntry) -> int:
         case "signs":
             return SIGNS
         case "plane":
-            return PLANE if entry.dtype == "i8" else SHARED_PLANE
+            return SHARED_PLANE if entry.dtype == SHARED_LEVELS else PLANE
         case _:
             return CODES[entry.dtype]

@@ -79,10 +79,10 @@ def test_rows_of_wide_matrices_have_tables_of_their_own(monkeypatch):
     monkeypatch.setattr(encode_nested, "ROW_TABLE_COLUMNS", 16)
     weight = random(40, 128) * random(40, 1, seed=4).exp()
     own = encode(weight)
-    assert [level.entry.dtype for level in own] == ["i8", "i8", "f16", "f16", "f16"]
+    assert [level.entry.dtype for level in own] == ["i8"] * 2 + ["i8-shared"] * 3
     monkeypatch.undo()
     shared = encode(weight)
-    assert {level.entry.dtype for level in shared} == {"f16"}
+    assert {level.entry.dtype for level in shared} == {"i8-shared"}
     assert errors(weight, own)[0] < errors(weight, shared)[0]
     assert errors(weight, own)[-1] < 0.06
 

@@ -82,6 +82,7 @@ def test_sizes(n, words):
         ("signs", (3, 4), {"rank": 4}),
         ("plane", (3,), {"dtype": "i8"}),
         ("plane", (3, 4), {"dtype": "bf16"}),
+        ("plane", (3, 4), {"dtype": "f16"}),
         ("plane", (3, 4), {"dtype": "i8", "level": 7}),
         ("plane", (3, 4), {"dtype": "i8", "level": -1}),
     ],
@@ -160,11 +161,11 @@ def plane_entry(shape: tuple[int, ...], level: int, dtype: str) -> BlockEntry:
 
 def test_plane_layouts():
     """Two rows of three columns: indices 2 1 3 and 0 3 2 of two bits, then another bit each, levels shared."""
-    own, shared = plane_entry((2, 3), 0, "i8"), plane_entry((2, 3), 1, "f16")
+    own, shared = plane_entry((2, 3), 0, "i8"), plane_entry((2, 3), 1, "i8-shared")
     planes, scale, levels = unpack_plane(own, golden.PLANES)
     assert (2 * planes[0] + planes[1]).tolist() == [[2, 1, 3], [0, 3, 2]]
     assert scale.tolist() == [1.0, 0.5]
-    assert levels.tolist() == [[-3, -1, 1, 3], [-128, -2, 2, 127]]
+    assert levels.tolist() == [[-3, -1, 1, 3], [-127, -2, 2, 127]]
     assert pack_plane(planes, scale, levels) == golden.PLANES
     assert len(golden.PLANES) == own.nbytes
     planes, scale, levels = unpack_plane(shared, golden.SHARED_PLANE)
@@ -178,9 +179,9 @@ def test_plane_layouts():
 def test_deeper_levels_replace_those_before():
     """Signs of the rotation are + - - for the first columns; its blocks are of sizes 2 and 1."""
     assert [rotation_sign(j) for j in range(3)] == golden.ROTATION_SIGNS
-    own, shared = plane_entry((2, 3), 0, "i8"), plane_entry((2, 3), 1, "f16")
+    own, shared = plane_entry((2, 3), 0, "i8"), plane_entry((2, 3), 1, "i8-shared")
     first = sum_blocks([(own, golden.PLANES)])["t"]
-    np.testing.assert_allclose(rotate_rows(first), [[1, -1, 3], [-64, 63.5, 1]], atol=1e-5)
+    np.testing.assert_allclose(rotate_rows(first), [[1, -1, 3], [-63.5, 63.5, 1]], atol=1e-5)
     both = sum_blocks([(own, golden.PLANES), (shared, golden.SHARED_PLANE)])["t"]
     np.testing.assert_allclose(rotate_rows(both), [[4, -4, 6], [-4, 3, 2]], atol=1e-5)
 
@@ -188,11 +189,10 @@ def test_deeper_levels_replace_those_before():
 @given(st.data())
 def test_planes_round_trip(data):
     m, n, level = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 200)), data.draw(st.integers(0, 6))
-    dtype = data.draw(st.sampled_from(["i8", "f16"]))
+    dtype = data.draw(st.sampled_from(["i8", "i8-shared"]))
     planes = data.draw(arrays(np.bool_, (1 if level else 2, m, n)))
     shape = (m, 2 ** (level + 2)) if dtype == "i8" else (2 ** (level + 2),)
-    finite = st.integers(-128, 127) if dtype == "i8" else st.floats(-65504, 65504, width=16)
-    levels = data.draw(arrays(np.int8 if dtype == "i8" else np.float16, shape, elements=finite))
+    levels = data.draw(arrays(np.int8, shape, elements=st.integers(-127, 127)))
     payload = pack_plane(planes, np.full(m, 0.75, np.float32), levels)
     stored = plane_entry((m, n), level, dtype)
     assert len(payload) == stored.nbytes
@@ -264,8 +264,7 @@ STORED = {
     "i8": Stored(entry("dense", (3, 4), dtype="i8"), pack_dense(ONES, "i8"), (0, 8), b"\0\0\x80\x7f"),
     "i8 vector": Stored(entry("dense", (4,), dtype="i8"), pack_dense(ONES[0], "i8"), (0,), b"\0\0\x80\xff"),
     "plane": Stored(plane_entry((2, 3), 0, "i8"), golden.PLANES, (32, 34), b"\x80\x7f"),
-    "shared plane": Stored(plane_entry((2, 3), 1, "f16"), golden.SHARED_PLANE, (20, 34), b"\x00\x7c"),
-    "shared plane's scale": Stored(plane_entry((2, 3), 1, "f16"), golden.SHARED_PLANE, (16, 18), b"\xc0\xff"),
+    "shared plane": Stored(plane_entry((2, 3), 1, "i8-shared"), golden.SHARED_PLANE, (16, 18), b"\xc0\xff"),
     "signs": Stored(entry("signs", (2, 3), rank=1), golden.SIGNS, (16, 18, 20, 24), b"\x01\x7c"),
 }
 
@@ -283,6 +282,22 @@ def test_check_finite(name):
         spoilt = stored.payload[:at] + stored.nan + stored.payload[at + len(stored.nan) :]
         with pytest.raises(BadBlock, match=r"t level \d holds NaN or infinity"):
             check_finite(stored.entry, aligned(spoilt))
+
+
+@pytest.mark.parametrize(("name", "at"), [("plane", 36), ("plane", 43), ("shared plane", 20), ("shared plane", 27)])
+def test_check_finite_refuses_what_integer_kernels_could_not_negate(name, at):
+    stored = STORED[name]
+    spoilt = stored.payload[:at] + b"\x80" + stored.payload[at + 1 :]
+    with pytest.raises(BadBlock, match=r"t level \d holds a level of -128"):
+        check_finite(stored.entry, aligned(spoilt))
+
+
+def test_plane_refuses():
+    planes, levels = np.zeros((2, 1, 3), np.bool_), np.zeros(4, np.int8)
+    with pytest.raises(BadBlock, match="NaN or infinity"):
+        pack_plane(planes, np.full(1, np.inf, np.float32), levels)
+    with pytest.raises(BadBlock, match="-128"):
+        pack_plane(planes, np.ones(1, np.float32), levels - np.int8(127) - np.int8(1))
 
 
 def test_check_finite_does_not_take_signs_or_integers_for_numbers():

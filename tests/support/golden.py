@@ -14,12 +14,12 @@ PLANES = bytes.fromhex(
     "0500000000000000 0600000000000000"  # top bits: 1 0 1   0 1 1
     "0600000000000000 0200000000000000"  # second bits: 0 1 1   0 1 0
     "803f 003f"  # scales: 1, 0.5
-    "fdff0103 80fe027f"  # levels: -3 -1 1 3   -128 -2 2 127
+    "fdff0103 81fe027f"  # levels: -3 -1 1 3   -127 -2 2 127
 )
 SHARED_PLANE = bytes.fromhex(
     "0100000000000000 0400000000000000"  # third bits: 1 0 0   0 0 1
     "0040 803f"  # scales: 2, 1
-    "00c4 00c2 00c0 00bc 003c 0040 0042 0044"  # levels for all rows: -4 -3 -2 -1 1 2 3 4
+    "fcfdfeff 01020304"  # levels for all rows: -4 -3 -2 -1 1 2 3 4
 )
 ROTATION_SIGNS = [-1, 1, 1]
 ENTRIES = (
@@ -48,7 +48,7 @@ ENTRIES = (
 )
 INDEX = StackIndex(1, ENTRIES)
 HEADER = (
-    rb'{"__metadata__":{"format":"ebbflow-stack","version":"1","index":"{\"base\":1,\"blocks\":['
+    rb'{"__metadata__":{"format":"ebbflow-stack","version":"2","index":"{\"base\":1,\"blocks\":['
     rb"{\"kind\":\"dense\",\"tensor\":\"final_norm\",\"level\":0,\"shape\":[2],\"nbytes\":8,\"gain\":0.0,"
     rb"\"hash\":\"f76600d11c87295e0d0a3f146dfdff06\",\"uses\":[\"final_norm\"],\"dtype\":\"f32\"},"
     rb"{\"kind\":\"signs\",\"tensor\":\"layers.0.q\",\"level\":0,\"shape\":[2,3],\"nbytes\":26,\"gain\":0.5,"

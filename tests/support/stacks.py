@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ebbflow.formats.architecture import Architecture, weight_shapes, weight_uses
 from ebbflow.formats.blocks import pack_dense, pack_plane, pack_signs
-from ebbflow.formats.kinds import plane_depth
+from ebbflow.formats.kinds import ROW_LEVELS, SHARED_LEVELS, plane_depth
 from ebbflow.formats.manifest import MANIFEST, STACK, TOKENIZER_FILES, Manifest, Source, write_manifest
 from ebbflow.formats.stack import BlockEntry, StackIndex, content_hash, read_stack, write_stack
 
@@ -141,12 +141,12 @@ def _plane(
     """Levels of rows' own and shared ones in turn."""
     m, n = shape
     planes = rng.random((1 if level else 2, m, n)) < 0.5
-    dtype, count = ("f16", "i8")[level % 2], 2 ** plane_depth(level)
-    if dtype == "i8":
+    dtype, count = (SHARED_LEVELS, ROW_LEVELS)[level % 2], 2 ** plane_depth(level)
+    if dtype == ROW_LEVELS:
         levels = rng.integers(-127, 128, (m, count)).astype(np.int8)
-        scale = np.full(m, 2.0**-6 / n**0.5, np.float32)
     else:
-        levels, scale = np.linspace(-1, 1, count).astype(np.float16), np.full(m, 2.0 / n**0.5, np.float32)
+        levels = np.linspace(-127, 127, count).round().astype(np.int8)
+    scale = np.full(m, 2.0**-6 / n**0.5, np.float32)
     scale = (scale.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
     payload = pack_plane(planes, scale, levels)
     entry = BlockEntry(
