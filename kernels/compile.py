@@ -5,6 +5,6 @@ A process of its own, because the compiler leaves about 100 MB behind in whoever
 
 from __future__ import annotations
 
-from . import attention, elementwise, hadamard, matmul
+from . import attention, elementwise, hadamard, matmul, planes, quantize
 
-KERNEL_FILES = (attention, elementwise, hadamard, matmul)  # explicit signatures: importing them compiled them
+KERNEL_FILES = (attention, elementwise, hadamard, matmul, planes, quantize)  # explicit signatures: importing them compiled them

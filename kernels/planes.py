@@ -77,7 +77,8 @@ def indices(of: Bytes, planes: list[Any]) -> list[Any]:
     if d == 2:
         found = []
         for high in (False, True):
-            mixed = of.transpose(of.pick(pairs := of.unpack(*planes, 1, high), pairs, (0, 2, 1, 3)))
+            pairs = of.unpack(planes[0], planes[1], 1, high)
+            mixed = of.transpose(of.pick(pairs, pairs, (0, 2, 1, 3)))
             found += [of.right(mixed, bits) for bits in (6, 4, 2, 0)]
         return found
     if d <= 4:

@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from .hadamard import reference_rotate_inputs, rotate_row
-from .planes import COLUMNS, GROUP, SUMS, column_order
+from .planes import COLUMNS, GROUP, SUMS, VECTORS, column_order
 from .rows import JIT_OFF
 from .vectors import constant, f32, i8, i32, load, number, shuffle, splat, store, vector
 
@@ -135,12 +135,14 @@ def reference_quantize_inputs(
     x: F32, signs: F32, sizes: NDArray[np.int64], q: NDArray[np.int8], scales: F32, corrections: NDArray[np.int32]
 ) -> None:
     """Group by group, from the rotation's definition; `q` is what follows, `scales` differ by roundings."""
-    rotated = np.zeros((len(x), q.shape[1]), np.float32)
+    tokens, p = q.shape
+    rotated = np.zeros((tokens, p), np.float32)
     reference_rotate_inputs(x, signs, sizes, rotated)
-    groups = rotated.reshape(len(x), -1, GROUP)
+    groups = rotated.reshape(tokens, p // GROUP, GROUP)
     largest = np.abs(groups).max(2, keepdims=True)
     scale = np.where(largest < LEAST, 0, largest / LARGEST)
-    whole = np.rint(groups / np.where(scale > 0, scale, 1) * (scale > 0)).reshape(len(x), -1, COLUMNS)
+    whole = np.rint(groups / np.where(scale > 0, scale, 1) * (scale > 0)).reshape(tokens, p // COLUMNS, COLUMNS)
     q[:] = whole[:, :, column_order()].reshape(q.shape)
     scales[:] = np.repeat(scale[:, :, 0], SUMS // 2, axis=1)
-    corrections[:] = -128 * q.reshape(len(x), -1, 8, SUMS, 4).astype(np.int32).sum((2, 4)).reshape(corrections.shape)
+    sums = q.reshape(tokens, p // COLUMNS, VECTORS, SUMS, 4).astype(np.int32).sum((2, 4))
+    corrections[:] = -128 * sums.reshape(corrections.shape)

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from . import attention, elementwise, hadamard, matmul, nested, reference, rows
+from . import attention, elementwise, hadamard, instructions, matmul, nested, planes, quantize, reference, rows
 from .attention import BLOCK_TOKENS
 
 Array = NDArray[Any]
@@ -22,6 +22,7 @@ Arguments = list[Any]
 LARGEST_HALF: Final = 65504.0
 NASTY_HALF: Final = (0.0, -0.0, 6e-8, -6e-8, 6.0e-5, 6.2e-5, LARGEST_HALF, -LARGEST_HALF)
 NASTY_SCALE: Final = (0.0, -0.0, 1e-30, -1e10)  # times the least fp16 still a normal float32
+_INSTRUCTIONS: Final = instructions.NAMES
 _PLANES: Final = {"plane": rows.PLANE, "shared_plane": rows.SHARED_PLANE}
 NASTY_SINGLE: Final = (0.0, -0.0, 1e-45, -1e-39, 1.2e-38, 1e10, -1e10)
 
@@ -132,6 +133,48 @@ def _level_magnitudes(stored: Array, table: Array, m: int, n: int) -> Array:
             plain[first : first + rank * (m + n)] &= 0x7FFF
     parts = reference.reference_levels(plain, table, m, n)
     return sum((np.abs(part) for part in parts), np.zeros((m, n)))
+
+
+def multiply_planes_arguments(
+    draw: Draw, *, m: int, n: int, tokens: int, levels: tuple[str, ...], chunks: int = 2, instructions: str = "portable"
+) -> Arguments:
+    """Inputs of `multiply_planes`, its output last."""
+    stored, table = store_levels(draw, levels, m, n)
+    p, blocks = planes.padded(n), planes.padded(n) // planes.COLUMNS
+    columns = np.zeros((tokens, p), np.int8)
+    columns[:, :n] = draw.rng.integers(-127, 128, (tokens, n))
+    x = columns.reshape(tokens, blocks, planes.COLUMNS)[:, :, planes.column_order()]
+    scales = np.repeat(np.abs(draw.singles(tokens, p // planes.GROUP)), planes.SUMS // 2, axis=1)
+    sums = x.reshape(tokens, blocks, planes.VECTORS, planes.SUMS, 4).astype(np.int32).sum((2, 4))
+    corrections = np.ascontiguousarray(-128 * sums.reshape(scales.shape), np.int32)
+    scratch = np.zeros((chunks, rows.ROWS, planes.level_stride(n)), np.uint8)
+    code, y = _INSTRUCTIONS[instructions], np.full((tokens, m), np.nan, np.float32)
+    return [
+        code,
+        stored.view(np.uint8),
+        table,
+        n,
+        np.ascontiguousarray(x).reshape(tokens, p),
+        scales,
+        corrections,
+        scratch,
+        y,
+    ]
+
+
+def _multiply_planes_magnitude(
+    instructions: int, stored: Array, table: Array, n: int, x: Array, scales: Array, *rest: Array
+) -> Array:
+    weight = np.abs(reference.reference_levels(stored.view(np.uint16), table, rest[-1].shape[1], n)[0])
+    magnitude: Array = np.abs(reference.reference_inputs(x, scales)[:, :n]) @ weight.T
+    return magnitude
+
+
+def _quantize_inputs(draw: Draw, *, tokens: int, n: int) -> Arguments:
+    x, signs, sizes, _ = _rotate_inputs(draw, tokens=tokens, n=n)
+    p = planes.padded(n)
+    scales, corrections = np.full((tokens, p // 32), np.nan, np.float32), np.full((tokens, p // 32), 7, np.int32)
+    return [x, signs, sizes, np.full((tokens, p), 7, np.int8), scales, corrections]
 
 
 def _take_rows(draw: Draw, *, m: int, n: int, tokens: int, levels: tuple[str, ...]) -> Arguments:
@@ -250,6 +293,24 @@ def _pair_magnitude(x: Array, *_: Any) -> Array:
 
 TABLE: Final = (
     Entry("matmul", matmul.matmul, reference.reference_matmul, _matmul, _matmul_magnitude, 100),
+    Entry(
+        "multiply_planes",
+        planes.multiply_planes,
+        reference.reference_multiply_planes,
+        multiply_planes_arguments,
+        _multiply_planes_magnitude,
+        100,
+    ),
+    # where two values lie beside a half, the bytes may differ by one
+    Entry(
+        "quantize_inputs",
+        quantize.quantize_inputs,
+        quantize.reference_quantize_inputs,
+        _quantize_inputs,
+        lambda *_: 2.0**24,
+        1,
+        output=3,
+    ),
     Entry("take_rows", matmul.take_rows, reference.reference_take_rows, _take_rows, _take_rows_magnitude, 40),
     Entry("store_kv", attention.store_kv, attention.reference_store_kv, _store_kv, lambda *_: 0.0, 0, output=0),
     Entry("attend", attention.attend, attention.reference_attend, _attend, lambda kv, *_: np.abs(kv).max(), 200),

@@ -7,7 +7,10 @@ at the moment they are called.
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
-from typing import Final, Protocol
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +22,11 @@ from ...formats.stack import BlockEntry
 from ...kernels.attention import attend, store_kv
 from ...kernels.elementwise import add, gated, rms_norm, rotate
 from ...kernels.hadamard import rotate_inputs, unrotate_rows
+from ...kernels.instructions import choose
 from ...kernels.matmul import matmul, row_stride, take_rows
+from ...kernels.planes import level_stride, multiply_planes
+from ...kernels.planes import padded as padded_bytes
+from ...kernels.quantize import quantize_inputs
 from ...kernels.rows import PLANE, ROWS
 from .network import Linear, Network, build_layer
 from .rotary import rotary_frequencies
@@ -29,6 +36,7 @@ F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 
 _CHUNKS_PER_THREAD: Final = 2
+_LINE: Final = 64  # bytes of a cache line, and of the widest vector
 
 
 class Weights(Protocol):
@@ -79,53 +87,82 @@ def padded_width(n: int) -> int:
     return -(-n // 64) * 64
 
 
-class Scratch:
-    """Row buffers of the matrix product, one for each width, shared by all linears of a model."""
-
-    def __init__(self, threads: int) -> None:
-        self._chunks = threads * _CHUNKS_PER_THREAD
-        self._rows: dict[int, F32] = {}
-
-    def rows(self, n: int) -> F32:
-        """`[chunks, ROWS, row_stride(width)]` for inputs of n columns, zero past n."""
-        if n not in self._rows:
-            self._rows[n] = np.zeros((self._chunks, ROWS, row_stride(padded_width(n))), np.float32)
-        return self._rows[n]
+def _lines(shape: tuple[int, ...], dtype: type) -> NDArray[Any]:
+    """Zeros that begin at a cache line, which vector loads then do not straddle."""
+    nbytes = prod(shape) * np.dtype(dtype).itemsize
+    raw = np.zeros(nbytes + _LINE, np.uint8)
+    start = -raw.ctypes.data % _LINE
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
-class Rotation:
-    """The rotation of inputs of n columns. Linears that read the same input in turn share what was computed for it."""
+@dataclass(frozen=True)
+class Quantized:
+    """Tokens as `kernels/planes` wants them, for inputs of n columns: `q [T, p]`, the others `[T, p / 32]`."""
 
-    def __init__(self, n: int) -> None:
+    q: NDArray[np.int8]
+    scales: F32
+    corrections: NDArray[np.int32]
+
+
+class Inputs:
+    """What linears of one width do with their inputs. Those that read the same one in turn share what was computed."""
+
+    def __init__(self, n: int, threads: int) -> None:
+        self._n, self._chunks = n, threads * _CHUNKS_PER_THREAD
         self._signs, self._sizes = rotation_signs(n), np.array(rotation_blocks(n), np.int64)
         self._of: F32 | None = None
-        self._rotated: F32 | None = None
+        self._as: F32 | Quantized | None = None
 
-    def inputs(self, x: F32) -> F32:
+    @cached_property
+    def rows(self) -> F32:
+        """Scratch of `matmul`: `[chunks, ROWS, row_stride(width)]`, zero past n."""
+        return np.zeros((self._chunks, ROWS, row_stride(padded_width(self._n))), np.float32)
+
+    @cached_property
+    def levels(self) -> NDArray[np.uint8]:
+        """Scratch of `multiply_planes`: `[chunks, ROWS, level_stride(n)]`."""
+        return _lines((self._chunks, ROWS, level_stride(self._n)), np.uint8)
+
+    def quantized(self, x: F32) -> Quantized:
+        """`x [T, n]` rotated and in bytes. `x` must not change while it is in use."""
+        if self._of is not x or not isinstance(self._as, Quantized):
+            tokens, p = x.shape[0], padded_bytes(self._n)
+            self._of, self._as = (
+                x,
+                Quantized(
+                    _lines((tokens, p), np.int8),
+                    _lines((tokens, p // 32), np.float32),
+                    _lines((tokens, p // 32), np.int32),
+                ),
+            )
+            quantize_inputs(x, self._signs, self._sizes, self._as.q, self._as.scales, self._as.corrections)
+        return self._as
+
+    def rotated(self, x: F32) -> F32:
         """`x [T, n]` rotated, `[T, padded_width(n)]`, zero past n. `x` must not change while it is in use."""
-        if self._of is not x or self._rotated is None:
-            rotated = np.zeros((x.shape[0], padded_width(x.shape[1])), np.float32)
-            rotate_inputs(x, self._signs, self._sizes, rotated)
-            self._of, self._rotated = x, rotated
-        return self._rotated
+        if self._of is not x or not isinstance(self._as, np.ndarray):
+            self._of, self._as = x, np.zeros((x.shape[0], padded_width(self._n)), np.float32)
+            rotate_inputs(x, self._signs, self._sizes, self._as)
+        return self._as
 
-    def rows(self, y: F32) -> None:
-        """Rotate rows of a stored weight, `[T, n]`, back, in place."""
+    def rotate_back(self, y: F32) -> None:
+        """Rows of a stored weight, `[T, n]`, in place."""
         unrotate_rows(y, self._signs, self._sizes, y)
 
 
 class Shared:
-    """What the linears of one model share: scratch and rotations, by width."""
+    """What the linears of one model share: how they multiply, and their inputs by width."""
 
-    def __init__(self, threads: int) -> None:
-        self.scratch = Scratch(threads)
-        self._rotations: dict[int, Rotation] = {}
+    def __init__(self, threads: int, exact: bool) -> None:
+        self.exact, self.instructions = exact, choose()
+        self._threads = threads
+        self._inputs: dict[int, Inputs] = {}
 
-    def rotation(self, n: int) -> Rotation:
-        """Of inputs of n columns."""
-        if n not in self._rotations:
-            self._rotations[n] = Rotation(n)
-        return self._rotations[n]
+    def inputs(self, n: int) -> Inputs:
+        """Of n columns."""
+        if n not in self._inputs:
+            self._inputs[n] = Inputs(n, self._threads)
+        return self._inputs[n]
 
 
 class ResidentLinear:
@@ -137,13 +174,21 @@ class ResidentLinear:
 
     def __call__(self, x: F32) -> F32:
         """`x [T, n] -> [T, m]`."""
-        table = self._weights.table(self._name)
-        if _rotated(table):
-            x = self._shared.rotation(self._n).inputs(x)
-        elif padded_width(self._n) != self._n:
-            x = np.pad(x, ((0, 0), (0, padded_width(self._n) - self._n)))
+        table, stored = self._weights.table(self._name), self._weights.stored
+        inputs = self._shared.inputs(self._n)
         y = np.empty((x.shape[0], self._m), np.float32)
-        matmul(self._weights.stored, table, self._n, x, self._shared.scratch.rows(self._n), y)
+        if _rotated(table) and not self._shared.exact:
+            t = inputs.quantized(x)
+            raw = stored.view(np.uint8)
+            multiply_planes(
+                self._shared.instructions, raw, table, self._n, t.q, t.scales, t.corrections, inputs.levels, y
+            )
+        else:
+            if _rotated(table):
+                x = inputs.rotated(x)
+            elif padded_width(self._n) != self._n:
+                x = np.pad(x, ((0, 0), (0, padded_width(self._n) - self._n)))
+            matmul(stored, table, self._n, x, inputs.rows, y)
         if self._bias is not None:
             add(y, self._bias[None], y)
         return y
@@ -192,9 +237,12 @@ class Batch:
         return y
 
 
-def serve(a: Architecture, weights: Weights, threads: int) -> Network[F32]:
-    """A network over resident blocks; the base of the stack must be resident already."""
-    shared, shapes = Shared(threads), weight_shapes(a)
+def serve(a: Architecture, weights: Weights, threads: int, exact: bool = False) -> Network[F32]:
+    """A network over resident blocks; the base of the stack must be resident already.
+
+    Planes are multiplied with inputs rounded to bytes; if `exact`, with floats, slowly.
+    """
+    shared, shapes = Shared(threads, exact), weight_shapes(a)
 
     def vector(name: str) -> F32:
         entry, payload = weights.payload(name)
@@ -209,7 +257,7 @@ def serve(a: Architecture, weights: Weights, threads: int) -> Network[F32]:
         table = weights.table("embed")
         take_rows(weights.stored, table, a.vocab, tokens, y)
         if _rotated(table):
-            shared.rotation(a.hidden).rows(y)
+            shared.inputs(a.hidden).rotate_back(y)
         return y
 
     return Network(

@@ -27,10 +27,12 @@ def main() -> None:
 
     # numba reads its settings when it is first imported
     from ...formats.messages import Ready
+    from ...kernels.instructions import choose
     from ...kernels.threads import set_threads
     from ..channel import Child
     from .loop import Loop
 
+    choose()  # a wrong choice ends the worker here, not a request
     channel = Child(address, identity)
     try:
         loop = Loop(channel, set_threads(), time.monotonic)

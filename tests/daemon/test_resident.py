@@ -22,9 +22,10 @@ from ebbflow.daemon.worker.resident import READ_NBYTES, Resident
 from ebbflow.formats.errors import BadBlock, CorruptStack, TruncatedStack
 from ebbflow.formats.manifest import STACK
 from ebbflow.formats.stack import read_stack
+from ebbflow.kernels.instructions import VARIABLE, available
 
 from support.residents import load, logits, move, run_child
-from support.stacks import TINY, copy_model, write_signs_model
+from support.stacks import TINY, copy_model, write_planes_model, write_signs_model
 
 TOKENS = list(range(5, 25))
 
@@ -239,6 +240,14 @@ def test_no_step_reads_beyond_the_edge(folder: Path) -> None:
     done = run_child("forbidden_tail", str(folder), "compute")
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 20
+
+
+@pytest.mark.parametrize("name", available())
+def test_no_step_reads_planes_beyond_the_edge(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, name)
+    done = run_child("forbidden_tail", str(write_planes_model(tmp_path / "planes")), "compute")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 10
 
 
 def test_the_forbidden_tail_is_really_forbidden(folder: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ebbflow.daemon.engine.dense import DenseAttention, build_network
-from ebbflow.daemon.engine.serving import Rotation
+from ebbflow.daemon.engine.serving import Inputs
 from ebbflow.formats.architecture import Architecture
 from ebbflow.formats.blocks import rotate_rows, sum_blocks
 from ebbflow.formats.manifest import STACK
@@ -62,7 +62,8 @@ def test_serving_equals_the_dense_reading_at_every_depth(model: tuple[Path, Arch
     for blocks in depths(folder):
         expected = dense_logits(folder, a, blocks)
         resident = load(folder, blocks)
-        np.testing.assert_allclose(logits(resident, TOKENS, a), expected, atol=2e-5 * float(np.abs(expected).max()))
+        found = logits(resident, TOKENS, a, exact=True)
+        np.testing.assert_allclose(found, expected, atol=2e-5 * float(np.abs(expected).max()))
         resident.close()
 
 
@@ -104,15 +105,28 @@ def test_an_engine_answers_at_every_depth(model: tuple[Path, Architecture]) -> N
     assert len(texts) > 1
 
 
-def test_linears_that_read_one_input_share_its_rotation() -> None:
-    rotation, x = Rotation(72), np.random.default_rng(1).standard_normal((3, 72)).astype(np.float32)
-    once = rotation.inputs(x)
+def test_linears_that_read_one_input_share_what_was_made_of_it() -> None:
+    inputs, x = Inputs(72, 1), np.random.default_rng(1).standard_normal((3, 72)).astype(np.float32)
+    once = inputs.rotated(x)
     assert once.shape == (3, 128)
-    assert rotation.inputs(x) is once
+    assert inputs.rotated(x) is once
     np.testing.assert_allclose(once[:, :72], rotate_rows(x), atol=1e-6)
     assert not once[:, 72:].any()
-    other = rotation.inputs(2 * x)
-    np.testing.assert_allclose(other, 2 * once, atol=1e-6)
+    np.testing.assert_allclose(inputs.rotated(2 * x), 2 * once, atol=1e-6)
     rows = np.ascontiguousarray(once[:, :72])
-    rotation.rows(rows)
+    inputs.rotate_back(rows)
     np.testing.assert_allclose(rows, x, atol=1e-5)
+    bytes_ = inputs.quantized(x)
+    assert inputs.quantized(x) is bytes_
+    assert inputs.quantized(2 * x) is not bytes_
+    assert bytes_.q.ctypes.data % 64 == 0
+
+
+def test_inputs_in_bytes_are_close_to_exact_ones(model: tuple[Path, Architecture]) -> None:
+    folder, a = model
+    for blocks in depths(folder):
+        resident = load(folder, blocks)
+        exact, rounded = (logits(resident, TOKENS, a, exact=exact) for exact in (True, False))
+        difference = np.abs(rounded - exact).max() / np.abs(exact).max()
+        assert 0 < difference < 0.06
+        resident.close()

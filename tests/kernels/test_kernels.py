@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ebbflow.kernels.instructions import available
 from ebbflow.kernels.rows import JIT_OFF, half_to_float
 from ebbflow.kernels.table import TABLE, Draw, Entry
 
@@ -35,8 +36,14 @@ LEVELS = (
     ("plane", "shared_plane"),
     ("plane", "plane", "shared_plane", "plane", "shared_plane", "shared_plane", "shared_plane"),
 )
+PLANES = (
+    ("plane",),
+    ("shared_plane", "plane"),
+    *(("plane",) * 2 + ("shared_plane",) * more for more in range(6)),
+)
 # plain Python takes microseconds for each multiplication
 COLUMNS = (1, 65) if JIT_OFF else (1, 63, 64, 65, 172, 576)
+WIDE = (65,) if JIT_OFF else (1, 65, 172, 512, 576)
 ROWS = (5,) if JIT_OFF else (1, 3, 4, 5, 67)
 TOKENS = (5,) if JIT_OFF else (0, 1, 2, 3, 4, 5, 16)
 FEW = (1, 3) if JIT_OFF else (1, 3, 16, 17)
@@ -53,6 +60,8 @@ WEIGHTS = each(levels=LEVELS, n=COLUMNS)
 SHAPES: dict[str, list[Shape]] = {
     "matmul": WEIGHTS,
     "take_rows": WEIGHTS,
+    "multiply_planes": each(instructions=available(), levels=PLANES, n=WIDE),
+    "quantize_inputs": each(tokens=FEW, n=WIDE),
     "store_kv": each(groups=(1, 2), width=(16, 20), tokens=(1, 5), context=CONTEXTS, sequences=(1, 2)),
     "attend": each(width=(8, 16, 20), per_group=(1, 2), tokens=(1, 3), context=CONTEXTS, window=(0, 1, 7)),
     "rms_norm": each(tokens=FEW, n=COLUMNS),
@@ -69,7 +78,7 @@ SHAPES: dict[str, list[Shape]] = {
 
 def inner(name: str, shape: Shape) -> Iterator[Shape]:
     """Rows and tokens are cheap to vary within one test; the rest names it."""
-    if name not in ("matmul", "take_rows"):
+    if name not in ("matmul", "take_rows", "multiply_planes"):
         yield shape
         return
     for rows, tokens in product(ROWS, TOKENS):
@@ -92,9 +101,15 @@ def both(entry: Entry, arguments: list[Any]) -> tuple[Any, Any]:
 
 
 def scratch(entry: Entry) -> tuple[int, ...]:
-    return {"matmul": (4,), "attend": (7,), "feedback": (0,), "descend": (3,), "gather_moments": (3,)}.get(
-        entry.name, ()
-    )
+    return {
+        "matmul": (4,),
+        "multiply_planes": (7,),
+        "quantize_inputs": (4, 5),
+        "attend": (7,),
+        "feedback": (0,),
+        "descend": (3,),
+        "gather_moments": (3,),
+    }.get(entry.name, ())
 
 
 @pytest.mark.parametrize(
@@ -142,7 +157,7 @@ def test_a_gate_far_below_zero_is_shut_not_nan() -> None:
 
 
 def narrower(value: Any) -> Any:
-    wrong = {"f": np.float64, "i": np.int32, "u": np.int8}[value.dtype.kind]
+    wrong = {"f": np.float64, "i": np.int16, "u": np.uint32}[value.dtype.kind]
     return value.astype(wrong)
 
 
