@@ -21,13 +21,13 @@ DEMO = ROOT / "examples" / "pystd-16m"
 CACHE = default_paths().cache / "bench"
 
 
-def full_shape(rank: int = 1) -> Path:
-    """A random stack of the 1.1B shape, 600 MB and more; seeded."""
-    name = f"full-rank{rank}"
+def full_shape() -> Path:
+    """A random stack of the 1.1B shape, 850 MB; seeded."""
+    name = "full"
     if not (CACHE / "library" / name).exists():
         (CACHE / "library").mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "ebbflow.daemon.library.synthetic", "tinyllama-1.1b"]
-        subprocess.run([*command, "--stack", CACHE / "library", "--name", name, "--rank", str(rank)], check=True)
+        subprocess.run([*command, "--stack", CACHE / "library", "--name", name], check=True)
     return CACHE / "library" / name
 
 

@@ -7,4 +7,11 @@ from __future__ import annotations
 
 from . import attention, elementwise, hadamard, matmul, planes, quantize
 
-KERNEL_FILES = (attention, elementwise, hadamard, matmul, planes, quantize)  # explicit signatures: importing them compiled them
+KERNEL_FILES = (
+    attention,
+    elementwise,
+    hadamard,
+    matmul,
+    planes,
+    quantize,
+)  # explicit signatures: importing them compiled them

@@ -33,7 +33,7 @@ def cgroup() -> Iterator[Limited]:
 @pytest.fixture
 def daemon(cgroup: Limited) -> Iterator[RealDaemon]:
     with real_daemon("--reserve", str(RESERVE), prefix=cgroup.prefix) as running:
-        write_random_stack(SHAPES["tinyllama-1.1b"], running.paths.library, "full", levels=4, rank=1)
+        write_random_stack(SHAPES["tinyllama-1.1b"], running.paths.library, "full", levels=3)
         yield running
 
 

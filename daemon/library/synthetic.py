@@ -41,6 +41,7 @@ def _make(options: argparse.Namespace) -> str:
         shape,
         options.stack,
         options.name or options.shape,
+        codec=options.codec,
         seed=options.seed,
         levels=options.levels,
         rank=options.rank,
@@ -55,8 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     kind.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="write a Hugging Face folder")
     kind.add_argument("--stack", type=Path, metavar="LIBRARY", help="write a model straight into a library")
     parser.add_argument("--name", help="the model's name in the library (the shape's, if not given)")
-    parser.add_argument("--levels", type=int, default=LEVELS)
-    parser.add_argument("--rank", type=int, help="rank of every block (by shape, if not given)")
+    parser.add_argument("--codec", choices=LEVELS, default="nested", help="of a model of the library")
+    parser.add_argument("--levels", type=int, help="as many as the codec's default, if not given")
+    parser.add_argument("--rank", type=int, help="rank of every block of bitstack (by shape, if not given)")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 

@@ -1,8 +1,8 @@
 """A random model of the library, written directly: valid in every byte, fast, one block in memory at a time.
 
-Signs are random bits; a level's factors are positive and near each other, so that its weights are about
-`+-0.02 / 2^level`, like a fresh network's. Each block is a function of (seed, tensor, level), made once for its hash
-and again for the file.
+Weights are about 0.02 in size, like a fresh network's. Planes are random bits with the codebook's levels; signs are
+random bits too, with factors positive and near each other, level l being about `+-0.02 / 2^l`. Each block is a function
+of (seed, tensor, level), made once for its hash and again for the file.
 """
 
 from __future__ import annotations
@@ -20,42 +20,70 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...formats.architecture import Architecture, weight_shapes, weight_uses
-from ...formats.kinds import payload_nbytes, words_per_row
+from ...formats.errors import InvalidRequest
+from ...formats.kinds import ROW_LEVELS, payload_nbytes, plane_depth, planes_nbytes, words_per_row
 from ...formats.manifest import STACK, Manifest, Source, write_manifest
 from ...formats.stack import BlockEntry, StackIndex, content_hash, prefix_edges, write_stack
 from .encode import layer_linears
 from .encode_bitstack import choose_levels, choose_rank
+from .encode_nested import choose_levels as choose_planes
+from .encode_nested import gaussian_codebook, level_dtype
 from .order import order_entries
 from .place import check_room, free_place, making
 from .synthetic_tokenizer import BOS, EOS, write_tokenizer
 
-LEVELS: Final = 4  # 661 MB for TinyLlama's shape
+LEVELS: Final = {"nested": 5, "bitstack": 4}  # 850 and 661 MB for TinyLlama's shape
 WEIGHT: Final = 0.02
 INT8_DEVIATION: Final = 73.3  # of uniform numbers in [-127, 127]
 
 
 def write_random_stack(
-    a: Architecture, library: Path, name: str, *, seed: int = 0, levels: int = LEVELS, rank: int | None = None
+    a: Architecture,
+    library: Path,
+    name: str,
+    *,
+    codec: str = "nested",
+    seed: int = 0,
+    levels: int | None = None,
+    rank: int | None = None,
 ) -> Manifest:
-    """Put a random model of shape `a` into the library.
+    """Put a random model of shape `a` into the library; `rank` is for `bitstack`.
 
-    Raises `InvalidName`, `InvalidRequest` (levels, rank), `ModelExists` or `DiskFull`.
+    Raises `InvalidName`, `InvalidRequest` (codec, levels, rank), `ModelExists` or `DiskFull`.
     """
-    place = free_place(library, name)
-    plain = list(_entries(a, choose_levels(levels), rank))
+    if codec not in LEVELS:
+        raise InvalidRequest(f"no codec {codec!r}; known: {', '.join(LEVELS)}")
+    place, levels = free_place(library, name), levels or LEVELS[codec]
+    plain = list(_planes(a, choose_planes(levels)) if codec == "nested" else _signs(a, choose_levels(levels), rank))
     check_room(library, prefix_edges(plain)[-1])
     entries = [msgspec.structs.replace(entry, hash=content_hash(_payload(entry, seed))) for entry in plain]
     index, _ = order_entries(a, entries, "gain")
     with making(place) as folder:
         write_stack(folder / STACK, index, lambda i: _payload(index.blocks[i], seed))
         write_tokenizer(folder, a.vocab)
-        manifest = _manifest(a, name, index, {"seed": seed, "levels": levels, "rank": rank or "by shape"})
+        options: dict[str, str | int | float] = {"seed": seed, "levels": levels}
+        if codec == "bitstack":
+            options["rank"] = rank or "by shape"
+        manifest = _manifest(a, name, codec, index, options)
         write_manifest(folder, manifest)
     return manifest
 
 
-def _entries(a: Architecture, levels: int, rank: int | None) -> Iterator[BlockEntry]:
+def _planes(a: Architecture, levels: int) -> Iterator[BlockEntry]:
     """Every block in network order, without hashes; gains fall by a factor of four from level to level."""
+    shapes = weight_shapes(a)
+    total = sum(prod(shape) for shape in shapes.values())
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            yield _entry(a, "dense", name, 0, shape, 0.0, dtype="bf16")
+            continue
+        for level in range(levels):
+            dtype = level_dtype(shape[1], level)
+            yield _entry(a, "plane", name, level, shape, prod(shape) / total / 4**level, dtype=dtype)
+
+
+def _signs(a: Architecture, levels: int, rank: int | None) -> Iterator[BlockEntry]:
+    """The same; embedding and head are int8."""
     linears = layer_linears(a)
     total = sum(prod(shape) for shape in linears.values())
     for name, shape in weight_shapes(a).items():
@@ -83,7 +111,7 @@ def _entry(
         tensor=name,
         level=level,
         shape=shape,
-        nbytes=payload_nbytes(kind, shape, dtype=dtype, rank=rank),
+        nbytes=payload_nbytes(kind, shape, dtype=dtype, rank=rank, level=level),
         gain=gain,
         hash="",
         uses=weight_uses(a, name),
@@ -95,7 +123,9 @@ def _entry(
 def _payload(entry: BlockEntry, seed: int) -> bytes:
     generator = np.random.default_rng([seed, zlib.crc32(entry.tensor.encode()), entry.level])
     if entry.kind == "signs":
-        return _signs(entry, generator)
+        return _signs_payload(entry, generator)
+    if entry.kind == "plane":
+        return _plane_payload(entry, generator)
     if entry.dtype == "i8":
         scales = np.full(entry.shape[0], WEIGHT / INT8_DEVIATION, "<f4")
         return scales.tobytes() + generator.integers(-127, 128, entry.shape, np.int8).tobytes()
@@ -103,25 +133,42 @@ def _payload(entry: BlockEntry, seed: int) -> bytes:
     return bytes((np.full(entry.shape, value, "<f4").view("<u4") >> 16).astype("<u2").tobytes())
 
 
-def _signs(entry: BlockEntry, generator: np.random.Generator) -> bytes:
+def _signs_payload(entry: BlockEntry, generator: np.random.Generator) -> bytes:
     m, n = entry.shape
-    words: NDArray[np.uint64] = np.frombuffer(generator.bytes(8 * m * words_per_row(n)), "<u8").reshape(m, -1)
+    typical = (WEIGHT / 2**entry.level / entry.rank) ** 0.5
+    factors = generator.uniform(0.5 * typical, 1.5 * typical, entry.rank * (m + n)).astype("<f2")
+    return _bits(8 * m * words_per_row(n), n, generator) + factors.tobytes()
+
+
+def _plane_payload(entry: BlockEntry, generator: np.random.Generator) -> bytes:
+    (m, n), depth = entry.shape, plane_depth(entry.level)
+    curve = gaussian_codebook(depth)[1 << depth :]
+    levels = np.rint(curve / np.abs(curve).max() * 127).astype(np.int8)
+    scale = np.full(m, WEIGHT * np.abs(curve).max() / 127, "<f4")
+    rows = m if entry.dtype == ROW_LEVELS else 1
+    stored = (scale.view("<u4") >> 16).astype("<u2").tobytes() + np.tile(levels, rows).tobytes()
+    return _bits(planes_nbytes(m, n, entry.level), n, generator) + stored
+
+
+def _bits(nbytes: int, n: int, generator: np.random.Generator) -> bytes:
+    """Random rows of n bits, each in whole words."""
+    words: NDArray[np.uint64] = np.frombuffer(generator.bytes(nbytes), "<u8").reshape(-1, words_per_row(n))
     if n % 64:
         words = words.copy()
         words[:, -1] &= np.uint64((1 << n % 64) - 1)
-    typical = (WEIGHT / 2**entry.level / entry.rank) ** 0.5
-    factors = generator.uniform(0.5 * typical, 1.5 * typical, entry.rank * (m + n)).astype("<f2")
-    return words.tobytes() + factors.tobytes()
+    return words.tobytes()
 
 
-def _manifest(a: Architecture, name: str, index: StackIndex, options: dict[str, str | int | float]) -> Manifest:
+def _manifest(
+    a: Architecture, name: str, codec: str, index: StackIndex, options: dict[str, str | int | float]
+) -> Manifest:
     edges = prefix_edges(index.blocks)
     hashes = "".join(entry.hash for entry in index.blocks)
     return Manifest(
         name=name,
         architecture=a,
         source=Source("synthetic", hashlib.blake2b(hashes.encode(), digest_size=16).hexdigest()),
-        codec="bitstack",
+        codec=codec,
         options=options,
         nbytes=edges[-1],
         base_nbytes=edges[index.base],
