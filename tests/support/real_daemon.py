@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from ebbflow.client import Client, Lease
 from ebbflow.client.launch import answers
 from ebbflow.formats.paths import Paths, home_paths
 
-KERNELS = Path(tempfile.gettempdir()) / "ebbflow-test-kernels"  # compiled once for all daemons of the suite
+# Compiled once for all daemons of the suite; another checkout's kernels would push these out.
+KERNELS = Path(tempfile.gettempdir()) / f"ebbflow-test-kernels-{zlib.crc32(__file__.encode()):08x}"
 
 
 @dataclass
