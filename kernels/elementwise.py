@@ -11,16 +11,40 @@ from numpy.typing import NDArray
 F32 = NDArray[np.float32]
 
 
+@njit(nogil=True)
+def norm_row(x: F32, weight: F32, eps: float, y: F32) -> None:
+    """One row of what `rms_norm` documents."""
+    total = 0.0
+    for j in range(x.shape[0]):
+        total += np.float64(x[j]) * np.float64(x[j])
+    scale = np.float32(1.0 / math.sqrt(total / x.shape[0] + eps))
+    for j in range(x.shape[0]):
+        y[j] = x[j] * scale * weight[j]
+
+
+@njit(nogil=True)
+def gate_row(gate: F32, up: F32, y: F32) -> None:
+    """One row of what `gated` documents."""
+    for j in range(gate.shape[0]):
+        value = gate[j]
+        y[j] = value / (np.float32(1) + math.exp(-value)) * up[j]
+
+
+@njit(nogil=True)
+def turn_head(x: F32, cosine: F32, sine: F32, y: F32) -> None:
+    """Rotary embedding of one head `x [e]`, by `cosine`, `sine [e / 2]`; `y` may be `x`."""
+    half = x.shape[0] // 2
+    for j in range(half):
+        a, b = x[j], x[j + half]
+        y[j] = a * cosine[j] - b * sine[j]
+        y[j + half] = b * cosine[j] + a * sine[j]
+
+
 @njit("void(f4[:,::1],f4[::1],f8,f4[:,::1])", nogil=True, cache=True)
 def rms_norm(x: F32, weight: F32, eps: float, y: F32) -> None:
     """`y = x / sqrt(mean(x^2) + eps) * weight` for every row of `x [rows, n]`; sums are float64, in column order."""
     for i in range(x.shape[0]):
-        total = 0.0
-        for j in range(x.shape[1]):
-            total += np.float64(x[i, j]) * np.float64(x[i, j])
-        scale = np.float32(1.0 / math.sqrt(total / x.shape[1] + eps))
-        for j in range(x.shape[1]):
-            y[i, j] = x[i, j] * scale * weight[j]
+        norm_row(x[i], weight, eps, y[i])
 
 
 def reference_rms_norm(x: F32, weight: F32, eps: float, y: F32) -> None:
@@ -32,9 +56,7 @@ def reference_rms_norm(x: F32, weight: F32, eps: float, y: F32) -> None:
 def gated(gate: F32, up: F32, y: F32) -> None:
     """`y = silu(gate) * up`, all `[T, f]`."""
     for i in range(gate.shape[0]):
-        for j in range(gate.shape[1]):
-            value = gate[i, j]
-            y[i, j] = value / (np.float32(1) + math.exp(-value)) * up[i, j]
+        gate_row(gate[i], up[i], y[i])
 
 
 def reference_gated(gate: F32, up: F32, y: F32) -> None:
@@ -49,14 +71,9 @@ def rotate(x: F32, positions: NDArray[np.int64], cosine: F32, sine: F32, y: F32)
 
     Pairs are (j, j + e / 2).
     """
-    half = x.shape[2] // 2
     for t in range(x.shape[0]):
-        at = positions[t]
         for h in range(x.shape[1]):
-            for j in range(half):
-                a, b = x[t, h, j], x[t, h, j + half]
-                y[t, h, j] = a * cosine[at, j] - b * sine[at, j]
-                y[t, h, j + half] = b * cosine[at, j] + a * sine[at, j]
+            turn_head(x[t, h], cosine[positions[t]], sine[positions[t]], y[t, h])
 
 
 def reference_rotate(x: F32, positions: NDArray[np.int64], cosine: F32, sine: F32, y: F32) -> None:

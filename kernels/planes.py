@@ -50,11 +50,13 @@ I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
 
 
+@njit(nogil=True)
 def padded(n: int) -> int:
     """Bytes of one token of n columns."""
     return -(-n // COLUMNS) * COLUMNS
 
 
+@njit(nogil=True)
 def level_stride(n: int) -> int:
     """Bytes from one decoded row to the next: not a multiple of 4096, or stores and loads would look alike."""
     return padded(n) + 64
@@ -356,6 +358,61 @@ def _portable_dot(
         out[i] = partials[0]
 
 
+@njit(nogil=True)
+def multiply_rows(
+    instructions: int,
+    stored: U8,
+    blocks: I64,
+    m: int,
+    n: int,
+    first: int,
+    stop: int,
+    x: NDArray[np.int8],
+    scales: F32,
+    corrections: NDArray[np.int32],
+    w: U8,
+    bias: F32,
+    y: F32,
+    at: int,
+    add: bool,
+) -> None:
+    """Rows `[first, stop)` of what `multiply_planes` documents, W `[m, n]`, into `y [T, at + row]`, or added to it.
+
+    `bias` is `[m]` or empty; `w [ROWS, level_stride(n)]` is scratch.
+    """
+    words, depth = -(-n // 64), blocks.shape[0] + BASE_PLANES - 1
+    tile = TILES[instructions]
+    kind, last = blocks[-1, 0], blocks[-1, 1] + 8 * m * words * (BASE_PLANES if blocks.shape[0] == 1 else 1)
+    halves = stored.view(np.uint16)
+    step = (1 << depth) if kind == PLANE else 0
+    out, sums, partials = np.empty(4 * ROWS, np.float32), np.empty(SUMS, np.int32), np.empty(SUMS, np.float32)
+    planes = np.empty(depth, np.int64)
+    for begin in range(first, stop, ROWS):
+        rows = min(ROWS, stop - begin)
+        for p in range(depth):
+            planes[p] = blocks[max(0, p - 1), 1] + 8 * words * (begin + (m if p == 1 else 0))
+        levels = last + 2 * m + begin * step
+        if instructions == PORTABLE:
+            _portable_decode(stored, planes, words, levels, step, rows, w)
+        else:
+            _decode(instructions, stored, planes, depth, words, levels, step, rows, w)
+        t = 0
+        while t < x.shape[0]:
+            count = tile if t + tile <= x.shape[0] else 1
+            if instructions == PORTABLE:
+                _portable_dot(w, x, t, scales, sums, partials, out)
+            else:
+                _dot(instructions, count, w, x, t, scales, corrections, out)
+            for i in range(rows):
+                scale = bf16_to_float(halves[last // 2 + begin + i])
+                for s in range(count):
+                    value = out[s * ROWS + i] * scale
+                    if bias.shape[0]:
+                        value += bias[begin + i]
+                    y[t + s, at + begin + i] = y[t + s, at + begin + i] + value if add else value
+            t += count
+
+
 @njit(
     "void(i8,u1[::1],i8[:,::1],i8,i1[:,::1],f4[:,::1],i4[:,::1],u1[:,:,::1],f4[:,::1])",
     nogil=True,
@@ -380,36 +437,8 @@ def multiply_planes(
     are shared out over its chunks. Scratch and `x` are fastest where each row of 64 bytes is a cache line.
     """
     m, chunks = y.shape[1], scratch.shape[0]
-    words, depth = -(-n // 64), blocks.shape[0] + BASE_PLANES - 1
     share = -(-m // (chunks * ROWS)) * ROWS
-    tile = TILES[instructions]
-    kind, last = blocks[-1, 0], blocks[-1, 1] + 8 * m * words * (BASE_PLANES if blocks.shape[0] == 1 else 1)
-    halves = stored.view(np.uint16)
+    none = np.empty(0, np.float32)
     for chunk in prange(chunks):
-        w = scratch[chunk]
-        out, step = np.empty(8 * ROWS, np.float32), (1 << depth) if kind == PLANE else 0
-        sums, partials = np.empty(SUMS, np.int32), np.empty(SUMS, np.float32)
-        starts, planes = np.empty(depth, np.int64), np.empty(depth, np.int64)
-        for p in range(depth):
-            starts[p] = blocks[max(0, p - 1), 1] + (8 * m * words if p == 1 else 0)
-        for first in range(chunk * share, min(m, (chunk + 1) * share), ROWS):
-            rows = min(ROWS, m - first)
-            for p in range(depth):
-                planes[p] = starts[p] + 8 * first * words
-            levels = last + 2 * m + first * step
-            if instructions == PORTABLE:
-                _portable_decode(stored, planes, words, levels, step, rows, w)
-            else:
-                _decode(instructions, stored, planes, depth, words, levels, step, rows, w)
-            t = 0
-            while t < x.shape[0]:
-                count = tile if t + tile <= x.shape[0] else 1
-                if instructions == PORTABLE:
-                    _portable_dot(w, x, t, scales, sums, partials, out)
-                else:
-                    _dot(instructions, count, w, x, t, scales, corrections, out)
-                for i in range(rows):
-                    scale = bf16_to_float(halves[last // 2 + first + i])
-                    for s in range(count):
-                        y[t + s, first + i] = out[s * ROWS + i] * scale
-                t += count
+        first, stop, w = chunk * share, min(m, (chunk + 1) * share), scratch[chunk]
+        multiply_rows(instructions, stored, blocks, m, n, first, stop, x, scales, corrections, w, none, y, 0, False)

@@ -95,6 +95,39 @@ def _plain_round(row: F32, at: int, factor: float, q: NDArray[np.int8], t: int, 
 _round_group: Any = _plain_round if JIT_OFF else intrinsic(_typed_round)
 
 
+@njit(nogil=True)
+def quantize_row(
+    x: F32,
+    signs: F32,
+    sizes: NDArray[np.int64],
+    row: F32,
+    t: int,
+    q: NDArray[np.int8],
+    scales: F32,
+    corrections: NDArray[np.int32],
+) -> None:
+    """Token t of what `quantize_inputs` documents, from `x [n]`; `row [padded(n)]` is scratch, zero past n."""
+    rotate_row(x, signs, sizes, row)
+    for at in range(0, q.shape[1], GROUP):
+        bits = row[at : at + GROUP].view(np.int32)
+        top = np.int32(0)
+        for j in range(GROUP):
+            top = max(top, bits[j] & np.int32(0x7FFFFFFF))
+        scale, factor = np.float32(np.nan), np.float32(0)
+        if top >= np.int32(_INFINITY):
+            row[at : at + GROUP] = 0
+        else:
+            largest = np.int32(top).view(np.float32)  # positive floats are in the order of their bits
+            scale = largest / np.float32(LARGEST)
+            if largest < np.float32(LEAST):
+                scale = np.float32(0)
+            else:
+                factor = np.float32(LARGEST) / largest
+        first = at // GROUP * (SUMS // 2)
+        scales[t, first : first + SUMS // 2] = scale
+        _round_group(row, at, factor, q, t, corrections)
+
+
 @njit("void(f4[:,::1],f4[::1],i8[::1],i1[:,::1],f4[:,::1],i4[:,::1])", nogil=True, cache=True)
 def quantize_inputs(
     x: F32, signs: F32, sizes: NDArray[np.int64], q: NDArray[np.int8], scales: F32, corrections: NDArray[np.int32]
@@ -105,30 +138,9 @@ def quantize_inputs(
     padded(n) / 32]` hold, for each of the 16 sums of 512 columns, the scale of its group, and -128 times the sum of its
     bytes (what is too much when levels are raised by 128). A group that holds NaN or infinity has NaN for its scale.
     """
-    width = q.shape[1]
-    row = np.zeros(width, np.float32)
+    row = np.zeros(q.shape[1], np.float32)
     for t in range(x.shape[0]):
-        rotate_row(x[t], signs, sizes, row)
-        for at in range(0, width, GROUP):
-            bits = row[at : at + GROUP].view(np.int32)
-            top = np.int32(0)
-            for j in range(GROUP):
-                top = max(top, bits[j] & np.int32(0x7FFFFFFF))
-            scale, factor = np.float32(np.nan), np.float32(0)
-            if top >= np.int32(_INFINITY):
-                row[at : at + GROUP] = 0
-            else:
-                largest = np.float32(0)
-                for j in range(GROUP):
-                    largest = max(largest, abs(row[at + j]))
-                scale = largest / np.float32(LARGEST)
-                if largest < np.float32(LEAST):
-                    scale = np.float32(0)
-                else:
-                    factor = np.float32(LARGEST) / largest
-            first = at // GROUP * (SUMS // 2)
-            scales[t, first : first + SUMS // 2] = scale
-            _round_group(row, at, factor, q, t, corrections)
+        quantize_row(x[t], signs, sizes, row, t, q, scales, corrections)
 
 
 def reference_quantize_inputs(

@@ -14,12 +14,14 @@ from typing import Any, Final
 from ...formats.errors import Cancelled, CorruptFile, EbbflowError, PromptTooLong
 from ...formats.manifest import Manifest
 from ...formats.messages import Chunk, Failed, Finished, Generate, Started, failure
+from .batch import Batch
 from .kv import KvCache
 from .pace import Pace
 from .sampler import sample
 from .scheduler import Piece, Scheduler, Sequence
-from .serving import Batch, Weights, serve
+from .serving import ServingNetwork
 from .tokenizer import TextStream, Tokenizer
+from .weights import Weights
 
 _MOST_PER_TOKEN: Final = 128  # characters; the longest tokens in use are runs of so many spaces
 
@@ -53,7 +55,7 @@ class Engine:
     ) -> None:
         self._manifest, self._clock = manifest, clock
         self._tokenizer = Tokenizer(folder, manifest.bos)
-        self._network: Any = serve(manifest.architecture, weights, threads)
+        self._network = ServingNetwork(manifest.architecture, weights, threads)
         self._threads = threads
         self._kv = KvCache(manifest.architecture)
         self._jobs: dict[int, _Job] = {}
@@ -138,9 +140,8 @@ class Engine:
     def _forward(self, pieces: list[Piece]) -> Any:
         """Logits `[pieces that sample, v]`."""
         batch = Batch(pieces, self._kv.array, self._manifest.architecture, self._threads)
-        hidden = self._network.forward(batch.tokens, batch)
         rows = [int(last) for last, piece in zip(batch.last, pieces, strict=True) if piece.samples]
-        return self._network.head(hidden[rows]) if rows else ()
+        return self._network.logits(batch, rows)
 
     def _take(self, job: _Job, logits: Any) -> list[EngineEvent]:
         """Sample one token for a request; its text, and its end if this was it."""

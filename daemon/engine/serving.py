@@ -1,16 +1,13 @@
 """The forward pass for serving: numba kernels over resident blocks and KV blocks. Neither torch nor BLAS.
 
-`Batch` is one step's tokens; `serve` builds a `Network` whose linears read whatever prefix of the stack is resident
-at the moment they are called.
+`ServingNetwork` computes with whatever prefix of the stack is resident when it is called: a whole step in one program
+(`steps`), or operation by operation, as `Network` describes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
-from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +15,7 @@ from numpy.typing import NDArray
 from ...formats.architecture import Architecture, weight_shapes
 from ...formats.blocks import rotation_signs, unpack_dense
 from ...formats.kinds import rotation_blocks
-from ...formats.stack import BlockEntry
-from ...kernels.attention import attend, store_kv
-from ...kernels.elementwise import add, gated, rms_norm, rotate
+from ...kernels.elementwise import add, gated, rms_norm
 from ...kernels.hadamard import rotate_inputs, unrotate_rows
 from ...kernels.instructions import choose
 from ...kernels.matmul import matmul, row_stride, take_rows
@@ -28,32 +23,14 @@ from ...kernels.planes import level_stride, multiply_planes
 from ...kernels.planes import padded as padded_bytes
 from ...kernels.quantize import quantize_inputs
 from ...kernels.rows import PLANE, ROWS
+from .batch import CHUNKS_PER_THREAD, Batch
 from .network import Linear, Network, build_layer
-from .rotary import rotary_frequencies
-from .scheduler import Piece
+from .program import build_program
+from .steps import Steps
+from .weights import Weights, lines
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
-
-_CHUNKS_PER_THREAD: Final = 2
-_LINE: Final = 64  # bytes of a cache line, and of the widest vector
-
-
-class Weights(Protocol):
-    """The resident prefix of a stack (`worker/resident`)."""
-
-    @property
-    def stored(self) -> NDArray[np.uint16]:
-        """All resident bytes."""
-        ...
-
-    def table(self, tensor: str) -> I64:
-        """A tensor's resident blocks."""
-        ...
-
-    def payload(self, tensor: str) -> tuple[BlockEntry, NDArray[np.uint8]]:
-        """A vector's only block."""
-        ...
 
 
 class ServingOps:
@@ -87,14 +64,6 @@ def padded_width(n: int) -> int:
     return -(-n // 64) * 64
 
 
-def _lines(shape: tuple[int, ...], dtype: type) -> NDArray[Any]:
-    """Zeros that begin at a cache line, which vector loads then do not straddle."""
-    nbytes = prod(shape) * np.dtype(dtype).itemsize
-    raw = np.zeros(nbytes + _LINE, np.uint8)
-    start = -raw.ctypes.data % _LINE
-    return raw[start : start + nbytes].view(dtype).reshape(shape)
-
-
 @dataclass(frozen=True)
 class Quantized:
     """Tokens as `kernels/planes` wants them, for inputs of n columns: `q [T, p]`, the others `[T, p / 32]`."""
@@ -108,7 +77,7 @@ class Inputs:
     """What linears of one width do with their inputs. Those that read the same one in turn share what was computed."""
 
     def __init__(self, n: int, threads: int) -> None:
-        self._n, self._chunks = n, threads * _CHUNKS_PER_THREAD
+        self._n, self._chunks = n, threads * CHUNKS_PER_THREAD
         self._signs, self._sizes = rotation_signs(n), np.array(rotation_blocks(n), np.int64)
         self._of: F32 | None = None
         self._as: F32 | Quantized | None = None
@@ -121,7 +90,7 @@ class Inputs:
     @cached_property
     def levels(self) -> NDArray[np.uint8]:
         """Scratch of `multiply_planes`: `[chunks, ROWS, level_stride(n)]`."""
-        return _lines((self._chunks, ROWS, level_stride(self._n)), np.uint8)
+        return lines((self._chunks, ROWS, level_stride(self._n)), np.uint8)
 
     def quantized(self, x: F32) -> Quantized:
         """`x [T, n]` rotated and in bytes. `x` must not change while it is in use."""
@@ -130,9 +99,9 @@ class Inputs:
             self._of, self._as = (
                 x,
                 Quantized(
-                    _lines((tokens, p), np.int8),
-                    _lines((tokens, p // 32), np.float32),
-                    _lines((tokens, p // 32), np.int32),
+                    lines((tokens, p), np.int8),
+                    lines((tokens, p // 32), np.float32),
+                    lines((tokens, p // 32), np.int32),
                 ),
             )
             quantize_inputs(x, self._signs, self._sizes, self._as.q, self._as.scales, self._as.corrections)
@@ -199,72 +168,50 @@ def _rotated(table: I64) -> bool:
     return len(table) > 0 and bool(table[0, 0] >= PLANE)
 
 
-class Batch:
-    """The tokens of one step, and attention over the sequences they belong to.
+class ServingNetwork:
+    """The forward pass over resident blocks; the base of the stack must be resident already.
 
-    Rotary sines are taken for this step's positions only: a table for a long context would hold hundreds of megabytes.
+    Planes are multiplied with inputs rounded to bytes, a whole step in one compiled program. Where there are others
+    than planes, or if `exact` (inputs stay floats), operations run one by one.
     """
 
-    def __init__(self, pieces: Rows[Piece], kv: F32, a: Architecture, threads: int) -> None:
-        counts = [piece.count for piece in pieces]
-        self.tokens: I64 = np.concatenate(
-            [np.array(p.sequence.tokens[p.start : p.start + p.count], np.int64) for p in pieces]
+    def __init__(self, a: Architecture, weights: Weights, threads: int, exact: bool = False) -> None:
+        self._a, self._weights, self._threads = a, weights, threads
+        self._shared, self._shapes = Shared(threads, exact), weight_shapes(a)
+        self.network = Network(
+            architecture=a,
+            ops=ServingOps(),
+            embed=self._embed,
+            layers=tuple(build_layer(a, index, self._vector, self._linear) for index in range(a.layers)),
+            final_norm=self._vector("final_norm"),
+            head=self._linear("embed" if a.tied else "head", None),
         )
-        self._positions: I64 = np.concatenate([np.arange(p.start, p.start + p.count, dtype=np.int64) for p in pieces])
-        self._sequence: I64 = np.repeat(np.arange(len(pieces), dtype=np.int64), counts)
-        self._tables: I64 = np.zeros((len(pieces), max(len(p.sequence.blocks) for p in pieces)), np.int64)
-        for row, piece in enumerate(pieces):
-            self._tables[row, : len(piece.sequence.blocks)] = piece.sequence.blocks
-        self.last: I64 = np.cumsum(counts) - 1
-        self._kv, self._window = kv, a.window or 0
-        angles = np.outer(self._positions, rotary_frequencies(a))
-        self._cosine, self._sine = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-        self._rows = np.arange(len(self.tokens))
-        longest = int(self._positions.max()) + 1
-        self._scores: F32 = np.empty((threads * _CHUNKS_PER_THREAD, longest), np.float32)
+        matrices = [name for name, shape in self._shapes.items() if len(shape) > 1]
+        whole = not exact and all(_rotated(weights.table(name)) for name in matrices)
+        self._steps = (
+            Steps(build_program(a, self._vector), weights, threads, self._shared.instructions) if whole else None
+        )
 
-    def rotate(self, x: F32) -> F32:
-        """Rotary embedding at this step's positions."""
-        y = np.empty_like(x)
-        rotate(x, self._rows, self._cosine, self._sine, y)
-        return y
+    def logits(self, batch: Batch, rows: list[int]) -> F32:
+        """Logits `[len(rows), v]` of some of a step's tokens; all of them get their keys and values stored."""
+        hidden = self._embed(batch.tokens)
+        if self._steps is not None:
+            return self._steps.run(self._a, batch, hidden, np.array(rows, np.int64))
+        hidden = self.network.forward(batch.tokens, batch)
+        return self.network.head(hidden[rows]) if rows else np.empty((0, self._a.vocab), np.float32)
 
-    def attend(self, layer: int, q: F32, k: F32, v: F32) -> F32:
-        """Store this step's keys and values, then attend."""
-        store_kv(self._kv, layer, self._tables, self._sequence, self._positions, k, v)
-        y = np.empty((q.shape[0], q.shape[1] * q.shape[2]), np.float32)
-        attend(self._kv, layer, self._tables, self._sequence, self._positions, q, self._window, self._scores, y)
-        return y
-
-
-def serve(a: Architecture, weights: Weights, threads: int, exact: bool = False) -> Network[F32]:
-    """A network over resident blocks; the base of the stack must be resident already.
-
-    Planes are multiplied with inputs rounded to bytes; if `exact`, with floats, slowly.
-    """
-    shared, shapes = Shared(threads, exact), weight_shapes(a)
-
-    def vector(name: str) -> F32:
-        entry, payload = weights.payload(name)
+    def _vector(self, name: str) -> F32:
+        entry, payload = self._weights.payload(name)
         return unpack_dense(payload[: entry.nbytes].tobytes(), entry.shape, entry.dtype)
 
-    def linear(name: str, bias: str | None) -> Linear[F32]:
-        m, n = shapes[name]
-        return ResidentLinear(weights, name, (m, n), vector(bias) if bias else None, shared)
+    def _linear(self, name: str, bias: str | None) -> Linear[F32]:
+        m, n = self._shapes[name]
+        return ResidentLinear(self._weights, name, (m, n), self._vector(bias) if bias else None, self._shared)
 
-    def embed(tokens: I64) -> F32:
-        y = np.empty((tokens.shape[0], a.hidden), np.float32)
-        table = weights.table("embed")
-        take_rows(weights.stored, table, a.vocab, tokens, y)
+    def _embed(self, tokens: I64) -> F32:
+        y = np.empty((tokens.shape[0], self._a.hidden), np.float32)
+        table = self._weights.table("embed")
+        take_rows(self._weights.stored, table, self._a.vocab, tokens, y)
         if _rotated(table):
-            shared.inputs(a.hidden).rotate_back(y)
+            self._shared.inputs(self._a.hidden).rotate_back(y)
         return y
-
-    return Network(
-        architecture=a,
-        ops=ServingOps(),
-        embed=embed,
-        layers=tuple(build_layer(a, index, vector, linear) for index in range(a.layers)),
-        final_norm=vector("final_norm"),
-        head=linear("embed" if a.tied else "head", None),
-    )

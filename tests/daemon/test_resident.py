@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ebbflow.daemon.engine.batch import Batch
 from ebbflow.daemon.engine.kv import KvCache
 from ebbflow.daemon.engine.scheduler import Piece, Sequence
-from ebbflow.daemon.engine.serving import Batch, serve
+from ebbflow.daemon.engine.serving import ServingNetwork
 from ebbflow.daemon.worker.resident import READ_NBYTES, Resident
 from ebbflow.formats.errors import BadBlock, CorruptStack, TruncatedStack
 from ebbflow.formats.manifest import STACK
@@ -89,12 +90,12 @@ def test_any_way_to_an_edge_gives_what_a_fresh_load_gives(
 
 def test_a_network_built_at_the_base_uses_what_arrives_later(folder: Path, expected: dict[int, Any]) -> None:
     resident = load(folder, 21)
-    network, kv = serve(TINY, resident, threads=1), KvCache(TINY)
+    network, kv = ServingNetwork(TINY, resident, threads=1), KvCache(TINY)
     for depth in (21, 49, 30, 35, 21):
         move(resident, depth)
         sequence = Sequence(0, TOKENS, len(TOKENS), blocks=kv.allocate(1))
         batch = Batch([Piece(sequence, 0, len(TOKENS))], kv.array, TINY, 1)
-        np.testing.assert_array_equal(network.head(network.forward(batch.tokens, batch)), expected[depth])
+        np.testing.assert_array_equal(network.logits(batch, list(range(len(TOKENS)))), expected[depth])
         kv.free(sequence.blocks)
 
 

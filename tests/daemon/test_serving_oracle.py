@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from ebbflow.daemon.engine.batch import Batch
 from ebbflow.daemon.engine.kv import KvCache
 from ebbflow.daemon.engine.scheduler import Piece, Sequence
-from ebbflow.daemon.engine.serving import Batch, serve
+from ebbflow.daemon.engine.serving import ServingNetwork
 from ebbflow.daemon.worker.resident import Resident
 from ebbflow.formats.checkpoint import open_checkpoint
 from ebbflow.formats.manifest import STACK
@@ -31,14 +32,14 @@ def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     resident = Resident(read_stack(folder / STACK))
     while resident.blocks < resident.stack.base:
         resident.grow(resident.stack.base)
-    network = serve(a, resident, threads=2)
+    network = ServingNetwork(a, resident, threads=2)
     tokens = np.random.default_rng(0).integers(0, a.vocab, 41).tolist()
     kv = KvCache(a)
     sequence = Sequence(0, tokens, len(tokens), blocks=kv.allocate(2))
     logits = []
     for start, count in ((0, 1), (1, 37), (38, 3)):  # in uneven pieces, across a KV block's edge
         batch = Batch([Piece(sequence, start, count)], kv.array, a, 2)
-        logits.append(network.head(network.forward(batch.tokens, batch)))
+        logits.append(network.logits(batch, list(range(count))))
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     with torch.no_grad():
         expected = model(torch.tensor([tokens])).logits[0].numpy()

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ebbflow.daemon.engine.batch import Batch
 from ebbflow.daemon.engine.kv import KvCache, blocks_for
 from ebbflow.daemon.engine.scheduler import Piece, Sequence
-from ebbflow.daemon.engine.serving import Batch, serve
+from ebbflow.daemon.engine.serving import ServingNetwork
 from ebbflow.daemon.worker.resident import Resident
 from ebbflow.formats.architecture import Architecture
 from ebbflow.formats.manifest import STACK
@@ -37,10 +38,10 @@ def move(resident: Resident, blocks: int) -> None:
 
 def logits(resident: Resident, tokens: list[int], a: Architecture = TINY, exact: bool = False) -> NDArray[np.float32]:
     """Logits `[T, v]` of a sequence, by the resident prefix."""
-    network, kv = serve(a, resident, 2, exact), KvCache(a)
+    network, kv = ServingNetwork(a, resident, 2, exact), KvCache(a)
     sequence = Sequence(0, tokens, len(tokens), blocks=kv.allocate(blocks_for(len(tokens))))
     batch = Batch([Piece(sequence, 0, len(tokens))], kv.array, a, 2)
-    return network.head(network.forward(batch.tokens, batch))
+    return network.logits(batch, list(range(len(tokens))))
 
 
 def run_child(module: str, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,95 @@
+"""Whole steps by `kernels/step`: the program, the tables of resident blocks, the work space."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...formats.architecture import Architecture
+from ...formats.kinds import BASE_PLANES, MAX_DEPTH
+from ...kernels.planes import level_stride
+from ...kernels.planes import padded as padded_bytes
+from ...kernels.rows import ROWS
+from ...kernels.step import run_step
+from ...kernels.team import counters_for
+from ...kernels.threads import thread_count
+from .batch import Batch
+from .program import Program
+from .weights import Weights, lines
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+
+
+class Steps:
+    """Runs `kernels/step` over the resident blocks; keeps its work space."""
+
+    def __init__(self, program: Program, weights: Weights, threads: int, instructions: int) -> None:
+        self._program, self._weights, self._instructions = program, weights, instructions
+        self._shapes = program.shapes.copy()
+        self._blocks = np.zeros((len(program.names), MAX_DEPTH - BASE_PLANES + 1, 3), np.int64)
+        self._edge = -1
+        widest = int(program.shapes[:, 1].max())
+        self._padded = padded_bytes(widest)
+        self._levels = lines((threads, ROWS * level_stride(widest)), np.uint8)
+        self._rows = lines((threads, 2, self._padded), np.float32)
+        self._counters = counters_for(len(program.phases))
+        self._space: tuple[NDArray[Any], ...] = ()
+
+    def run(self, a: Architecture, batch: Batch, hidden: F32, wanted: I64) -> F32:
+        """Embedded tokens `[T, d]`, used up -> logits of the tokens `wanted`."""
+        self._follow_edge()
+        tokens = hidden.shape[0]
+        if not self._space or len(self._space[0]) < tokens:
+            wide, narrow = a.heads * a.head_dim, a.kv_heads * a.head_dim
+            self._space = (
+                *(lines((tokens, n), np.float32) for n in (wide + 2 * narrow, wide, 2 * a.intermediate)),
+                lines((tokens * self._padded,), np.int8),
+                *(lines((tokens * self._padded // 32,), kind) for kind in (np.float32, np.int32)),
+            )
+        heads, mixed, gates, q, scales, corrections = self._space
+        logits = np.empty((len(wanted), a.vocab), np.float32)
+        self._counters[:] = 0
+        run_step(
+            min(thread_count(), len(self._levels)),
+            self._instructions,
+            self._program.phases,
+            a.norm_eps,
+            batch.window,
+            self._weights.stored.view(np.uint8),
+            self._shapes,
+            self._blocks,
+            self._program.vectors,
+            self._program.signs,
+            self._program.sizes,
+            hidden,
+            heads[:tokens],
+            mixed[:tokens],
+            gates[:tokens],
+            logits,
+            wanted,
+            q,
+            scales,
+            corrections,
+            batch.kv,
+            batch.tables,
+            batch.sequence,
+            batch.positions,
+            batch.cosine,
+            batch.sine,
+            self._levels,
+            self._rows,
+            self._counters,
+        )
+        return logits
+
+    def _follow_edge(self) -> None:
+        if self._edge == self._weights.blocks:
+            return
+        for place, name in enumerate(self._program.names):
+            table = self._weights.table(name)
+            self._shapes[place, 2] = len(table)
+            self._blocks[place, : len(table)] = table
+        self._edge = self._weights.blocks

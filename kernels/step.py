@@ -1,0 +1,277 @@
+"""A whole step of a network made of planes, in one parallel region: from embedded tokens to logits.
+
+A step is a program of phases, one row of integers each, that `daemon/engine/program` makes of a network's description;
+what a phase does is below. Threads claim shares of a phase and wait for each other at its end (`team`): a parallel
+region for every matrix would cost 0.2 ms each on a virtual machine, more than the matrix.
+
+Every number comes from the same functions, in the same order, as in the kernels of single operations, so that the two
+ways to compute a step give the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from numba import njit, prange
+from numpy.typing import NDArray
+
+from .attention import KV_TYPE, attend_unit, store_token
+from .elementwise import gate_row, norm_row, turn_head
+from .planes import level_stride, multiply_rows, padded
+from .quantize import quantize_row
+from .rows import ROWS
+from .team import claim, finish
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+U8 = NDArray[np.uint8]
+
+# What a phase does with its fields. `width` numbers the network's input widths: 0 hidden, 1 heads * e, 2 intermediate.
+NORM: Final = 0  # rounds the norm (field 1: where its weight begins) of the hidden states, of width 0
+MIX: Final = 1  # rounds what attention gave, of width 1
+GATE: Final = 2  # rounds silu(gate) * up, of width 2
+MULTIPLY: Final = 3  # what was rounded times matrices `[first, first + count)` (fields 1, 2) into target (field 3)
+HEADS: Final = 4  # norms and rotary embedding of queries and keys (fields 2, 3: weights or -1), then layer field 1's KV
+ATTEND: Final = 5  # layer field 1
+FIELDS: Final = 5
+# Field 4 of NORM and MULTIPLY: 1 where only the rows that want logits are in play.
+TARGET_HIDDEN: Final = 0  # is added to
+TARGET_HEADS: Final = 1
+TARGET_WIDE: Final = 2
+TARGET_LOGITS: Final = 3
+
+SHARES: Final = 4  # of one matrix, for each thread
+
+
+@njit(nogil=True)
+def _bias(vectors: F32, at: int, m: int) -> F32:
+    return vectors[at : at + m] if at >= 0 else vectors[:0]
+
+
+@njit(nogil=True)
+def _work(
+    thread: int,
+    threads: int,
+    instructions: int,
+    program: I64,
+    eps: float,
+    window: int,
+    stored: U8,
+    shapes: I64,
+    blocks: I64,
+    vectors: F32,
+    signs: F32,
+    sizes: I64,
+    hidden: F32,
+    heads: F32,
+    mixed: F32,
+    wide: F32,
+    logits: F32,
+    wanted: I64,
+    q: NDArray[np.int8],
+    scales: F32,
+    corrections: NDArray[np.int32],
+    kv: Any,
+    tables: I64,
+    sequence: I64,
+    positions: I64,
+    cosine: F32,
+    sine: F32,
+    levels: U8,
+    rows: F32,
+    counters: I64,
+) -> None:
+    """One thread's part of `run_step`."""
+    e = 2 * cosine.shape[1]
+    query_width = mixed.shape[1]
+    groups = (heads.shape[1] - query_width) // (2 * e)
+    per_group = query_width // e // groups
+    key_at, value_at = query_width, query_width + groups * e
+    normed = rows[thread, 0]
+    tokens, width, p = 0, 0, 0
+    for phase in range(program.shape[0]):
+        op = program[phase, 0]
+        if op <= GATE:
+            width = op
+            n = shapes[program[phase, 2], 1]
+            p = padded(n)
+            tokens = wanted.shape[0] if program[phase, 4] else hidden.shape[0]
+            bytes_ = q[: tokens * p].reshape(tokens, p)
+            scale = scales[: tokens * p // 32].reshape(tokens, p // 32)
+            correction = corrections[: tokens * p // 32].reshape(tokens, p // 32)
+            used = 0
+            while used < sizes.shape[1] and sizes[width, used] > 0:
+                used += 1
+            scratch = rows[thread, 1]
+            scratch[n:p] = 0
+            t = claim(counters, phase)
+            while t < tokens:
+                if op == NORM:
+                    at = wanted[t] if program[phase, 4] else t
+                    weight = vectors[program[phase, 1] : program[phase, 1] + n]
+                    norm_row(hidden[at], weight, eps, normed[:n])
+                    source = normed[:n]
+                elif op == MIX:
+                    source = mixed[t]
+                else:
+                    source = normed[:n]
+                    gate_row(wide[t, :n], wide[t, n:], source)
+                quantize_row(source, signs[width, :n], sizes[width, :used], scratch[:p], t, bytes_, scale, correction)
+                t = claim(counters, phase)
+        elif op == MULTIPLY:
+            first, count, target = program[phase, 1], program[phase, 2], program[phase, 3]
+            bytes_ = q[: tokens * p].reshape(tokens, p)
+            scale = scales[: tokens * p // 32].reshape(tokens, p // 32)
+            correction = corrections[: tokens * p // 32].reshape(tokens, p // 32)
+            stride = level_stride(shapes[first, 1])
+            w = levels[thread, : ROWS * stride].reshape(ROWS, stride)
+            y = hidden
+            if target == TARGET_HEADS:
+                y = heads
+            elif target == TARGET_WIDE:
+                y = wide
+            elif target == TARGET_LOGITS:
+                y = logits
+            share = claim(counters, phase) if tokens else count * threads * SHARES
+            while share < count * threads * SHARES:
+                matrix = first + share // (threads * SHARES)
+                part = share % (threads * SHARES)
+                m, n = shapes[matrix, 0], shapes[matrix, 1]
+                size = -(-m // (threads * SHARES * ROWS)) * ROWS
+                start, stop = part * size, min(m, (part + 1) * size)
+                if start < stop:
+                    multiply_rows(
+                        instructions,
+                        stored,
+                        blocks[matrix, : shapes[matrix, 2]],
+                        m,
+                        n,
+                        start,
+                        stop,
+                        bytes_,
+                        scale,
+                        correction,
+                        w,
+                        _bias(vectors, shapes[matrix, 3], m),
+                        y,
+                        shapes[matrix, 4],
+                        target == TARGET_HIDDEN,
+                    )
+                share = claim(counters, phase)
+        elif op == HEADS:
+            t = claim(counters, phase)
+            while t < hidden.shape[0]:
+                row = heads[t]
+                for h in range(value_at // e):
+                    head = row[h * e : (h + 1) * e]
+                    at = program[phase, 2] if h < query_width // e else program[phase, 3]
+                    if at >= 0:
+                        norm_row(head, vectors[at : at + e], eps, head)
+                    turn_head(head, cosine[t], sine[t], head)
+                table = tables[sequence[t]]
+                store_token(kv, program[phase, 1], table, positions[t], row[key_at:value_at], row[value_at:])
+                t = claim(counters, phase)
+        else:
+            unit = claim(counters, phase)
+            while unit < hidden.shape[0] * groups:
+                t, g = unit // groups, unit % groups
+                begin = g * per_group * e
+                end = begin + per_group * e
+                attend_unit(
+                    kv,
+                    program[phase, 1],
+                    tables[sequence[t]],
+                    positions[t],
+                    heads[t, begin:end],
+                    g,
+                    per_group,
+                    window,
+                    mixed[t, begin:end],
+                )
+                unit = claim(counters, phase)
+        finish(counters, phase, threads)
+
+
+@njit(
+    "void(i8,i8,i8[:,::1],f8,i8,u1[::1],i8[:,::1],i8[:,:,::1],f4[::1],f4[:,::1],i8[:,::1],f4[:,::1],f4[:,::1],f4[:,::1],"
+    "f4[:,::1],f4[:,::1],i8[::1],i1[::1],f4[::1],i4[::1],KV,i8[:,::1],i8[::1],i8[::1],f4[:,::1],f4[:,::1],u1[:,::1],"
+    "f4[:,:,::1],i8[::1])".replace("KV", KV_TYPE),
+    nogil=True,
+    parallel=True,
+    cache=True,
+)
+def run_step(
+    threads: int,
+    instructions: int,
+    program: I64,
+    eps: float,
+    window: int,
+    stored: U8,
+    shapes: I64,
+    blocks: I64,
+    vectors: F32,
+    signs: F32,
+    sizes: I64,
+    hidden: F32,
+    heads: F32,
+    mixed: F32,
+    wide: F32,
+    logits: F32,
+    wanted: I64,
+    q: NDArray[np.int8],
+    scales: F32,
+    corrections: NDArray[np.int32],
+    kv: Any,
+    tables: I64,
+    sequence: I64,
+    positions: I64,
+    cosine: F32,
+    sine: F32,
+    levels: U8,
+    rows: F32,
+    counters: I64,
+) -> None:
+    """Embedded tokens `hidden [T, d]` -> `logits [len(wanted), v]` of the tokens `wanted`; `hidden` is used up.
+
+    `threads` is what `threads.thread_count` gives, here and now: more would wait for each other for ever. `program
+    [phases, FIELDS]`. Of matrix i, `shapes [matrices, 5]` holds m, n, how many of its `blocks [matrices, levels, 3]`
+    are resident, where its bias begins in `vectors` (or -1), and its first column in the target. `signs [3, >= width]`
+    and `sizes [3, blocks]` (0 past the last) are the rotations of the three widths. `cosine`, `sine [T, e / 2]` are the
+    tokens' own. Work space: `heads [T, (h + 2 g) e]`, `mixed [T, h e]`, `wide [T, 2 f]`; `q` for T tokens of the
+    greatest padded width, `scales` and `corrections` a 32nd of it; for each thread there may be, `levels [threads, ROWS
+    * level_stride]` and `rows [threads, 2, padded width]`; `counters` as `team.counters_for`, zero.
+    """
+    for thread in prange(threads):
+        _work(
+            thread,
+            threads,
+            instructions,
+            program,
+            eps,
+            window,
+            stored,
+            shapes,
+            blocks,
+            vectors,
+            signs,
+            sizes,
+            hidden,
+            heads,
+            mixed,
+            wide,
+            logits,
+            wanted,
+            q,
+            scales,
+            corrections,
+            kv,
+            tables,
+            sequence,
+            positions,
+            cosine,
+            sine,
+            levels,
+            rows,
+            counters,
+        )

@@ -1,0 +1,103 @@
+"""Threads that work through one step together: shares of a phase, and the end of a phase.
+
+The threads of one parallel region run a step as a sequence of phases. In each they claim shares until none is left, so
+that a thread which the system holds up costs one share of its time, not half of the phase; then they wait for each
+other. Waiting spins for some microseconds and then yields, and only within a step: between steps nobody spins.
+
+All of this needs every thread of the region to be running, which numba's `workqueue` layer grants: a region of as many
+iterations as threads gives each thread one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core.cgutils import get_or_insert_function
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from .rows import JIT_OFF
+
+LINE: Final = 8  # i64 in one cache line: counters of different phases do not share one
+SPINS: Final = 2000  # turns of about 10 ns before the processor is offered to others
+
+I64 = NDArray[np.int64]
+
+
+def _place(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
+    return builder.gep(context.make_array(kind)(context, builder, array).data, [index])
+
+
+def _typed_fetch_add(typing: Any, counters: Any, index: Any, amount: Any) -> Any:
+    """The counter before `amount` was added, atomically."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        place = _place(context, builder, sig.args[0], args[0], args[1])
+        return builder.atomic_rmw("add", place, args[2], "seq_cst")
+
+    return types.int64(counters, types.int64, types.int64), codegen
+
+
+def _typed_look(typing: Any, counters: Any, index: Any) -> Any:
+    """The counter, as the other threads left it."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.load_atomic(_place(context, builder, sig.args[0], args[0], args[1]), "seq_cst", 8)
+
+    return types.int64(counters, types.int64), codegen
+
+
+def _typed_offer(typing: Any) -> Any:
+    """Let another thread have the processor."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [])
+        builder.call(get_or_insert_function(builder.module, kind, "sched_yield"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+def _plain_fetch_add(counters: I64, index: int, amount: int) -> int:
+    before = int(counters[index])
+    counters[index] += amount
+    return before
+
+
+def _plain_look(counters: I64, index: int) -> int:
+    return int(counters[index])
+
+
+def _plain_offer() -> None:
+    pass
+
+
+_fetch_add: Any = _plain_fetch_add if JIT_OFF else intrinsic(_typed_fetch_add)
+_look: Any = _plain_look if JIT_OFF else intrinsic(_typed_look)
+_offer: Any = _plain_offer if JIT_OFF else intrinsic(_typed_offer)
+
+
+def counters_for(phases: int) -> I64:
+    """Counters of a step of at most so many phases, to be zeroed before each."""
+    return np.zeros((2 * phases + 2) * LINE, np.int64)
+
+
+@njit(nogil=True)
+def claim(counters: I64, phase: int) -> int:
+    """The next share of a phase that nobody has claimed: 0, 1, ..."""
+    return int(_fetch_add(counters, 2 * phase * LINE, 1))
+
+
+@njit(nogil=True)
+def finish(counters: I64, phase: int, threads: int) -> None:
+    """Wait until every thread has finished the phase."""
+    place = (2 * phase + 1) * LINE
+    _fetch_add(counters, place, 1)
+    turns = 0
+    while _look(counters, place) < threads:
+        turns += 1
+        if turns > SPINS:
+            _offer()

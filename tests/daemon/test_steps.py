@@ -1,0 +1,119 @@
+"""A step in one compiled program gives the bits of the same operations one by one, for every kind of network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numba
+import numpy as np
+import pytest
+
+from ebbflow.daemon.engine.batch import Batch
+from ebbflow.daemon.engine.kv import KvCache, blocks_for
+from ebbflow.daemon.engine.scheduler import Piece, Sequence
+from ebbflow.daemon.engine.serving import ServingNetwork
+from ebbflow.daemon.worker.resident import Resident
+from ebbflow.formats.architecture import Architecture
+from ebbflow.formats.manifest import STACK
+from ebbflow.formats.stack import read_stack
+
+from support.residents import load, move
+from support.stacks import TINY, write_planes_model, write_signs_model
+
+NETWORKS = {
+    "plain": TINY,
+    "odd": msgspec.structs.replace(TINY, hidden=72, heads=3, kv_heads=1, head_dim=24, intermediate=172),
+    "tied, windowed": msgspec.structs.replace(TINY, tied=True, window=5),
+    "biases": msgspec.structs.replace(TINY, qkv_bias=True, output_bias=True, mlp_bias=True),
+    "norms of heads": msgspec.structs.replace(TINY, qk_norm=True),
+}
+TOKENS = np.random.default_rng(5).integers(0, TINY.vocab, 45).tolist()
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    before = numba.get_num_threads()
+    yield
+    numba.set_num_threads(before)
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Architecture, Path]:
+    a = NETWORKS[request.param]
+    return a, write_planes_model(tmp_path / "model", a)
+
+
+class Runs:
+    """Two sequences, cut into steps: one in three pieces, the other beside its last two."""
+
+    def __init__(self, a: Architecture, resident: Resident, whole: bool) -> None:
+        self._a, self._whole = a, whole
+        self._network, self._kv = ServingNetwork(a, resident, 2), KvCache(a)
+
+    def logits(self) -> np.ndarray:
+        first, second = (Sequence(key, TOKENS, len(TOKENS), blocks=self._blocks()) for key in (1, 2))
+        found = [
+            self._step([Piece(first, 0, 1)], [0]),
+            self._step([Piece(first, 1, 40), Piece(second, 0, 7)], [0, 39, 46]),
+            self._step([Piece(first, 41, 4), Piece(second, 7, 1)], []),
+            self._step([Piece(second, 8, 2)], [1]),
+        ]
+        return np.concatenate(found)
+
+    def _blocks(self) -> tuple[int, ...]:
+        return self._kv.allocate(blocks_for(len(TOKENS)))
+
+    def _step(self, pieces: list[Piece], rows: list[int]) -> np.ndarray:
+        batch = Batch(pieces, self._kv.array, self._a, 2)
+        if self._whole:
+            return self._network.logits(batch, rows)
+        hidden = self._network.network.forward(batch.tokens, batch)
+        return self._network.network.head(np.ascontiguousarray(hidden[rows]))
+
+
+def same(a: np.ndarray, b: np.ndarray) -> None:
+    assert np.isfinite(a).all()
+    np.testing.assert_array_equal(a.view(np.uint32), b.view(np.uint32))
+
+
+def test_a_compiled_step_is_its_operations(network: tuple[Architecture, Path]) -> None:
+    a, folder = network
+    stack = read_stack(folder / STACK)
+    resident = load(folder, len(stack.blocks))
+    for blocks in (len(stack.blocks), stack.base, stack.base + 5):
+        move(resident, blocks)
+        same(Runs(a, resident, whole=True).logits(), Runs(a, resident, whole=False).logits())
+    resident.close()
+
+
+def test_the_edge_moves_under_a_network(tmp_path: Path) -> None:
+    """Its tables follow: results are those of a network made afterwards."""
+    folder = write_planes_model(tmp_path / "model")
+    stack = read_stack(folder / STACK)
+    resident = load(folder, len(stack.blocks))
+    lasting = Runs(TINY, resident, whole=True)
+    for blocks in (len(stack.blocks), stack.base, stack.base + 5, len(stack.blocks)):
+        move(resident, blocks)
+        same(lasting.logits(), Runs(TINY, resident, whole=True).logits())
+    resident.close()
+
+
+def test_threads_do_not_show(tmp_path: Path) -> None:
+    folder = write_planes_model(tmp_path / "model")
+    resident = load(folder, len(read_stack(folder / STACK).blocks))
+    found = []
+    for threads in range(1, min(2, numba.config.NUMBA_NUM_THREADS) + 1):
+        numba.set_num_threads(threads)
+        found += [Runs(TINY, resident, whole=True).logits() for _ in range(5)]
+    for other in found[1:]:
+        same(found[0], other)
+    resident.close()
+
+
+def test_other_blocks_than_planes_run_operation_by_operation(tmp_path: Path) -> None:
+    folder = write_signs_model(tmp_path / "model")
+    resident = load(folder, len(read_stack(folder / STACK).blocks))
+    same(Runs(TINY, resident, whole=True).logits(), Runs(TINY, resident, whole=False).logits())
+    resident.close()
