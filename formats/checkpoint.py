@@ -25,6 +25,7 @@ from .huggingface import CONFIG, read_architecture, read_special_tokens
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 ITEM_NBYTES: Final = {"F32": 4, "F16": 2, "BF16": 2}
+ROWS_NBYTES: Final = 2**22  # looked at together: what the search for NaN allocates
 
 _SHARD_NAME: Final = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack")
@@ -70,14 +71,22 @@ class Checkpoint:
 
         Raises `CorruptCheckpoint` when they cannot be read, or one is NaN or infinite.
         """
+        return self.mapped(name).to(torch.float32, copy=True)
+
+    def mapped(self, name: str) -> torch.Tensor:
+        """The same in the number type and the pages of the file, which the system may drop and read again.
+
+        Not to be written to. Raises `CorruptCheckpoint` like `tensor`.
+        """
         place = self._places[name]
         try:
             with safe_open(place.file, framework="pt") as file:
-                weights: torch.Tensor = file.get_tensor(place.source).to(torch.float32, copy=True)
+                weights: torch.Tensor = file.get_tensor(place.source)
         except (SafetensorError, OSError) as error:
             raise CorruptCheckpoint(f"{place.source} cannot be read from {place.file}: {error}") from error
-        if not bool(torch.isfinite(weights).all()):
-            raise CorruptCheckpoint(f"{place.source} in {place.file} holds NaN or infinity")
+        for rows in weights.split(max(1, ROWS_NBYTES // weights[:1].nbytes)):
+            if not bool(torch.isfinite(rows).all()):
+                raise CorruptCheckpoint(f"{place.source} in {place.file} holds NaN or infinity")
         return weights
 
     def checksum(self) -> str:

@@ -24,7 +24,7 @@ from ...formats.stack import Stack, read_blocks, read_stack, write_stack
 from ...formats.summary import summary
 from .encode import EncodePlan, choose_levels, encode_model, expected_nbytes
 from .gain import GainEstimate, second_order_gain
-from .measure import measure_curve
+from .measure import curve_blocks, measure_curve
 from .order import check_rule, order_entries
 from .place import check_room, copy_tokenizer, free_place, making
 from .progress import Clock, Reporter, Send
@@ -32,7 +32,7 @@ from .source import find_source
 from .spool import Spool
 from .texts import Texts, file_texts, sampled_texts
 
-CURVE_POINTS: Final = 8
+CURVE_POINTS: Final = 16
 
 
 def add_model(
@@ -117,11 +117,9 @@ def _make_stack(plan: EncodePlan, rule: str, tokens: Tensor, folder: Path) -> St
 
 
 def _measure(plan: EncodePlan, stack: Stack, tokens: Tensor) -> tuple[CurvePoint, ...]:
-    """The curve at sizes spread evenly from the base to the whole stack."""
+    """The curve from the base to the whole stack."""
     plan.reporter.begin("checking quality")
-    step = (stack.nbytes - stack.base_nbytes) / (CURVE_POINTS - 1)
-    sizes = [stack.base_nbytes + round(i * step) for i in range(CURVE_POINTS)]
-    blocks = sorted({stack.blocks_within(size) for size in sizes})
+    blocks = curve_blocks(stack, CURVE_POINTS)
     return measure_curve(
         plan.checkpoint, stack, tokens, blocks, lambda what, done, total: plan.reporter.fraction(done, total)
     )
