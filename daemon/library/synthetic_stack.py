@@ -43,7 +43,7 @@ def write_random_stack(
     """
     place = free_place(library, name)
     plain = list(_entries(a, choose_levels(levels), rank))
-    check_room(library, prefix_edges(plain)[-1])
+    check_room({library: prefix_edges(plain)[-1]})
     entries = [msgspec.structs.replace(entry, hash=content_hash(_payload(entry, seed))) for entry in plain]
     index, _ = order_entries(a, entries, "gain")
     with making(place) as folder:
