@@ -1,4 +1,4 @@
-"""Kill `add_model` at every step that touches the disk, and add again: `python kill_steps.py SOURCE FOLDER`.
+"""Kill `add_model` at every write and rename, and add again: `python kill_steps.py SOURCE FOLDER`.
 
 Forks for each step (one import of torch serves all) and kills the child there; a write is first half done. Then a
 second child goes on from what the first one left in the cache. Prints, as JSON lines: the step, the exit code, the
@@ -64,7 +64,7 @@ class WatchedFile:
 
 
 def watch(steps: Steps) -> None:
-    open_path, rename, fsync = pathlib.Path.open, pathlib.Path.rename, os.fsync
+    open_path, rename = pathlib.Path.open, pathlib.Path.rename
 
     def watched_open(path: pathlib.Path, mode: str = "r", *more: Any, **named: Any) -> Any:
         file = open_path(path, mode, *more, **named)
@@ -74,11 +74,7 @@ def watch(steps: Steps) -> None:
         steps.take(f"rename {pathlib.Path(target).name}")
         return rename(path, target)
 
-    def watched_fsync(descriptor: int) -> None:
-        steps.take("fsync")
-        fsync(descriptor)
-
-    pathlib.Path.open, pathlib.Path.rename, os.fsync = watched_open, watched_rename, watched_fsync
+    pathlib.Path.open, pathlib.Path.rename = watched_open, watched_rename
 
 
 def run(fatal: int | None, source: str, folder: pathlib.Path) -> None:
