@@ -1,8 +1,8 @@
 """Adding a model: checkpoint -> moments -> encoded blocks -> ordered stack -> measured and named, in the library.
 
-The pipeline only. The process around it is `job`, the folder it works in is `place`'s, so that the library is as it was
-after any failure, kill or full disk; calibration text is `texts`'s, which alone writes into the cache. What a block is
-worth is in `gain`, where it goes in `order`.
+The pipeline only. The process around it is `job`, the folder the model is made in `place`'s, so that the library is as
+it was after any failure, kill or full disk; what was finished until then is in the cache, and `resume` says who goes on
+from it. Calibration text is `texts`'s. What a block is worth is in `gain`, where it goes in `order`.
 """
 
 from __future__ import annotations

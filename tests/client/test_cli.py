@@ -287,7 +287,9 @@ def test_ctrl_c_cancels_an_add_and_says_that_nothing_changed(daemon: FakeDaemon,
     daemon.script = script
     result = ebb("add", str(tmp_path), "--name", "tiny", code=130)
     daemon.wait_for(Cancel)
-    assert result.stderr.endswith("ebb: cancelled; the library is untouched\n")
+    assert result.stderr.endswith(
+        "ebb: cancelled; the library is untouched, and the same command would go on from here\n"
+    )
 
 
 def test_an_add_that_was_done_before_ctrl_c_was_heard_says_so(daemon: FakeDaemon, tmp_path: Path):
