@@ -31,16 +31,32 @@ def full_shape() -> Path:
     return CACHE / "library" / name
 
 
+def full_source() -> Path:
+    """A random checkpoint of the 1.1B shape, 2.2 GB of bf16; seeded."""
+    folder = CACHE / "sources" / "full"
+    if not folder.exists():
+        unfinished = folder.with_name("unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        command = [sys.executable, "-m", "ebbflow.daemon.library.synthetic", "tinyllama-1.1b"]
+        subprocess.run([*command, "--checkpoint", unfinished], check=True)
+        unfinished.rename(folder)
+    return folder
+
+
 @contextmanager
-def daemon(*models: Path) -> Iterator[Client]:
-    """A real daemon of its own that has these models; its kernels are compiled once for all benches."""
-    home = Path(tempfile.mkdtemp(prefix="ebb"))
+def daemon(*models: Path, home: Path | None = None) -> Iterator[Client]:
+    """A real daemon of its own that has these models; its kernels are compiled once for all benches.
+
+    With `home`, everything is in that folder, and stays there.
+    """
+    kept, home = home is not None, home or Path(tempfile.mkdtemp(prefix="ebb"))
     paths = home_paths(home)
-    paths.library.mkdir()
+    paths.library.mkdir(parents=True, exist_ok=True)
     for model in models:
         (paths.library / model.name).symlink_to(model)
     (CACHE / "kernels").mkdir(parents=True, exist_ok=True)
-    paths.cache.symlink_to(CACHE / "kernels")
+    if not kept:
+        paths.cache.symlink_to(CACHE / "kernels")
     environment = os.environ | {"EBBFLOW_HOME": str(home)}
     command = [sys.executable, "-P", "-m", "ebbflow.daemon.supervisor"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
@@ -52,4 +68,5 @@ def daemon(*models: Path) -> Iterator[Client]:
     finally:
         process.terminate()
         process.wait(20)
-        shutil.rmtree(home, ignore_errors=True)
+        if not kept:
+            shutil.rmtree(home, ignore_errors=True)

@@ -8,7 +8,9 @@ the supervisor never import this.
 from __future__ import annotations
 
 import hashlib
+import mmap
 import re
+import warnings
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -24,7 +26,8 @@ from .huggingface import CONFIG, read_architecture, read_special_tokens
 
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
-ITEM_NBYTES: Final = {"F32": 4, "F16": 2, "BF16": 2}
+DTYPES: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+ROWS_NBYTES: Final = 2**22  # looked at together: what the search for NaN allocates
 
 _SHARD_NAME: Final = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack")
@@ -46,10 +49,13 @@ _OUTER_PARTS: Final = {"embed": "model.embed_tokens", "final_norm": "model.norm"
 
 @dataclass(frozen=True)
 class _Place:
-    """Where one tensor lies: its name in the source, and its file."""
+    """Where one tensor lies: its name in the source, its file, and its bytes there."""
 
     source: str
     file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
     nbytes: int
 
 
@@ -70,14 +76,21 @@ class Checkpoint:
 
         Raises `CorruptCheckpoint` when they cannot be read, or one is NaN or infinite.
         """
+        return self.mapped(name).to(torch.float32, copy=True)
+
+    def mapped(self, name: str) -> torch.Tensor:
+        """The same in the number type and the pages of the file, which the system may drop and read again.
+
+        Not to be written to. Raises `CorruptCheckpoint` like `tensor`.
+        """
         place = self._places[name]
         try:
-            with safe_open(place.file, framework="pt") as file:
-                weights: torch.Tensor = file.get_tensor(place.source).to(torch.float32, copy=True)
-        except (SafetensorError, OSError) as error:
+            weights = _map(place)
+        except (ValueError, OSError) as error:
             raise CorruptCheckpoint(f"{place.source} cannot be read from {place.file}: {error}") from error
-        if not bool(torch.isfinite(weights).all()):
-            raise CorruptCheckpoint(f"{place.source} in {place.file} holds NaN or infinity")
+        for rows in weights.split(max(1, ROWS_NBYTES // weights[:1].nbytes)):
+            if not bool(torch.isfinite(rows).all()):
+                raise CorruptCheckpoint(f"{place.source} in {place.file} holds NaN or infinity")
         return weights
 
     def checksum(self) -> str:
@@ -170,11 +183,15 @@ def _find_tensors(architecture: Architecture, shards: tuple[Path, ...]) -> dict[
     places: dict[str, _Place] = {}
     for path in shards:
         try:
-            with safe_open(path, framework="pt") as file:
+            # Not as "pt": that maps all of the file as if to write to it, which counts against the job's memory cap.
+            with safe_open(path, framework="np") as file:
+                starts = _starts(path)
                 for source in file.keys():  # noqa: SIM118 (not a dict)
                     if source in wanted:
                         name = wanted[source]
-                        places[name] = _Place(source, path, _check(path, source, file.get_slice(source), shapes[name]))
+                        dtype = _check(path, source, file.get_slice(source), shapes[name])
+                        nbytes = prod(shapes[name]) * dtype.itemsize
+                        places[name] = _Place(source, path, dtype, shapes[name], starts[source], nbytes)
                     elif not _ignorable(source, architecture):
                         raise UnsupportedModel(f"{path} holds {source}, which {architecture.family} models do not have")
         except (SafetensorError, OSError) as error:
@@ -185,14 +202,38 @@ def _find_tensors(architecture: Architecture, shards: tuple[Path, ...]) -> dict[
     return places
 
 
-def _check(path: Path, source: str, stored: Any, shape: tuple[int, ...]) -> int:
-    """The tensor's bytes, if it has the right shape and a number type that is read."""
+class _Stored(msgspec.Struct):
+    data_offsets: tuple[int, int]
+
+
+def _starts(path: Path) -> dict[str, int]:
+    """Where in a file, which `safe_open` found whole, each tensor begins."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw])
+    header.pop("__metadata__", None)
+    return {name: 8 + length + msgspec.json.decode(raw, type=_Stored).data_offsets[0] for name, raw in header.items()}
+
+
+def _map(place: _Place) -> torch.Tensor:
+    """The tensor, in pages of its file that cannot be written to. Raises `OSError`, or `ValueError` when it is cut."""
+    before = place.start % mmap.ALLOCATIONGRANULARITY  # where a map begins must be a multiple of it
+    with place.file.open("rb") as file:
+        pages = mmap.mmap(file.fileno(), before + place.nbytes, access=mmap.ACCESS_READ, offset=place.start - before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's, that it has no tensors which cannot be written to
+        flat = torch.frombuffer(pages, dtype=place.dtype, count=prod(place.shape), offset=before)
+    return flat.view(place.shape)
+
+
+def _check(path: Path, source: str, stored: Any, shape: tuple[int, ...]) -> torch.dtype:
+    """The tensor's number type, if that is one that is read, and the shape is right."""
     found, dtype = tuple(stored.get_shape()), stored.get_dtype()
-    if dtype not in ITEM_NBYTES:
-        raise UnsupportedModel(f"{source} in {path} is stored as {dtype}; supported are {', '.join(ITEM_NBYTES)}")
+    if dtype not in DTYPES:
+        raise UnsupportedModel(f"{source} in {path} is stored as {dtype}; supported are {', '.join(DTYPES)}")
     if found != shape:
         raise CorruptCheckpoint(f"{source} in {path} has shape {list(found)}; the configuration says {list(shape)}")
-    return prod(shape) * ITEM_NBYTES[dtype]
+    return DTYPES[dtype]
 
 
 def _ignorable(source: str, architecture: Architecture) -> bool:

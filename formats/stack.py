@@ -29,7 +29,7 @@ import contextlib
 import hashlib
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -250,13 +250,14 @@ def _check_blocks(index: StackIndex, edges: Sequence[int]) -> None:
         levels[entry.tensor] = entry.level + 1
 
 
-def read_blocks(stack: Stack) -> Iterator[tuple[BlockEntry, bytes]]:
-    """Every block's entry and bytes, in stack order, each checked against its hash.
+def read_blocks(stack: Stack, positions: Iterable[int] | None = None) -> Iterator[tuple[BlockEntry, bytes]]:
+    """Entry and bytes of the blocks at `positions`, in that order, each checked against its hash; by default all.
 
     Raises `BadBlock` or `TruncatedStack`.
     """
     with stack.path.open("rb") as file:
-        for position, entry in enumerate(stack.blocks):
+        for position in range(len(stack.blocks)) if positions is None else positions:
+            entry = stack.blocks[position]
             file.seek(stack.data_start + stack.edges[position])
             data = file.read(entry.nbytes)
             if len(data) != entry.nbytes:

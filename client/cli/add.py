@@ -31,7 +31,7 @@ from .output import console, note
 def add(source: str, name: str | None, **options: object) -> None:
     """Add the model in SOURCE, a Hugging Face folder or the id of one (org/name), to the library.
 
-    Ctrl-C cancels; the library is untouched until all is done.
+    Ctrl-C cancels; the library is untouched until all is done, and the same command goes on after the last layer done.
     """
     given = {key: value for key, value in options.items() if value is not None}
     with connected() as client:
@@ -73,7 +73,7 @@ def _cancel(stream: ProgressStream) -> ModelSummary:
     try:
         return stream.result()
     except Cancelled as error:
-        raise Cancelled("cancelled; the library is untouched") from error
+        raise Cancelled("cancelled; the library is untouched, and the same command would go on from here") from error
 
 
 def _follow(stream: ProgressStream) -> None:

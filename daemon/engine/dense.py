@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch.nn import functional
 from ...formats.architecture import Architecture
 from .network import Layer, Network, build_layer
 from .rotary import rotary_frequencies
+
+MAPPED_WEIGHTS: Final = 2**19  # made float32 at once: 2 MB
 
 
 class DenseOps:
@@ -40,7 +43,7 @@ class DenseOps:
 
 @dataclass(frozen=True)
 class DenseLinear:
-    """`network.Linear`: a matrix `[m, n]` and perhaps a bias `[m]`."""
+    """`network.Linear`: a matrix `[m, n]` and perhaps a bias `[m]`, both in float32."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -48,6 +51,28 @@ class DenseLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """`x [T, n] -> [T, m]`."""
         return functional.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class MappedLinear:
+    """A linear whose matrix is in any number type, and made float32 a few rows at a time, in the processor's cache.
+
+    With 40 tokens as fast as `DenseLinear`: reading half the bytes pays for converting them.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x [T, n] -> [T, m]`."""
+        m, n = self.weight.shape
+        result = torch.empty(len(x), m)
+        count = max(1, MAPPED_WEIGHTS // n)
+        for start in range(0, m, count):
+            rows = slice(start, start + count)
+            bias = None if self.bias is None else self.bias[rows]
+            result[:, rows] = functional.linear(x, self.weight[rows].float(), bias)
+        return result
 
 
 @dataclass
@@ -126,6 +151,25 @@ def dense_layer(architecture: Architecture, index: int, tensor: Callable[[str], 
         index,
         tensor,
         lambda name, bias: DenseLinear(tensor(name), tensor(bias) if bias is not None else None),
+    )
+
+
+def mapped_network(
+    architecture: Architecture, tensor: Callable[[str], Tensor], mapped: Callable[[str], Tensor]
+) -> Network[Tensor]:
+    """A whole model, its vectors from `tensor` in float32, its matrices from `mapped` as they are stored."""
+    embed = mapped("embed")
+
+    def linear(name: str, bias: str | None) -> MappedLinear:
+        return MappedLinear(mapped(name), tensor(bias) if bias is not None else None)
+
+    return Network(
+        architecture=architecture,
+        ops=DenseOps(),
+        embed=lambda tokens: functional.embedding(tokens, embed).float(),
+        layers=tuple(build_layer(architecture, index, tensor, linear) for index in range(architecture.layers)),
+        final_norm=tensor("final_norm"),
+        head=MappedLinear(embed if architecture.tied else mapped("head")),
     )
 
 

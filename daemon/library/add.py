@@ -1,12 +1,13 @@
 """Adding a model: checkpoint -> moments -> encoded blocks -> ordered stack -> measured and named, in the library.
 
-The pipeline only. The process around it is `job`, the folder it works in is `place`'s, so that the library is as it was
-after any failure, kill or full disk; calibration text is `texts`'s, which alone writes into the cache. What a block is
-worth is in `gain`, where it goes in `order`.
+The pipeline only. The process around it is `job`, the folder the model is made in `place`'s, so that the library is as
+it was after any failure, kill or full disk; what was finished until then is in the cache, and `resume` says who goes on
+from it. Calibration text is `texts`'s. What a block is worth is in `gain`, where it goes in `order`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
 from collections.abc import Callable
@@ -24,15 +25,16 @@ from ...formats.stack import Stack, read_blocks, read_stack, write_stack
 from ...formats.summary import summary
 from .encode import EncodePlan, choose_levels, encode_model, expected_nbytes
 from .gain import GainEstimate, second_order_gain
-from .measure import measure_curve
+from .measure import curve_blocks, measure_curve
 from .order import check_rule, order_entries
 from .place import check_room, copy_tokenizer, free_place, making
 from .progress import Clock, Reporter, Send
+from .resume import leftover_nbytes, resumable, work_key
 from .source import find_source
 from .spool import Spool
 from .texts import Texts, file_texts, sampled_texts
 
-CURVE_POINTS: Final = 8
+CURVE_POINTS: Final = 16
 
 
 def add_model(
@@ -56,7 +58,9 @@ def add_model(
         return _add(request, library, cache, send, commit, clock, estimate)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(f"no room left in {library} while adding {request.name}; nothing was added") from error
+            raise DiskFull(
+                f"no room left in {library} or {cache} while adding {request.name}; nothing was added"
+            ) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
             raise storage_failed(error, library) from error
         raise
@@ -77,11 +81,15 @@ def _add(
     checkpoint = open_checkpoint(find_source(request.source))
     reporter = Reporter(request.id, checkpoint.nbytes, send, clock)
     plan = EncodePlan(checkpoint, request.codec, levels, request.rank, request.seed, estimate, reporter)
-    check_room(library, 2 * expected_nbytes(checkpoint.architecture, request.codec, levels, request.rank))
-    with making(place, commit) as folder:
+    most = expected_nbytes(checkpoint.architecture, request.codec, levels, request.rank)
+    check_room({library: most, cache: most - leftover_nbytes(cache)})
+    # The work so far is let go when the model is in the library.
+    with contextlib.ExitStack() as work, making(place, commit) as folder:
         checksum = checkpoint.checksum()
         texts = _texts(request, plan, checksum, cache)
-        stack = _make_stack(plan, request.order, texts.calibration, folder)
+        key = _work_key(request, plan, checksum, texts.calibration)
+        spool = Spool(work.enter_context(resumable(cache, key, 2 * most)))
+        stack = _make_stack(plan, request.order, texts.calibration, spool, folder)
         curve = _measure(plan, stack, texts.held_back)
         manifest = _manifest(request, plan, checksum, stack, curve)
         copy_tokenizer(checkpoint.folder, folder)
@@ -102,14 +110,18 @@ def _texts(request: AddModel, plan: EncodePlan, checksum: str, cache: Path) -> T
     return sampled_texts(plan.checkpoint, checksum, request.seed, cache, plan.reporter)
 
 
-def _make_stack(plan: EncodePlan, rule: str, tokens: Tensor, folder: Path) -> Stack:
+def _work_key(request: AddModel, plan: EncodePlan, checksum: str, tokens: Tensor) -> str:
+    estimate = f"{plan.estimate.__module__}.{plan.estimate.__qualname__}"
+    return work_key(checksum, tokens, request.codec, plan.levels, request.rank, request.seed, estimate)
+
+
+def _make_stack(plan: EncodePlan, rule: str, tokens: Tensor, spool: Spool, folder: Path) -> Stack:
     """Encode, order, write and read back."""
-    with Spool(folder / "spool") as spool:
-        encode_model(plan, tokens, spool)
-        plan.reporter.begin("ordering")
-        index, positions = order_entries(plan.checkpoint.architecture, spool.entries, rule)
-        plan.reporter.begin("writing")
-        write_stack(folder / STACK, index, lambda i: spool.read(positions[i]))
+    encode_model(plan, tokens, spool)
+    plan.reporter.begin("ordering")
+    index, positions = order_entries(plan.checkpoint.architecture, spool.entries, rule)
+    plan.reporter.begin("writing")
+    write_stack(folder / STACK, index, lambda i: spool.read(positions[i]))
     stack = read_stack(folder / STACK)
     for position, (entry, _) in enumerate(read_blocks(stack)):
         plan.reporter.fraction(stack.edges[position], stack.nbytes, entry.tensor)
@@ -117,11 +129,9 @@ def _make_stack(plan: EncodePlan, rule: str, tokens: Tensor, folder: Path) -> St
 
 
 def _measure(plan: EncodePlan, stack: Stack, tokens: Tensor) -> tuple[CurvePoint, ...]:
-    """The curve at sizes spread evenly from the base to the whole stack."""
+    """The curve from the base to the whole stack."""
     plan.reporter.begin("checking quality")
-    step = (stack.nbytes - stack.base_nbytes) / (CURVE_POINTS - 1)
-    sizes = [stack.base_nbytes + round(i * step) for i in range(CURVE_POINTS)]
-    blocks = sorted({stack.blocks_within(size) for size in sizes})
+    blocks = curve_blocks(stack, CURVE_POINTS)
     return measure_curve(
         plan.checkpoint, stack, tokens, blocks, lambda what, done, total: plan.reporter.fraction(done, total)
     )

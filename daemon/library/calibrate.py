@@ -7,12 +7,14 @@ forward pass over everything for the inputs. What is done with them is the encod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final, get_args
 
+import msgspec
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -20,7 +22,7 @@ from torch.nn import functional
 from ...formats.architecture import Architecture, Role, linear_shapes
 from ...formats.checkpoint import Checkpoint
 from ...formats.errors import CorruptCheckpoint, InvalidRequest
-from ..engine.dense import DenseAttention, DenseLinear, DenseOps, KVCache, build_network, dense_layer
+from ..engine.dense import DenseAttention, DenseLinear, DenseOps, KVCache, dense_layer, mapped_network
 from ..engine.network import Layer, Linear, layer_forward
 from ..engine.tokenizer import load_tokenizer
 
@@ -71,14 +73,14 @@ def sample_tokens(
     """Token ids `[streams, length]` that the model writes itself, at temperature 1; the same for the same seed.
 
     Streams begin with bos, or a random token where there is none, and contain no other bos or eos. `length` is cut to
-    the model's context, `streams` to `MAX_TOKENS` in all. Holds the whole model in float32, and its KV cache.
+    the model's context, `streams` to `MAX_TOKENS` in all. Holds the KV cache; weights stay in the checkpoint's pages.
     Raises `CorruptCheckpoint` when the model's logits are not finite.
     """
     a = checkpoint.architecture
     length = min(length, a.context, MAX_TOKENS)
     streams = min(streams, MAX_TOKENS // length)
     generator = torch.Generator().manual_seed(seed)
-    network = build_network(a, checkpoint.tensor)
+    network = mapped_network(a, checkpoint.tensor, checkpoint.mapped)
     cache = KVCache(a, streams, length)
     tokens = torch.empty((streams, length), dtype=torch.int64)
     tokens[:, 0] = _first_tokens(checkpoint, streams, generator)
@@ -123,17 +125,23 @@ def layer_moments(
     *,
     seed: int = 0,
     vocabulary: bool = False,
+    gradients: Gradients | None = None,
+    first: int = 0,
 ) -> Iterator[tuple[int, dict[str, LinearMoments]]]:
-    """Every layer's moments on `tokens [S, L]`, by stored name (`layers.0.q`), layer by layer from the first.
+    """Every layer's moments on `tokens [S, L]`, by stored name (`layers.0.q`), layer by layer from `first` on.
 
-    Gradients come from evenly chosen streams, at most `GRADIENT_TOKENS` tokens. Holds one layer's weights and moments
-    (or the head's weights), and the hidden states of all tokens. Raises `CorruptCheckpoint` when activations overflow.
-    With `vocabulary`, what `vocabulary_moments` gives comes last, as if it were one layer more.
+    `gradients` are those of `output_gradients`, which is called when they are not given. Holds one layer's weights and
+    moments (or the head's weights), and the hidden states of all tokens. Raises `CorruptCheckpoint` when activations
+    overflow. With `vocabulary`, what `vocabulary_moments` gives comes last, as if it were one layer more.
     """
     a = checkpoint.architecture
-    gradients = _output_gradients(checkpoint, _subset(tokens), seed, progress)
+    if gradients is None:
+        gradients = output_gradients(checkpoint, tokens, seed, progress)
     hidden = _embed(checkpoint, tokens)
-    for index in range(a.layers):
+    for index in range(min(first, a.layers)):
+        hidden = _forward(a, dense_layer(a, index, checkpoint.tensor), index, hidden)
+        progress("moments", index + 1, a.layers)
+    for index in range(first, a.layers):
         hidden, found = _layer_inputs(checkpoint, index, hidden)
         progress("moments", index + 1, a.layers)
         yield (
@@ -157,6 +165,29 @@ class Gradients:
     layers: list[dict[Role, Tensor]]
     embedding: Tensor
     logits: float
+
+    def to_bytes(self) -> bytes:
+        """All of it, exactly."""
+        layers = [{str(role): total.numpy().tobytes() for role, total in layer.items()} for layer in self.layers]
+        return msgspec.msgpack.encode(_StoredGradients(layers, self.embedding.numpy().tobytes(), self.logits))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Gradients:
+        """The inverse, on the same machine."""
+        stored = msgspec.msgpack.decode(data, type=_StoredGradients)
+        layers = [{role: _numbers(layer[role]) for role in get_args(Role)} for layer in stored.layers]
+        embedding = _numbers(stored.embedding)
+        return cls(layers, embedding.view(math.isqrt(len(embedding)), -1), stored.logits)
+
+
+class _StoredGradients(msgspec.Struct):
+    layers: list[dict[str, bytes]]
+    embedding: bytes
+    logits: float
+
+
+def _numbers(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -248,14 +279,15 @@ def _parts(hidden: Tensor) -> tuple[Tensor, ...]:
     return parts
 
 
-def _output_gradients(checkpoint: Checkpoint, tokens: Tensor, seed: int, progress: Progress) -> Gradients:
+def output_gradients(checkpoint: Checkpoint, tokens: Tensor, seed: int, progress: Progress) -> Gradients:
     """All second moments: each layer's input is kept on the way up, the layer run again on the way down.
 
-    Targets are drawn from the model's own distribution at every position, so that this is the true Fisher information
-    on any tokens, sampled or not.
+    `tokens [S, L]`, of which evenly chosen streams are used, at most `GRADIENT_TOKENS` tokens. Targets are drawn from
+    the model's own distribution at every position, so that this is the true Fisher information on any tokens, sampled
+    or not. Raises `CorruptCheckpoint` when activations overflow.
     """
     a = checkpoint.architecture
-    inputs = [_embed(checkpoint, tokens)]
+    inputs = [_embed(checkpoint, _subset(tokens))]
     for index in range(a.layers):
         inputs.append(_forward(a, dense_layer(a, index, checkpoint.tensor), index, inputs[-1]))
         progress("gradients", index + 1, 2 * a.layers)

@@ -23,7 +23,7 @@ from ...formats.errors import InvalidRequest, Unsupported
 from ...formats.kinds import payload_nbytes, plane_nbytes, signs_nbytes
 from ...formats.stack import BlockEntry, content_hash, padded
 from . import encode_bitstack, encode_nested
-from .calibrate import LinearMoments, layer_moments
+from .calibrate import Gradients, LinearMoments, layer_moments, output_gradients
 from .encode_bitstack import Level, choose_rank, encode_matrix, square_root
 from .encode_nested import encode_planes, input_metric, level_dtype
 from .gain import GainEstimate
@@ -63,7 +63,11 @@ def choose_levels(codec: str, levels: int | None, rank: int | None) -> int:
 
 
 def encode_model(plan: EncodePlan, tokens: Tensor, spool: Spool) -> None:
-    """Encode everything, calibrated on `tokens [S, L]`. Raises `CorruptCheckpoint`, and `OSError` of a full disk."""
+    """Encode everything that is not in the spool yet, calibrated on `tokens [S, L]`.
+
+    Raises `CorruptCheckpoint`, and `OSError` of a full disk; what was finished stays in the spool.
+    """
+    plan.reporter.begin("measuring activations")
     _encode_dense(plan, spool)
     _encode_linears(plan, tokens, spool)
 
@@ -123,34 +127,59 @@ def dense_block(a: Architecture, name: str, weight: F32) -> tuple[BlockEntry, by
 
 def _encode_dense(plan: EncodePlan, spool: Spool) -> None:
     linears = encoded_matrices(plan.checkpoint.architecture, plan.codec)
-    for name in weight_shapes(plan.checkpoint.architecture):
-        if name not in linears:
-            spool.add(*dense_block(plan.checkpoint.architecture, name, plan.checkpoint.tensor(name).numpy()))
+    if spool.load("dense"):
+        return
+    with spool.writing("dense"):
+        for name in weight_shapes(plan.checkpoint.architecture):
+            if name not in linears:
+                spool.add(*dense_block(plan.checkpoint.architecture, name, plan.checkpoint.tensor(name).numpy()))
 
 
 def _encode_linears(plan: EncodePlan, tokens: Tensor, spool: Spool) -> None:
-    linears_of = encoded_matrices(plan.checkpoint.architecture, plan.codec)
-    total = sum(prod(shape) for shape in linears_of.values())
-    done = 0
-    plan.reporter.begin("measuring activations")
-    moments = layer_moments(
-        plan.checkpoint,
-        tokens,
-        lambda what, i, n: plan.reporter.tick(),
-        seed=plan.seed,
-        vocabulary=plan.codec == "nested",
-    )
-    for _, linears in moments:
+    a, vocabulary = plan.checkpoint.architecture, plan.codec == "nested"
+    parts = [_part(index) for index in range(a.layers + vocabulary)]
+    first = next((index for index, part in enumerate(parts) if not spool.load(part)), len(parts))
+    if first == len(parts):
+        return
+    sizes = {name: prod(shape) for name, shape in encoded_matrices(a, plan.codec).items()}
+    done, total = sum(sizes.get(entry.tensor, 0) for entry in spool.entries if not entry.level), sum(sizes.values())
+    plan.reporter.skip(done, total)
+    for index, linears in _moments(plan, tokens, spool, first):
         plan.reporter.enter("encoding")
-        for name, levels in _encoded(plan, linears):
-            weight_size = prod(linears_of[name])
-            for i, level in enumerate(levels):
-                gain = plan.estimate(linears[name].gradient, level.before, level.after)
-                spool.add(msgspec.structs.replace(level.entry, gain=gain), level.payload)
-                plan.reporter.fraction(done + round((i + 1) / plan.levels * weight_size), total, name)
-            done += weight_size
-            plan.reporter.fraction(done, total, name)
+        with spool.writing(parts[index]):
+            for name, levels in _encoded(plan, linears):
+                for i, level in enumerate(levels):
+                    gain = plan.estimate(linears[name].gradient, level.before, level.after)
+                    spool.add(msgspec.structs.replace(level.entry, gain=gain), level.payload)
+                    plan.reporter.fraction(done + round((i + 1) / plan.levels * sizes[name]), total, name)
+                done += sizes[name]
+                plan.reporter.fraction(done, total, name)
         plan.reporter.enter("measuring activations")
+
+
+def _part(index: int) -> str:
+    """The spool's name of layer `index`, or, one past the last, of the vocabulary."""
+    return f"layer-{index:04}"
+
+
+def _moments(
+    plan: EncodePlan, tokens: Tensor, spool: Spool, first: int
+) -> Iterator[tuple[int, dict[str, LinearMoments]]]:
+    """The moments of every layer from `first` on; gradients are those in the spool, if they are there."""
+
+    def tick(what: str, i: int, n: int) -> None:
+        plan.reporter.tick()
+
+    kept = spool.kept("gradients")
+    gradients = (
+        output_gradients(plan.checkpoint, tokens, plan.seed, tick) if kept is None else Gradients.from_bytes(kept)
+    )
+    if kept is None:
+        spool.keep("gradients", gradients.to_bytes())
+    vocabulary = plan.codec == "nested"
+    return layer_moments(
+        plan.checkpoint, tokens, tick, seed=plan.seed, vocabulary=vocabulary, gradients=gradients, first=first
+    )
 
 
 def _encoded(plan: EncodePlan, linears: dict[str, LinearMoments]) -> Iterator[tuple[str, Iterator[Level]]]:

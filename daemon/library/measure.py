@@ -1,7 +1,9 @@
 """How good the prefixes of a stack are: KL to the original model and perplexity, measured, not estimated.
 
-The original runs once, layer by layer; the stack's blocks are read once, in order, into one float32 copy of the model
-that is run at each size asked for. Prefixes are run dense: what serving rounds on its way is not in these figures.
+All prefixes go through the network side by side, a layer at a time: of each layer the weights of one prefix are made
+from those of the prefix before, and the hidden states of every prefix are kept. So each block is read and decoded once
+(those of a tied embedding twice), and memory holds one layer, not a model. Prefixes are run dense: what serving rounds
+on its way is not in these figures.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import torch
@@ -21,8 +24,8 @@ from ...formats.checkpoint import Checkpoint
 from ...formats.errors import BadBlock
 from ...formats.manifest import CurvePoint
 from ...formats.stack import Stack, read_blocks
-from ..engine.dense import DenseAttention, DenseLinear, DenseOps, build_network, dense_layer
-from ..engine.network import Network, layer_forward
+from ..engine.dense import DenseAttention, DenseLinear, DenseOps, dense_layer
+from ..engine.network import Linear, Network, layer_forward
 from .calibrate import Progress, no_progress
 
 CHUNK_LOGITS: Final = 8_000_000  # numbers in one block of logits
@@ -54,32 +57,92 @@ def quality(reference_logits: Tensor, logits: Tensor, targets: Tensor) -> Qualit
     return Quality(kl.clamp(min=0.0), functional.nll_loss(found, targets, reduction="none"))
 
 
+def curve_blocks(stack: Stack, points: int) -> list[int]:
+    """Prefix lengths, in blocks, from the base to the whole: `points` of them, or all there are if those are fewer.
+
+    Their sizes grow by about equal factors, because quality changes fastest where there is least of the model.
+    """
+    first, last = stack.base, len(stack.blocks)
+    count = min(points, last - first + 1)
+    ratio = stack.nbytes / stack.base_nbytes
+    chosen: list[int] = []
+    for i in range(count):
+        wanted = stack.blocks_within(round(stack.base_nbytes * ratio ** (i / max(1, count - 1))))
+        least = chosen[-1] + 1 if chosen else first
+        chosen.append(min(max(wanted, least), last - (count - 1 - i)))
+    return chosen
+
+
 @torch.no_grad()
 def measure_curve(
     checkpoint: Checkpoint, stack: Stack, tokens: Tensor, blocks: Sequence[int], progress: Progress = no_progress
 ) -> tuple[CurvePoint, ...]:
     """One point for each prefix length in `blocks`, in that order, on `tokens [S, L]` (a few thousand, L at least 2).
 
-    Lengths lie between the stack's base and its number of blocks. Holds one float32 copy of the model, with a byte more
-    for every weight stored as planes, its largest layer or head twice. Raises `BadBlock` or `TruncatedStack` when the
-    stack cannot be read or makes no model.
+    Lengths lie between the stack's base and its number of blocks. Holds one layer in float32, with a byte more for
+    every weight stored as planes (or the embedding or the head, and a copy or two while they are made), the original's
+    logits, and the hidden states of every prefix. Raises `BadBlock` or `TruncatedStack` when the stack cannot be read
+    or makes no model.
     """
     assert all(stack.base <= count <= len(stack.blocks) for count in blocks)
-    a = checkpoint.architecture
-    original = Original(checkpoint, tokens)
-    weights: dict[str, GrowingWeight] = {}
-    points: dict[int, CurvePoint] = {}
+    if not blocks:
+        return ()
     wanted = sorted(set(blocks))
-    for position, (entry, payload) in enumerate(read_blocks(stack) if wanted else ()):
-        weights.setdefault(entry.tensor, GrowingWeight()).add(entry, payload)
-        count = position + 1
-        if count in wanted:
-            found = original.compare(build_network(a, lambda name: torch.from_numpy(weights[name].value())))
-            points[count] = _point(stack, count, found)
-            progress("measure", len(points), len(wanted))
-        if count == wanted[-1]:
-            break
+    original = Original(checkpoint, tokens)
+    found = _compare_prefixes(original, checkpoint.architecture, stack, wanted, progress)
+    points = {count: _point(stack, count, one) for count, one in zip(wanted, found, strict=True)}
     return tuple(points[count] for count in blocks)
+
+
+def _compare_prefixes(
+    original: Original, a: Architecture, stack: Stack, counts: list[int], progress: Progress
+) -> list[Quality]:
+    """The quality of the first `counts` blocks, which ascend."""
+    total, tokens = (a.layers + 1) * len(counts), original.tokens
+    growing = _GrowingTensors(stack)
+    attention = DenseAttention(a, *tokens.shape)
+    hidden = [functional.embedding(tokens.flatten(), growing.at(count, "embed")) for count in counts]
+    for index in range(a.layers):
+        growing = _GrowingTensors(stack)  # forgets what the layer before needed
+        for i, count in enumerate(counts):
+            # Not named: one prefix's weights would stay while the next one's are made.
+            hidden[i] = layer_forward(
+                a, DenseOps(), dense_layer(a, index, partial(growing.at, count)), index, hidden[i], attention
+            )
+            progress("measure", index * len(counts) + i + 1, total)
+    growing, qualities = _GrowingTensors(stack), []
+    for i, count in enumerate(counts):
+        x = DenseOps().rms_norm(hidden[i], growing.at(count, "final_norm"), a.norm_eps)
+        qualities.append(original.against(x, DenseLinear(growing.at(count, "embed" if a.tied else "head"))))
+        progress("measure", a.layers * len(counts) + i + 1, total)
+    return qualities
+
+
+class _GrowingTensors:
+    """Tensors of a stack at ever longer prefixes. Blocks are read when they are first needed, and never again; a value
+    is made once for all prefixes that share it.
+    """
+
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
+        self._positions: dict[str, list[int]] = {}
+        for position, entry in enumerate(stack.blocks):
+            self._positions.setdefault(entry.tensor, []).append(position)
+        self._weights: dict[str, GrowingWeight] = {}
+        self._values: dict[str, Tensor] = {}
+
+    def at(self, count: int, name: str) -> Tensor:
+        """The tensor as the first `count` blocks have it; no fewer than when it was last asked for."""
+        positions = self._positions[name]
+        fresh = [position for position in positions if position < count]
+        if fresh:
+            self._values.pop(name, None)  # before the next one is made
+            weight = self._weights.setdefault(name, GrowingWeight())
+            for entry, payload in read_blocks(self._stack, fresh):
+                weight.add(entry, payload)
+            self._values[name] = torch.from_numpy(weight.value())
+            del positions[: len(fresh)]
+        return self._values[name]
 
 
 def _point(stack: Stack, count: int, found: Quality) -> CurvePoint:
@@ -89,36 +152,36 @@ def _point(stack: Stack, count: int, found: Quality) -> CurvePoint:
 
 
 class Original:
-    """The original model's last hidden states on some tokens, and its head."""
+    """The original model's logits on `tokens [S, L]`, at every position that has a next token; others against them."""
 
     def __init__(self, checkpoint: Checkpoint, tokens: Tensor) -> None:
         a = checkpoint.architecture
-        self._tokens = tokens
+        self.tokens = tokens
         x = functional.embedding(tokens.flatten(), checkpoint.tensor("embed"))
         for index in range(a.layers):
             # Not named: the last layer would stay while the next is read.
             x = layer_forward(a, DenseOps(), dense_layer(a, index, checkpoint.tensor), index, x, self._attention(a))
         x = DenseOps().rms_norm(x, checkpoint.tensor("final_norm"), a.norm_eps)
-        self._hidden = self._with_target(x)
-        self._head = DenseLinear(checkpoint.tensor("embed" if a.tied else "head"))
+        self._rows = max(1, CHUNK_LOGITS // a.vocab)
+        head = DenseLinear(checkpoint.tensor("embed" if a.tied else "head"))
+        self._logits = [head(rows) for rows in self._with_target(x).split(self._rows)]
 
     def compare(self, network: Network[Tensor]) -> Quality:
-        """Another model's quality on the same tokens, at every position that has a next token."""
+        """Another model's quality on the same tokens."""
         a = network.architecture
-        hidden = self._with_target(network.forward(self._tokens.flatten(), self._attention(a)))
-        rows = max(1, CHUNK_LOGITS // a.vocab)
-        parts = [
-            quality(self._head(reference), network.head(found), targets)
-            for reference, found, targets in zip(
-                self._hidden.split(rows), hidden.split(rows), self._tokens[:, 1:].flatten().split(rows), strict=True
-            )
-        ]
+        return self.against(network.forward(self.tokens.flatten(), self._attention(a)), network.head)
+
+    def against(self, hidden: Tensor, head: Linear[Tensor]) -> Quality:
+        """The quality of a model whose final normalised hidden states on the same tokens are `hidden [S * L, d]`."""
+        targets = self.tokens[:, 1:].flatten().split(self._rows)
+        rows = self._with_target(hidden).split(self._rows)
+        parts = [quality(*part) for part in zip(self._logits, map(head, rows), targets, strict=True)]
         return Quality(torch.cat([part.kl for part in parts]), torch.cat([part.loss for part in parts]))
 
     def _attention(self, a: Architecture) -> DenseAttention:
-        return DenseAttention(a, *self._tokens.shape)
+        return DenseAttention(a, *self.tokens.shape)
 
     def _with_target(self, hidden: Tensor) -> Tensor:
         """`[S * L, d] -> [S * (L - 1), d]`: the last token of a stream has no next one."""
-        streams, length = self._tokens.shape
+        streams, length = self.tokens.shape
         return hidden.reshape(streams, length, -1)[:, :-1].flatten(0, 1)

@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from ...formats.errors import DiskFull, ModelExists
@@ -27,15 +27,27 @@ def free_place(library: Path, name: str) -> Path:
     return place
 
 
-def check_room(library: Path, wanted: int) -> None:
-    """Raises `DiskFull` when the library's disk has fewer than `wanted` bytes free."""
-    library.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(library).free
-    if free < wanted:
-        raise DiskFull(
-            f"adding this model takes up to {format_size(wanted)} in {library} while it is made; "
-            f"{format_size(free)} are free"
-        )
+def check_room(wanted: Mapping[Path, int]) -> None:
+    """Raises `DiskFull` when a disk has fewer bytes free than are wanted in these folders on it, which need not exist
+    yet. Zero or less is nothing.
+    """
+    disks: dict[int, tuple[list[Path], int]] = {}
+    for folder, nbytes in wanted.items():
+        disk = _existing(folder).stat().st_dev
+        folders, total = disks.get(disk, ([], 0))
+        disks[disk] = ([*folders, folder], total + max(0, nbytes))
+    for folders, total in disks.values():
+        free = shutil.disk_usage(_existing(folders[0])).free
+        if free < total:
+            raise DiskFull(
+                f"adding this model takes up to {format_size(total)} in {' and '.join(map(str, folders))} while it is "
+                f"made; {format_size(free)} are free"
+            )
+
+
+def _existing(folder: Path) -> Path:
+    """`folder`, or the nearest one above that exists."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 @contextlib.contextmanager
@@ -46,10 +58,10 @@ def making(place: Path, commit: Callable[[], None] = lambda: None) -> Iterator[P
     """
     folder = place.with_name(f"{ADDING}{place.name}-{os.getpid()}")
     place.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(place.parent):
+    with locked(place.parent):
         _sweep(place.parent)
         folder.mkdir()
-        lock = _lock(folder)
+        lock = lock_folder(folder)
     try:
         yield folder
         _sync(folder)
@@ -84,7 +96,7 @@ def _sweep(library: Path) -> None:
     """Remove what killed jobs left behind: folders that nobody holds a lock on."""
     for folder in library.glob(ADDING + "*"):
         with contextlib.suppress(OSError):
-            lock = _lock(folder)
+            lock = lock_folder(folder)
             try:
                 shutil.rmtree(folder, ignore_errors=True)
             finally:
@@ -92,7 +104,7 @@ def _sweep(library: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold `folder`'s lock, waiting for it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -102,7 +114,7 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(folder: Path) -> int:
+def lock_folder(folder: Path) -> int:
     """A descriptor that holds `folder`'s lock until closed. Raises `OSError` when another process holds it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -21,12 +21,12 @@ class Reporter:
 
     def __init__(self, id: int, total: int, send: Send, clock: Clock) -> None:  # noqa: A002 - the wire's own word
         self._id, self._total, self._send, self._clock = id, total, send, clock
-        self._stage, self._tensor, self._done = "", "", 0
+        self._stage, self._tensor, self._done, self._skipped = "", "", 0, 0
         self._begun = self._told = clock()
 
     def begin(self, stage: str) -> None:
         """Enter a stage of which nothing is done; its time is counted from now."""
-        self._begun, self._done = self._clock(), 0
+        self._begun, self._done, self._skipped = self._clock(), 0, 0
         self.enter(stage)
 
     def enter(self, stage: str) -> None:
@@ -39,6 +39,10 @@ class Reporter:
         self._done, self._tensor = self._total * done // max(total, 1), tensor
         self.tick()
 
+    def skip(self, done: int, total: int) -> None:
+        """`done` of `total` was through before the stage began, and says nothing about its speed."""
+        self._done = self._skipped = self._total * done // max(total, 1)
+
     def tick(self) -> None:
         """Still alive; nothing more is done."""
         if self._clock() - self._told >= INTERVAL_SECONDS:
@@ -46,7 +50,7 @@ class Reporter:
 
     def _tell(self) -> None:
         self._told = self._clock()
-        spent, rest = self._told - self._begun, self._total - self._done
+        spent, rest, ours = self._told - self._begun, self._total - self._done, self._done - self._skipped
         self._send(
             Progress(
                 id=self._id,
@@ -54,6 +58,6 @@ class Reporter:
                 tensor=self._tensor,
                 done=self._done,
                 total=self._total,
-                eta_seconds=spent * rest / self._done if self._done else None,
+                eta_seconds=spent * rest / ours if ours > 0 else None,
             )
         )

@@ -55,7 +55,7 @@ def write_random_stack(
         raise InvalidRequest(f"no codec {codec!r}; known: {', '.join(LEVELS)}")
     place, levels = free_place(library, name), levels or LEVELS[codec]
     plain = list(_planes(a, choose_planes(levels)) if codec == "nested" else _signs(a, choose_levels(levels), rank))
-    check_room(library, prefix_edges(plain)[-1])
+    check_room({library: prefix_edges(plain)[-1]})
     entries = [msgspec.structs.replace(entry, hash=content_hash(_payload(entry, seed))) for entry in plain]
     index, _ = order_entries(a, entries, "gain")
     with making(place) as folder:

@@ -287,7 +287,9 @@ def test_ctrl_c_cancels_an_add_and_says_that_nothing_changed(daemon: FakeDaemon,
     daemon.script = script
     result = ebb("add", str(tmp_path), "--name", "tiny", code=130)
     daemon.wait_for(Cancel)
-    assert result.stderr.endswith("ebb: cancelled; the library is untouched\n")
+    assert result.stderr.endswith(
+        "ebb: cancelled; the library is untouched, and the same command would go on from here\n"
+    )
 
 
 def test_an_add_that_was_done_before_ctrl_c_was_heard_says_so(daemon: FakeDaemon, tmp_path: Path):
@@ -302,7 +304,14 @@ def test_list_and_show(daemon: FakeDaemon):
     ]  # fmt: skip
     shown = ebb("show", "tiny").stdout
     assert "llama, 2 layers" in shown
-    assert "25%  2.5000       40.25  ██████████████████████████████" in shown
+    assert [line.split() for line in shown.splitlines()[-3:]] == [
+        ["SIZE", "OF", "STACK", "KL", "PERPLEXITY"],
+        ["6.0", "MB", "25%", "2.5", "40.25"],
+        ["24.0", "MB", "100%", "0.01", "9.50"],
+    ]
+    plot = shown.splitlines()[shown.splitlines().index("KL, nats a token") + 1 : -3]
+    assert plot[2].startswith("       1 ┤ ")
+    assert plot[-1].split() == ["6.0", "MB", "15.0", "MB", "24.0", "MB"]
 
 
 def test_json_on_stdout_is_one_document(daemon: FakeDaemon):

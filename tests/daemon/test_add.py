@@ -2,16 +2,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 
 import huggingface_hub
-import msgspec
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
@@ -196,7 +192,7 @@ def test_families_with_biases_norms_and_tied_heads(adder, tmp_path):
 def test_more_bytes_are_measurably_better(adder, tmp_path):
     adder(write_tiny_model(tmp_path / "m"), levels=6)
     curve, stack = read_manifest(adder.library / "new").curve, adder.stack()
-    assert 6 <= len(curve) <= add.CURVE_POINTS
+    assert len(curve) == add.CURVE_POINTS >= 16
     assert (curve[0].nbytes, curve[-1].nbytes) == (stack.base_nbytes, stack.nbytes)
     assert [point.blocks for point in curve] == sorted(point.blocks for point in curve)
     assert curve[-1].kl < 0.2 * curve[0].kl
@@ -245,7 +241,7 @@ def test_a_file_as_calibration(adder, small, tmp_path):
     text.write_text("The tide comes in, the tide goes out. " * 60)
     adder(small, calibration=str(text))
     assert read_manifest(adder.library / "new").options["calibration"] == str(text)
-    assert not adder.cache.exists()
+    assert not (adder.cache / "calibration").exists()
 
 
 def test_held_back_text_is_not_calibrated_on():
@@ -381,19 +377,6 @@ def test_the_last_chance_to_cancel_is_when_all_is_made(adder, small):
     with pytest.raises(Cancelled, match="at last"):
         add_model(request, adder.library, adder.cache, adder.told.append, commit=commit)
     assert adder.names() == []
-
-
-def test_killed_at_any_step(adder, tmp_path):
-    write_checkpoint(msgspec.structs.replace(SMALL, layers=1), tmp_path / "source")
-    script = Path(__file__).parents[1] / "support" / "kill_steps.py"
-    command = [sys.executable, "-P", str(script), str(tmp_path / "source"), str(adder.library), str(adder.cache)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    steps = [json.loads(line) for line in output.splitlines()]
-    assert len(steps) > 12
-    assert [step["code"] for step in steps[:-1]] == [9] * (len(steps) - 1)
-    assert all(step["visible"] == [] for step in steps[:-1])
-    # The last kill comes after the rename: the model is complete.
-    assert len(list(read_blocks(adder.stack()))) == read_manifest(adder.library / "new").blocks
 
 
 def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_are_not(adder, small):

@@ -126,6 +126,22 @@ def test_kill_leaves_no_model(supervisor, tiny):
     assert [path.name for path in supervisor.library.iterdir()] == [f".adding-new-{process.pid}"]
 
 
+def test_goes_on_after_a_kill(supervisor, tiny):
+    process = supervisor.start(supervisor.command(tiny))
+    while not (isinstance(message := supervisor.hear(), Progress) and message.tensor.startswith("layers.1")):
+        pass
+    process.kill()
+    process.wait(60)
+    assert any((supervisor.cache / "adding").glob("*/layer-0000"))
+    process = supervisor.start(supervisor.command(tiny))
+    *heard, added = supervisor.hear_all()
+    assert isinstance(added, Added)
+    assert process.wait(60) == 0
+    first = next(message for message in heard if isinstance(message, Progress) and message.stage == "encoding")
+    assert first.done > 0.2 * first.total
+    assert list((supervisor.cache / "adding").iterdir()) == []
+
+
 PARENT = """
 import subprocess, sys
 subprocess.Popen(sys.argv[1:])

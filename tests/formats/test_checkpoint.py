@@ -349,3 +349,22 @@ def test_a_missing_shard(sharded: Path) -> None:
     next(sharded.glob("model-00003*")).unlink()
     with pytest.raises(CorruptCheckpoint, match="lacks model-00003"):
         open_checkpoint(sharded)
+
+
+def test_a_mapped_tensor_is_that_of_the_file_and_does_not_count_as_memory_of_the_process(tmp_path):
+    checkpoint = open_checkpoint(write_tiny_model(tmp_path / "m", dtype="bfloat16", max_shard_size="40KB"))
+    for name, shape in weight_shapes(checkpoint.architecture).items():
+        mapped = checkpoint.mapped(name)
+        assert (mapped.dtype, tuple(mapped.shape)) == (torch.bfloat16, shape)
+        assert torch.equal(mapped.float(), checkpoint.tensor(name))
+        maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path / "m") in line]
+        assert maps
+        assert all(line.split()[1].startswith("r--") for line in maps)  # private and writable would be counted
+
+
+def test_a_file_that_was_cut_since_it_was_checked(tmp_path):
+    checkpoint = open_checkpoint(write_tiny_model(tmp_path / "m"))
+    weights = tmp_path / "m" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:3000])
+    with pytest.raises(CorruptCheckpoint, match="cannot be read"):
+        [checkpoint.tensor(name) for name in weight_shapes(checkpoint.architecture)]

@@ -1,11 +1,15 @@
-"""Kill `add_model` at every step that touches the disk: `python kill_steps.py SOURCE LIBRARY CACHE`.
+"""Kill `add_model` at every write and rename, and add again: `python kill_steps.py SOURCE FOLDER`.
 
-Forks once for each step (one import of torch serves all) and kills the child there; a write is first half done.
-Prints, as JSON lines: the step, the exit code, and the library's visible content after it.
+Forks for each step (one import of torch serves all) and kills the child there; a write is first half done. Then a
+second child goes on from what the first one left in the cache. Prints, as JSON lines: the step, the exit code, the
+library's visible content after it; then, of the second child, which layers it encoded and the stack's hash, and what
+is left of its work in the cache. Each step has a library and a cache of its own.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -15,8 +19,9 @@ from typing import Any
 
 import torch
 
-from ebbflow.daemon.library import texts
+from ebbflow.daemon.library import add, texts
 from ebbflow.daemon.library.add import add_model
+from ebbflow.formats.manifest import STACK
 from ebbflow.formats.messages import AddModel
 
 WRITES_BETWEEN = 9  # of the many equal writes, every ninth is enough
@@ -59,7 +64,7 @@ class WatchedFile:
 
 
 def watch(steps: Steps) -> None:
-    open_path, rename, fsync = pathlib.Path.open, pathlib.Path.rename, os.fsync
+    open_path, rename = pathlib.Path.open, pathlib.Path.rename
 
     def watched_open(path: pathlib.Path, mode: str = "r", *more: Any, **named: Any) -> Any:
         file = open_path(path, mode, *more, **named)
@@ -69,40 +74,59 @@ def watch(steps: Steps) -> None:
         steps.take(f"rename {pathlib.Path(target).name}")
         return rename(path, target)
 
-    def watched_fsync(descriptor: int) -> None:
-        steps.take("fsync")
-        fsync(descriptor)
-
-    pathlib.Path.open, pathlib.Path.rename, os.fsync = watched_open, watched_rename, watched_fsync
+    pathlib.Path.open, pathlib.Path.rename = watched_open, watched_rename
 
 
-def run(fatal: int | None, source: str, library: str, cache: str) -> list[str]:
-    steps = Steps(fatal)
+def run(fatal: int | None, source: str, folder: pathlib.Path) -> None:
+    """Add the model, or die; the tensors that were encoded are written to `folder/encoded`."""
+    steps, encoded = Steps(fatal), set()
     watch(steps)
+    # bitstack: with nested each child would make its codebook anew, which takes longer than all the rest
+    request = AddModel(id=1, source=source, name="new", codec="bitstack", levels=2)
+    clock = itertools.count()  # so that every progress is told
     add_model(
-        AddModel(id=1, source=source, name="new", levels=2), pathlib.Path(library), pathlib.Path(cache), lambda p: None
+        request,
+        folder / "library",
+        folder / "cache",
+        lambda progress: encoded.add(progress.tensor if progress.stage == "encoding" else ""),
+        clock=lambda: float(next(clock)),
     )
-    return steps.names
+    (folder / "encoded").write_text(" ".join(sorted(encoded)))
 
 
-def forked(fatal: int | None, arguments: list[str]) -> int:
+def forked(fatal: int | None, source: str, folder: pathlib.Path) -> int:
     child = os.fork()
     if child == 0:
-        run(fatal, *arguments)
+        run(fatal, source, folder)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def visible(library: str) -> list[str]:
-    root = pathlib.Path(library)
+def content(root: pathlib.Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if ".adding" not in str(path))
+
+
+def report(fatal: int, source: str, folder: pathlib.Path) -> dict[str, Any]:
+    code = forked(fatal, source, folder)
+    seen = {"step": fatal, "code": code, "visible": content(folder / "library")}
+    if seen["visible"]:
+        return seen
+    seen["again"] = forked(None, source, folder)
+    stack = (folder / "library" / "new" / STACK).read_bytes()
+    return seen | {
+        "encoded": (folder / "encoded").read_text().split(),
+        "stack": hashlib.blake2b(stack).hexdigest(),
+        "left": content(folder / "cache" / "adding"),
+        "library": sorted(path.name for path in (folder / "library").iterdir()),
+    }
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     texts.STREAMS, texts.LENGTH = 8, 16
+    add.CURVE_POINTS = 2
     for fatal in range(1000):
-        code = forked(fatal, sys.argv[1:])
-        print(json.dumps({"step": fatal, "code": code, "visible": visible(sys.argv[2])}), flush=True)
-        if code == 0 or "new/manifest.json" in visible(sys.argv[2]):
+        seen = report(fatal, sys.argv[1], pathlib.Path(sys.argv[2]) / str(fatal))
+        print(json.dumps(seen), flush=True)
+        if seen["visible"]:
             break
