@@ -1,7 +1,8 @@
 """Where compiled kernels are kept between runs. Imports nothing, because it must run before numba is imported.
 
 numba looks only at the file of the function it caches: a change in a function called from another file silently runs
-stale code. So the folder's name is a hash over all of `kernels/`, Python's and numba's versions.
+stale code. So the folder's name is a hash over all of `kernels/`, Python's and numba's versions, and the choice of
+instructions, which is made when kernels are compiled.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ _COMPLETE: Final = "complete"  # written when every kernel is there
 
 def use_cache(root: Path) -> Path:
     """Make numba keep compiled code below `root`, and remove what older kernels left there; returns the folder."""
-    digest = hashlib.blake2b(f"{sys.version} numba {version('numba')}".encode(), digest_size=8)
+    chosen = os.environ.get("EBBFLOW_INSTRUCTIONS", "")
+    digest = hashlib.blake2b(f"{sys.version} numba {version('numba')} {chosen}".encode(), digest_size=8)
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     folder = root / f"kernels-{digest.hexdigest()}"

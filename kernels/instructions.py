@@ -1,7 +1,8 @@
 """Instruction sets that the integer kernels are written for, and which of them this processor has.
 
 All give the same bits (`planes` says why), so the choice is one of speed alone. EBBFLOW_INSTRUCTIONS names another than
-the best, to measure or to look for a fault.
+the best, to measure or to look for a fault. Only the chosen one and the portable one are compiled, because each takes
+the compiler ten seconds and more; with the name `every`, all are, and the best is chosen.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _NEEDS: Final = {
 }
 _MACHINES: Final = {AVX512: ("x86_64", "AMD64"), AVX2: ("x86_64", "AMD64"), NEON: ("aarch64", "arm64")}
 VARIABLE: Final = "EBBFLOW_INSTRUCTIONS"
+EVERY: Final = "every"
 
 
 def available() -> tuple[str, ...]:
@@ -42,8 +44,17 @@ def available() -> tuple[str, ...]:
 
 def choose() -> int:
     """The code of the fastest set, or of the one that EBBFLOW_INSTRUCTIONS names. Raises `ValueError`."""
-    able = available()
-    wanted = os.environ.get(VARIABLE) or able[0]
+    able, wanted = available(), os.environ.get(VARIABLE, "")
+    if wanted in ("", EVERY):
+        return NAMES[able[0]]
     if wanted not in able:
         raise ValueError(f"{VARIABLE} is {wanted!r}; this processor can run {', '.join(able)}")
     return NAMES[wanted]
+
+
+def compiled() -> tuple[str, ...]:
+    """Names of the sets that code is made for, the chosen one first. Raises `ValueError`."""
+    if os.environ.get(VARIABLE) == EVERY:
+        return available()
+    chosen = next(name for name, code in NAMES.items() if code == choose())
+    return tuple(dict.fromkeys((chosen, "portable")))

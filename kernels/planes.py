@@ -28,7 +28,7 @@ from numba.core.cgutils import alloca_once
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from .instructions import AVX2, AVX512, NAMES, NEON, PORTABLE, available
+from .instructions import AVX2, AVX512, NAMES, NEON, PORTABLE, compiled
 from .rows import BASE_PLANES, JIT_OFF, PLANE, ROWS, bf16_to_float
 from .vectors import LANE, Avx2, Avx512, Bytes, Neon, f32, i8, i32, i64, load, number, prefetch, store, vector
 
@@ -42,7 +42,7 @@ DEPTHS: Final = tuple(range(BASE_PLANES, 9))
 
 _SETS: Final[dict[int, type[Bytes]]] = {AVX512: Avx512, AVX2: Avx2, NEON: Neon}
 _TILES: Final = {AVX512: 4, AVX2: 2, NEON: 2, PORTABLE: 1}  # tokens multiplied together with ROWS rows
-_USABLE: Final = tuple(NAMES[name] for name in available() if NAMES[name] in _SETS)
+_USABLE: Final = tuple(NAMES[name] for name in compiled() if NAMES[name] in _SETS)
 TILES: Final = np.array([_TILES[code] for code in range(len(_TILES))])
 
 F32 = NDArray[np.float32]
@@ -432,9 +432,10 @@ def multiply_planes(
 ) -> None:
     """`y [T, m] = x @ W^T`, W `[m, n]` being planes: `blocks [levels, 3]` as in `rows.decode_rows`.
 
-    `instructions` is a code that `instructions.available` names. `x [T, padded(n)]`, `scales` and `corrections` `[T,
-    padded(n) / 32]` are what `quantize_inputs` writes. `scratch [chunks, ROWS, level_stride(n)]` is overwritten; rows
-    are shared out over its chunks. Scratch and `x` are fastest where each row of 64 bytes is a cache line.
+    `instructions` is the code of a set that `instructions.compiled` names. `x [T, padded(n)]`, `scales` and
+    `corrections` `[T, padded(n) / 32]` are what `quantize_inputs` writes. `scratch [chunks, ROWS, level_stride(n)]` is
+    overwritten; rows are shared out over its chunks. Scratch and `x` are fastest where each row of 64 bytes is a cache
+    line.
     """
     m, chunks = y.shape[1], scratch.shape[0]
     share = -(-m // (chunks * ROWS)) * ROWS

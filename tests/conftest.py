@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 from ebbflow.kernels.cache import use_cache
 
 from support.real_daemon import KERNELS
 
+os.environ.setdefault("EBBFLOW_INSTRUCTIONS", "every")
 use_cache(KERNELS)
 # A shell's background job (and some CI) starts with Ctrl-C ignored, and Python then leaves it so; tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

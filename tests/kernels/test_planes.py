@@ -110,8 +110,13 @@ def test_almost_nothing_is_nothing(size: float) -> None:
 def test_a_set_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(instructions.VARIABLE, raising=False)
     assert instructions.choose() == NAMES[available()[0]]
+    assert instructions.compiled() == tuple(dict.fromkeys((available()[0], "portable")))
+    monkeypatch.setenv(instructions.VARIABLE, instructions.EVERY)
+    assert instructions.choose() == NAMES[available()[0]]
+    assert instructions.compiled() == available()
     monkeypatch.setenv(instructions.VARIABLE, "portable")
     assert instructions.choose() == instructions.PORTABLE
+    assert instructions.compiled() == ("portable",)
     monkeypatch.setenv(instructions.VARIABLE, "sse9")
     with pytest.raises(ValueError, match=r"sse9.*portable"):
         instructions.choose()
