@@ -7,7 +7,7 @@ that is run at each size asked for. Prefixes are run dense: what serving rounds 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -64,28 +64,40 @@ def measure_curve(
     for every weight stored as planes, its largest layer or head twice. Raises `BadBlock` or `TruncatedStack` when the
     stack cannot be read or makes no model.
     """
-    assert all(stack.base <= count <= len(stack.blocks) for count in blocks)
-    a = checkpoint.architecture
     original = Original(checkpoint, tokens)
-    weights: dict[str, GrowingWeight] = {}
     points: dict[int, CurvePoint] = {}
-    wanted = sorted(set(blocks))
-    for position, (entry, payload) in enumerate(read_blocks(stack) if wanted else ()):
-        weights.setdefault(entry.tensor, GrowingWeight()).add(entry, payload)
-        count = position + 1
-        if count in wanted:
-            found = original.compare(build_network(a, lambda name: torch.from_numpy(weights[name].value())))
-            points[count] = _point(stack, count, found)
-            progress("measure", len(points), len(wanted))
-        if count == wanted[-1]:
-            break
+    for count, found in prefix_qualities(original, checkpoint, stack, blocks):
+        points[count] = CurvePoint(count, stack.edges[count], found.mean_kl, found.perplexity)
+        progress("measure", len(points), len(set(blocks)))
     return tuple(points[count] for count in blocks)
 
 
-def _point(stack: Stack, count: int, found: Quality) -> CurvePoint:
-    if not bool(torch.isfinite(found.kl).all()):
-        raise BadBlock(f"the first {count} blocks of {stack.path} make a model whose logits are not finite")
-    return CurvePoint(count, stack.edges[count], found.mean_kl, found.perplexity)
+@torch.no_grad()
+def prefix_qualities(
+    original: Original, checkpoint: Checkpoint, stack: Stack, blocks: Sequence[int], exact: Container[str] = ()
+) -> Iterator[tuple[int, Quality]]:
+    """Each prefix length in `blocks`, ascending, and its quality token by token; tensors in `exact` stay original.
+
+    See `measure_curve`.
+    """
+    assert all(stack.base <= count <= len(stack.blocks) for count in blocks)
+    weights: dict[str, GrowingWeight] = {}
+
+    def tensor(name: str) -> Tensor:
+        return checkpoint.tensor(name) if name in exact else torch.from_numpy(weights[name].value())
+
+    wanted = sorted(set(blocks))
+    for position, (entry, payload) in enumerate(read_blocks(stack) if wanted else ()):
+        if entry.tensor not in exact:
+            weights.setdefault(entry.tensor, GrowingWeight()).add(entry, payload)
+        count = position + 1
+        if count in wanted:
+            found = original.compare(build_network(checkpoint.architecture, tensor))
+            if not bool(torch.isfinite(found.kl).all()):
+                raise BadBlock(f"the first {count} blocks of {stack.path} make a model whose logits are not finite")
+            yield count, found
+        if count == wanted[-1]:
+            break
 
 
 class Original:
