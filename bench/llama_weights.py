@@ -5,6 +5,8 @@ Only weights differ from the original when they are compared: everything runs in
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import subprocess
 from collections import Counter
@@ -45,15 +47,25 @@ class Quantised:
         return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
 
 
-def quantise(checkpoint: Checkpoint, tokens: Tensor, types: tuple[str, ...], folder: Path) -> dict[str, Quantised]:
-    """`checkpoint` in each of llama.cpp's file types; the importance matrix is measured on `tokens [S, L]`."""
+def quantise(checkpoint: Checkpoint, tokens: Tensor, types: tuple[str, ...]) -> dict[str, Quantised]:
+    """`checkpoint` in each of llama.cpp's file types; the importance matrix is measured on `tokens [S, L]`.
+
+    The files are made once and kept beside the programs.
+    """
+    made_from = checkpoint.checksum().encode() + tokens.numpy().tobytes()
+    folder = programs().parent / hashlib.blake2b(made_from, digest_size=16).hexdigest()
+    folder.mkdir(exist_ok=True)
     source, matrix = folder / "source.gguf", folder / "imatrix.gguf"
-    write_gguf(checkpoint, source)
-    _measure_importance(checkpoint, source, matrix, tokens)
+    if not matrix.exists():
+        write_gguf(checkpoint, source)
+        _measure_importance(checkpoint, source, matrix, tokens)
     found = {}
     for name in types:
-        _run("llama-quantize", "--imatrix", matrix, source, folder / f"{name}.gguf", name)
-        found[name] = read_gguf(checkpoint.architecture, folder / f"{name}.gguf")
+        path, partial = folder / f"{name}.gguf", folder / f"{name}.partial"
+        if not path.exists():
+            _run("llama-quantize", "--imatrix", matrix, source, partial, name)
+            partial.rename(path)
+        found[name] = read_gguf(checkpoint.architecture, path)
     return found
 
 
@@ -110,19 +122,24 @@ def _measure_importance(checkpoint: Checkpoint, source: Path, matrix: Path, toke
     text = matrix.with_suffix(".txt")
     text.write_text("".join(_piece(token) for token in tokens.flatten().tolist()))
     length = tokens.shape[1]
-    printed = _run("llama-imatrix", "-m", source, "-f", text, "-o", matrix, "-c", str(length))
+    partial = matrix.with_suffix(".partial.gguf")
+    printed = _run("llama-imatrix", "-m", source, "-f", text, "-o", partial, "-c", str(length))
     theirs = re.search(r"Final estimate: PPL = ([0-9.]+)", printed)
     network = build_network(checkpoint.architecture, checkpoint.tensor)
     loss = Original(checkpoint, tokens).compare(network).loss.reshape(-1, length - 1)
     ours = float(loss[:, length // 2 :].mean().exp())  # the second half of each stream, as theirs
     if theirs is None or abs(float(theirs[1]) / ours - 1) > 0.01:
         raise RuntimeError(f"perplexity {theirs and theirs[1]} in llama.cpp, {ours:.4f} here:\n{printed[-2000:]}")
+    partial.rename(matrix)
 
 
 def _run(program: str, *arguments: str | Path) -> str:
     """What it printed. Raises `RuntimeError` with it when the program fails."""
     command = [programs() / program, *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    patient = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that spin starve each other on a busy machine
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=patient
+    )
     if done.returncode:
         raise RuntimeError(f"{program} failed:\n{done.stdout[-2000:]}")
     return done.stdout

@@ -174,8 +174,7 @@ def compare_llama(report: Report, demo: Demo, stack: Stack) -> list[Size]:
     reporter = Reporter(0, 0, lambda message: None, time.monotonic)
     checkpoint = demo.checkpoint
     texts = sampled_texts(checkpoint, checkpoint.checksum(), SEED, CACHE / "jobs", reporter)
-    with tempfile.TemporaryDirectory() as folder:
-        models = quantise(checkpoint, texts.calibration, LLAMA_TYPES, Path(folder))
+    models = quantise(checkpoint, texts.calibration, LLAMA_TYPES)
     linears = set(layer_linears(checkpoint.architecture))
     measured = []
     for kind, counted in (("total", set(weight_shapes(checkpoint.architecture))), ("linears", linears)):
