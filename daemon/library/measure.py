@@ -9,7 +9,7 @@ on its way is not in these figures.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -84,47 +84,56 @@ def measure_curve(
     logits, and the hidden states of every prefix. Raises `BadBlock` or `TruncatedStack` when the stack cannot be read
     or makes no model.
     """
-    assert all(stack.base <= count <= len(stack.blocks) for count in blocks)
-    if not blocks:
-        return ()
-    wanted = sorted(set(blocks))
-    original = Original(checkpoint, tokens)
-    found = _compare_prefixes(original, checkpoint.architecture, stack, wanted, progress)
-    points = {count: _point(stack, count, one) for count, one in zip(wanted, found, strict=True)}
+    found = prefix_qualities(Original(checkpoint, tokens), checkpoint, stack, blocks, progress=progress)
+    points = {count: CurvePoint(count, stack.edges[count], one.mean_kl, one.perplexity) for count, one in found}
     return tuple(points[count] for count in blocks)
 
 
-def _compare_prefixes(
-    original: Original, a: Architecture, stack: Stack, counts: list[int], progress: Progress
-) -> list[Quality]:
-    """The quality of the first `counts` blocks, which ascend."""
-    total, tokens = (a.layers + 1) * len(counts), original.tokens
-    growing = _GrowingTensors(stack)
+@torch.no_grad()
+def prefix_qualities(
+    original: Original,
+    checkpoint: Checkpoint,
+    stack: Stack,
+    blocks: Sequence[int],
+    exact: Container[str] = (),
+    progress: Progress = no_progress,
+) -> list[tuple[int, Quality]]:
+    """Each prefix length in `blocks`, ascending, and its quality token by token; tensors in `exact` stay original.
+
+    See `measure_curve`.
+    """
+    assert all(stack.base <= count <= len(stack.blocks) for count in blocks)
+    a, counts, tokens = checkpoint.architecture, sorted(set(blocks)), original.tokens
+    total = (a.layers + 1) * len(counts)
+    growing = _GrowingTensors(checkpoint, stack, exact)
     attention = DenseAttention(a, *tokens.shape)
     hidden = [functional.embedding(tokens.flatten(), growing.at(count, "embed")) for count in counts]
     for index in range(a.layers):
-        growing = _GrowingTensors(stack)  # forgets what the layer before needed
+        growing = _GrowingTensors(checkpoint, stack, exact)  # forgets what the layer before needed
         for i, count in enumerate(counts):
             # Not named: one prefix's weights would stay while the next one's are made.
             hidden[i] = layer_forward(
                 a, DenseOps(), dense_layer(a, index, partial(growing.at, count)), index, hidden[i], attention
             )
             progress("measure", index * len(counts) + i + 1, total)
-    growing, qualities = _GrowingTensors(stack), []
+    growing, qualities = _GrowingTensors(checkpoint, stack, exact), []
     for i, count in enumerate(counts):
         x = DenseOps().rms_norm(hidden[i], growing.at(count, "final_norm"), a.norm_eps)
-        qualities.append(original.against(x, DenseLinear(growing.at(count, "embed" if a.tied else "head"))))
+        found = original.against(x, DenseLinear(growing.at(count, "embed" if a.tied else "head")))
+        if not bool(torch.isfinite(found.kl).all()):
+            raise BadBlock(f"the first {count} blocks of {stack.path} make a model whose logits are not finite")
+        qualities.append((count, found))
         progress("measure", a.layers * len(counts) + i + 1, total)
     return qualities
 
 
 class _GrowingTensors:
     """Tensors of a stack at ever longer prefixes. Blocks are read when they are first needed, and never again; a value
-    is made once for all prefixes that share it.
+    is made once for all prefixes that share it. Those in `exact` are the checkpoint's.
     """
 
-    def __init__(self, stack: Stack) -> None:
-        self._stack = stack
+    def __init__(self, checkpoint: Checkpoint, stack: Stack, exact: Container[str]) -> None:
+        self._checkpoint, self._stack, self._exact = checkpoint, stack, exact
         self._positions: dict[str, list[int]] = {}
         for position, entry in enumerate(stack.blocks):
             self._positions.setdefault(entry.tensor, []).append(position)
@@ -133,6 +142,8 @@ class _GrowingTensors:
 
     def at(self, count: int, name: str) -> Tensor:
         """The tensor as the first `count` blocks have it; no fewer than when it was last asked for."""
+        if name in self._exact:
+            return self._checkpoint.tensor(name)
         positions = self._positions[name]
         fresh = [position for position in positions if position < count]
         if fresh:
@@ -143,12 +154,6 @@ class _GrowingTensors:
             self._values[name] = torch.from_numpy(weight.value())
             del positions[: len(fresh)]
         return self._values[name]
-
-
-def _point(stack: Stack, count: int, found: Quality) -> CurvePoint:
-    if not bool(torch.isfinite(found.kl).all()):
-        raise BadBlock(f"the first {count} blocks of {stack.path} make a model whose logits are not finite")
-    return CurvePoint(count, stack.edges[count], found.mean_kl, found.perplexity)
 
 
 class Original:

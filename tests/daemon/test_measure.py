@@ -9,7 +9,7 @@ import torch
 
 from ebbflow.daemon.engine.dense import DenseAttention, build_network
 from ebbflow.daemon.library.calibrate import sample_tokens
-from ebbflow.daemon.library.measure import measure_curve, quality
+from ebbflow.daemon.library.measure import Original, measure_curve, prefix_qualities, quality
 from ebbflow.formats.architecture import weight_shapes, weight_uses
 from ebbflow.formats.blocks import pack_dense, pack_signs, sum_blocks
 from ebbflow.formats.checkpoint import Checkpoint, open_checkpoint
@@ -88,6 +88,19 @@ def test_the_curve_equals_whole_models_compared_one_by_one(family: str, tmp_path
         chosen = q.gather(-1, tokens[:, 1:, None])
         assert point.perplexity == pytest.approx(math.exp(float(-chosen.log().mean())), rel=1e-5)
     assert 0 < points[2].kl < points[1].kl < 0.1
+
+
+def test_tensors_left_exact_are_the_original_s(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_tiny_model(tmp_path / "source"))
+    stack = write_test_stack(checkpoint, tmp_path / "stack.safetensors")
+    tokens = sample_tokens(checkpoint, streams=2, length=20)
+    original, names = Original(checkpoint, tokens), set(weight_shapes(checkpoint.architecture))
+    counts = [stack.base, len(stack.blocks)]
+    ((_, nothing),) = prefix_qualities(original, checkpoint, stack, counts[:1], names)
+    assert float(nothing.kl.max()) < 1e-9
+    small, large = (found for _, found in prefix_qualities(original, checkpoint, stack, counts, names - {"layers.0.q"}))
+    ((_, whole),) = prefix_qualities(original, checkpoint, stack, counts[:1])
+    assert 0 < large.mean_kl < small.mean_kl < whole.mean_kl
 
 
 def test_no_sizes_give_no_points(tmp_path: Path) -> None:
