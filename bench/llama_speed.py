@@ -27,7 +27,7 @@ def full_gguf(kind: str) -> Path:
             unfinished = source.with_suffix(".partial")
             write_gguf(open_checkpoint(full_source()), unfinished)
             unfinished.rename(source)
-        subprocess.run([programs() / "llama-quantize", source, partial, kind], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([programs() / "llama-quantize", source, partial, kind], check=True, capture_output=True)
         partial.rename(path)
     return path
 
