@@ -62,9 +62,9 @@ KINDS: Final[dict[str, int]] = {"f32": SINGLE, "f16": F16}  # how keys and value
 LANES: Final = 16
 ROWS_TOGETHER: Final = 8  # rows of scratch multiplied with the same loads
 TILE_ROWS: Final = 32  # rows that share a block while it is in the nearest cache
-SMALL: Final = 1 << 21  # multiply-adds of queries and keys not worth the 40 us that waking threads takes (AMD EPYC)
 _WIDE: Final = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
 _ROWS: Final = ROWS_TOGETHER if _WIDE else 4
+_CASES: Final = {SINGLE: (1, 4), F16: tuple(range(1, _ROWS + 1))}  # float32 is for comparisons, compiling takes time
 _VECTORS: Final = 16 if _WIDE else 4  # partial results held in registers
 
 _floats = vector(f32, LANES)
@@ -128,7 +128,7 @@ def _emit_product(
                 factor = splat(builder, builder.load(builder.gep(factors, [number(r)])), LANES)
                 first = builder.fmul(factor, load(builder, _floats, places[r, part], 4))
             builder.store(first, total)
-        k, following, end = loop(builder, count)
+        k, following, end = loop(builder, count, unroll=False)
         if group[0] == 0:
             prefetch(builder, builder.gep(b[1], [builder.mul(k, b_step)]))
         at = builder.bitcast(builder.gep(b[0], [builder.mul(k, b_step)]), element.as_pointer())
@@ -157,7 +157,7 @@ def _product(context: Any, builder: Any, kv: Any, at: Any, following: Any, kind:
     base = builder.gep(kv, [at]), builder.gep(kv, [following])
 
     def for_kind(code: int) -> None:
-        cases(builder, rows, {count: lambda count=count: emit(code, count, base) for count in range(1, _ROWS + 1)})
+        cases(builder, rows, {count: lambda count=count: emit(code, count, base) for count in _CASES[code]})
 
     cases(builder, kind, {code: lambda code=code: for_kind(code) for code in _ELEMENTS})
     return context.get_dummy_value()
@@ -424,8 +424,11 @@ def _add_block(
     own = out + rows * step
     largest = own + rows * step
     factors = largest + -(-rows // LANES) * LANES
-    for r in range(first, stop, _ROWS):
+    r = first
+    while r < stop:
         count = min(_ROWS, stop - r)
+        if kind != F16:
+            count = 4 if count >= 4 else 1
         _scores(kind, count, memory, keys, keys + ahead, width, scratch, own + r * step, step, r * BLOCK_TOKENS)
         for i in range(r, r + count):
             _soften(scratch, i * BLOCK_TOKENS, low, high, sums + i * LANES, largest + i, factors + i)
@@ -443,6 +446,7 @@ def _add_block(
                 step,
                 factors + r,
             )
+        r += count
 
 
 @njit(nogil=True)
@@ -567,12 +571,12 @@ def attend(
     """`y [T, h * e]`: softmax(q k / sqrt(e)) v over positions `(p - window, p]` of the token's sequence.
 
     `q [T, h, e]`; `window` 0 means all; `kv` and the rest as in `store_kv`. `scratch [chunks, >= unit_floats]`: the
-    work is shared out over its rows.
+    work is shared out over its rows; where there is only one, no thread is woken.
     """
     chunks, groups = scratch.shape[0], kv.shape[3]
     most = max(1, TILE_ROWS // (q.shape[1] // groups))
     starts = np.empty(q.shape[0] + 1, np.int64)
-    units, longest = 0, 0
+    units = 0
     for t in range(q.shape[0]):
         begins = (
             units == 0
@@ -583,12 +587,11 @@ def attend(
         if begins:
             starts[units] = t
             units += 1
-        longest = max(longest, positions[t])
     starts[units] = q.shape[0]
     starts = starts[: units + 1]
-    if q.shape[0] * q.shape[1] * q.shape[2] * longest < SMALL:
+    if chunks == 1:
         _attend_share(
-            kind, kv, layer, tables, sequence, positions, q, window, starts, np.int64(0), np.int64(1), scratch[0], y
+            kind, kv, layer, tables, sequence, positions, q, window, starts, np.int64(0), chunks, scratch[0], y
         )
     else:
         for chunk in prange(chunks):

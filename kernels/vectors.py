@@ -65,8 +65,11 @@ def prefetch(builder: Any, pointer: Any) -> None:
     call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *(ir.Constant(i32, value) for value in (0, 3, 1))])
 
 
-def loop(builder: Any, stop: Any, step: int = 1) -> tuple[Any, Any, Any]:
-    """A loop from 0 below `stop > 0`: its variable, what to call after the body, and what after the loop."""
+def loop(builder: Any, stop: Any, step: int = 1, unroll: bool = True) -> tuple[Any, Any, Any]:
+    """A loop from 0 below `stop > 0`: its variable, what to call after the body, and what after the loop.
+
+    LLVM may `unroll` it, which takes time to compile.
+    """
     before = builder.block
     body, after = builder.append_basic_block("loop"), builder.append_basic_block("after")
     builder.branch(body)
@@ -77,7 +80,13 @@ def loop(builder: Any, stop: Any, step: int = 1) -> tuple[Any, Any, Any]:
     def following() -> None:
         further = builder.add(variable, number(step))
         variable.add_incoming(further, builder.block)
-        builder.cbranch(builder.icmp_signed("<", further, stop), body, after)
+        branch = builder.cbranch(builder.icmp_signed("<", further, stop), body, after)
+        if not unroll:
+            module = builder.module
+            never = module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])
+            node = module.add_metadata([ir.MetaDataString(module, f"{builder.function.name} {body.name}"), never])
+            node.operands = (node, never)  # LLVM heeds only a node that names itself
+            branch.set_metadata("llvm.loop", node)
 
     return variable, following, lambda: builder.position_at_end(after)
 

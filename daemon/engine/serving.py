@@ -19,7 +19,7 @@ from ...formats.architecture import Architecture, weight_shapes
 from ...formats.blocks import rotation_signs, unpack_dense
 from ...formats.kinds import rotation_blocks
 from ...formats.stack import BlockEntry
-from ...kernels.attention import attend, store_kv
+from ...kernels.attention import KINDS, attend, store_kv, unit_floats
 from ...kernels.elementwise import add, gated, rms_norm, rotate
 from ...kernels.hadamard import rotate_inputs, unrotate_rows
 from ...kernels.instructions import choose
@@ -36,6 +36,7 @@ F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 
 _CHUNKS_PER_THREAD: Final = 2
+_LITTLE: Final = 1 << 21  # multiply-adds of queries and keys that take less than waking threads, 40 us (AMD EPYC)
 _LINE: Final = 64  # bytes of a cache line, and of the widest vector
 
 
@@ -205,7 +206,7 @@ class Batch:
     Rotary sines are taken for this step's positions only: a table for a long context would hold hundreds of megabytes.
     """
 
-    def __init__(self, pieces: Rows[Piece], kv: F32, a: Architecture, threads: int) -> None:
+    def __init__(self, pieces: Rows[Piece], kv: NDArray[Any], a: Architecture, threads: int) -> None:
         counts = [piece.count for piece in pieces]
         self.tokens: I64 = np.concatenate(
             [np.array(p.sequence.tokens[p.start : p.start + p.count], np.int64) for p in pieces]
@@ -216,12 +217,14 @@ class Batch:
         for row, piece in enumerate(pieces):
             self._tables[row, : len(piece.sequence.blocks)] = piece.sequence.blocks
         self.last: I64 = np.cumsum(counts) - 1
-        self._kv, self._window = kv, a.window or 0
+        self._kind, self._kv, self._window = KINDS[f"f{8 * kv.itemsize}"], kv.view(np.uint8), a.window or 0
         angles = np.outer(self._positions, rotary_frequencies(a))
         self._cosine, self._sine = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         self._rows = np.arange(len(self.tokens))
-        longest = int(self._positions.max()) + 1
-        self._scores: F32 = np.empty((threads * _CHUNKS_PER_THREAD, longest), np.float32)
+        floats = unit_floats(a.heads // a.kv_heads, a.head_dim)
+        work = len(self.tokens) * a.heads * a.head_dim * int(self._positions.max())
+        chunks = threads * _CHUNKS_PER_THREAD if work > _LITTLE else 1
+        self._scratch: F32 = _lines((chunks, floats), np.float32)
 
     def rotate(self, x: F32) -> F32:
         """Rotary embedding at this step's positions."""
@@ -231,9 +234,10 @@ class Batch:
 
     def attend(self, layer: int, q: F32, k: F32, v: F32) -> F32:
         """Store this step's keys and values, then attend."""
-        store_kv(self._kv, layer, self._tables, self._sequence, self._positions, k, v)
+        where = (self._kind, self._kv, layer, self._tables, self._sequence, self._positions)
+        store_kv(*where, k, v)
         y = np.empty((q.shape[0], q.shape[1] * q.shape[2]), np.float32)
-        attend(self._kv, layer, self._tables, self._sequence, self._positions, q, self._window, self._scores, y)
+        attend(*where, q, self._window, self._scratch, y)
         return y
 
 
