@@ -1,138 +1,671 @@
 """Causal attention over keys and values that live in fixed blocks, with grouped queries and an optional window.
 
-Each (token, head) is computed alone, over its sequence's blocks in order: scores, their maximum, exponentials and the
-weighted sum, all in position order with fixed partials. So a token's result does not depend on what else is in the
-step, how a prompt was cut into chunks, or how many threads there are.
+Layout: a KV block holds BLOCK_TOKENS tokens. For one layer and group its keys lie transposed, `[e, BLOCK_TOKENS]`, its
+values as `[BLOCK_TOKENS, padded_head(e)]`, both in `head_nbytes` bytes, as fp16 or float32. So both products of
+attention are the same loop: some rows of scratch times 32 columns of memory, without a sum across a vector; a number
+in memory is loaded and widened once for all query heads of its group.
+
+Method: blocks in order of position, with a running maximum (online softmax): of each block the scores, their
+exponentials, then the sum of values so far, rescaled, plus this block's. What a token may not see in a block (beyond
+its position or before its window, where memory may hold anything) is replaced before the maximum and left out of the
+sum of values.
+
+Determinism: every score and every output is a chain of fused multiply-adds in order of columns or positions, the
+weights add up in 16 partials in order of positions, and blocks begin at multiples of BLOCK_TOKENS. So a token's result
+depends on neither what else is in the step, how a prompt was cut, threads, nor how many rows a processor's registers
+hold. Tested bitwise.
+
+Not here: int8 keys and values, a later kind; the rotary embedding (`elementwise`).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Any, Final
 
+import llvmlite.binding
 import numpy as np
-from numba import njit, prange
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.core.cgutils import alloca_once
+from numba.extending import intrinsic
 from numpy.typing import NDArray
+
+from .exponential import exponential, fused, plain_exponential
+from .halves import LARGEST, narrow, widen
+from .rows import F16, JIT_OFF
+from .rows import F32 as SINGLE
+from .vectors import (
+    call,
+    cases,
+    constant,
+    f32,
+    i16,
+    i32,
+    i64,
+    load,
+    loop,
+    number,
+    prefetch,
+    shuffle,
+    splat,
+    store,
+    vector,
+)
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
+U8 = NDArray[np.uint8]
 
 BLOCK_TOKENS: Final = 32
+KINDS: Final[dict[str, int]] = {"f32": SINGLE, "f16": F16}  # how keys and values may be stored
+LANES: Final = 16
+ROWS_TOGETHER: Final = 8  # rows of scratch multiplied with the same loads
+TILE_ROWS: Final = 32  # rows that share a block while it is in the nearest cache
+_WIDE: Final = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+_ROWS: Final = ROWS_TOGETHER if _WIDE else 4
+_CASES: Final = {SINGLE: (1, 4), F16: tuple(range(1, _ROWS + 1))}  # float32 is for comparisons, compiling takes time
+_VECTORS: Final = 16 if _WIDE else 4  # partial results held in registers
+
+_floats = vector(f32, LANES)
+_ELEMENTS: Final = {SINGLE: f32, F16: i16}
 
 
-KV_TYPE: Final = "f4[:,:,:,:,:,::1]"
+def padded_head(width: int) -> int:
+    """Columns that a token's values of `width` columns take."""
+    return -(-width // BLOCK_TOKENS) * BLOCK_TOKENS
 
 
-@njit(nogil=True)
-def store_token(kv: F32, layer: int, table: I64, position: int, k: F32, v: F32) -> None:
-    """One token of what `store_kv` documents; `k`, `v [g * e]`."""
-    e = kv.shape[5]
-    block, slot = table[position // BLOCK_TOKENS], position % BLOCK_TOKENS
-    for g in range(kv.shape[3]):
-        for j in range(e):
-            kv[block, layer, 0, g, slot, j] = k[g * e + j]
-            kv[block, layer, 1, g, slot, j] = v[g * e + j]
+def head_nbytes(kind: int, width: int) -> int:
+    """Bytes of one block's keys, or values, of one layer and group."""
+    return BLOCK_TOKENS * padded_head(width) * (2 if kind == F16 else 4)
 
 
-@njit(nogil=True)
-def attend_unit(
-    kv: F32, layer: int, table: I64, position: int, q: F32, g: int, per_group: int, window: int, y: F32
+def unit_rows(per_group: int) -> int:
+    """Query rows of one unit of work."""
+    return max(TILE_ROWS // per_group, 1) * per_group
+
+
+def unit_floats(per_group: int, width: int) -> int:
+    """Floats of scratch that `attend_unit` wants for `unit_rows(per_group)` rows."""
+    rows = unit_rows(per_group)
+    return rows * (BLOCK_TOKENS + LANES + 2 * padded_head(width)) + 2 * -(-rows // LANES) * LANES
+
+
+def _start(context: Any, builder: Any, kind: Any, array: Any, at: Any) -> Any:
+    """Pointer to element `at`."""
+    return builder.gep(context.make_array(kind)(context, builder, array).data, [at])
+
+
+def _emit_product(
+    builder: Any,
+    kind: int,
+    rows: int,
+    a: Any,
+    steps: tuple[Any, Any, Any],
+    b: tuple[Any, Any],
+    count: Any,
+    c: Any,
+    factors: Any,
 ) -> None:
-    """One token and group of what `attend` documents; `q`, `y [per_group * e]`."""
-    width = kv.shape[5]
-    scale = np.float32(1.0 / math.sqrt(width))
-    stop = position + 1
-    start = max(0, stop - window) if window > 0 else 0
-    scores = np.empty(stop, np.float32)
-    partial = np.empty(16, np.float32)
-    for h in range(per_group):
-        largest = np.float32(-np.inf)
-        for p in range(start, stop):
-            keys = kv[table[p // BLOCK_TOKENS], layer, 0, g, p % BLOCK_TOKENS]
-            partial[:] = 0
-            whole = width - width % 16
-            for j in range(0, whole, 16):
-                for lane in range(16):
-                    partial[lane] += q[h * width + j + lane] * keys[j + lane]
-            score = np.float32(0)
-            for lane in range(16):
-                score += partial[lane]
-            for j in range(whole, width):
-                score += q[h * width + j] * keys[j]
-            scores[p] = score * scale
-            largest = max(largest, scores[p])
-        total = np.float32(0)
-        for p in range(start, stop):
-            scores[p] = np.float32(math.exp(scores[p] - largest))
-            total += scores[p]
-        out = y[h * width : (h + 1) * width]
-        out[:] = 0
-        for p in range(start, stop):
-            values = kv[table[p // BLOCK_TOKENS], layer, 1, g, p % BLOCK_TOKENS]
-            weight = scores[p] / total
-            for j in range(width):
-                out[j] += weight * values[j]
+    """Code for `C[r, :32] = factors[r] * C[r, :32] + sum_k A[r, k] B[k, :32]`, k below `count`; `factors` None is 0.
+
+    `steps` are those between rows of A and C in floats and of B in bytes. `b` is B and what will be B after it, for
+    which memory is asked ahead of time.
+    """
+    element, parts = _ELEMENTS[kind], BLOCK_TOKENS // LANES
+    groups = [range(parts)] if rows * parts <= _VECTORS else [range(part, part + 1) for part in range(parts)]
+    a_step, b_step, c_step = steps
+    for group in groups:
+        totals = {(r, part): alloca_once(builder, _floats) for r in range(rows) for part in group}
+        places = {
+            (r, part): builder.gep(c, [builder.add(builder.mul(number(r), c_step), number(LANES * part))])
+            for r, part in totals
+        }
+        for (r, part), total in totals.items():
+            first = constant(f32, [0.0] * LANES)
+            if factors is not None:
+                factor = splat(builder, builder.load(builder.gep(factors, [number(r)])), LANES)
+                first = builder.fmul(factor, load(builder, _floats, places[r, part], 4))
+            builder.store(first, total)
+        k, following, end = loop(builder, count, unroll=False)
+        if group[0] == 0:
+            prefetch(builder, builder.gep(b[1], [builder.mul(k, b_step)]))
+        at = builder.bitcast(builder.gep(b[0], [builder.mul(k, b_step)]), element.as_pointer())
+        found = {
+            part: load(
+                builder, vector(element, LANES), builder.gep(at, [number(LANES * part)]), 2 if kind == F16 else 4
+            )
+            for part in group
+        }
+        if kind == F16:
+            found = {part: widen(builder, halves) for part, halves in found.items()}
+        for r in range(rows):
+            one = builder.load(builder.gep(a, [builder.add(builder.mul(number(r), a_step), k)]))
+            everywhere = splat(builder, one, LANES)
+            for part in group:
+                total = totals[r, part]
+                builder.store(fused(builder, everywhere, found[part], builder.load(total)), total)
+        following()
+        end()
+        for place, total in totals.items():
+            store(builder, builder.load(total), places[place], 4)
 
 
-@njit("void(f4[:,:,:,:,:,::1],i8,i8[:,::1],i8[::1],i8[::1],f4[:,:,::1],f4[:,:,::1])", nogil=True, cache=True)
-def store_kv(kv: F32, layer: int, tables: I64, sequence: I64, positions: I64, k: F32, v: F32) -> None:
-    """Write this step's `k`, `v [T, g, e]` into `kv [blocks, layers, 2, g, BLOCK_TOKENS, e]`.
+def _product(context: Any, builder: Any, kv: Any, at: Any, following: Any, kind: Any, rows: Any, emit: Any) -> Any:
+    """`emit(kind, rows, pointers)` for the kind and rows that are asked for at run time."""
+    base = builder.gep(kv, [at]), builder.gep(kv, [following])
+
+    def for_kind(code: int) -> None:
+        cases(builder, rows, {count: lambda count=count: emit(code, count, base) for count in _CASES[code]})
+
+    cases(builder, kind, {code: lambda code=code: for_kind(code) for code in _ELEMENTS})
+    return context.get_dummy_value()
+
+
+def _typed_scores(
+    typing: Any,
+    kind: Any,
+    rows: Any,
+    kv: Any,
+    keys: Any,
+    ahead: Any,
+    width: Any,
+    scratch: Any,
+    own: Any,
+    step: Any,
+    out: Any,
+) -> Any:
+    """Rows of `width` floats from `own`, `step` apart, times the keys at byte `keys`: rows of 32 scores from `out`."""
+    signature = types.void(*[types.int64] * 2, kv, *[types.int64] * 3, scratch, *[types.int64] * 3)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind, rows, kv, keys, ahead, width, scratch, own, step, out = args
+        memory = _start(context, builder, sig.args[2], kv, number(0))
+        a, c = (_start(context, builder, sig.args[6], scratch, at) for at in (own, out))
+
+        def emit(code: int, count: int, base: Any) -> None:
+            steps = (step, number(BLOCK_TOKENS * (2 if code == F16 else 4)), number(BLOCK_TOKENS))
+            _emit_product(builder, code, count, a, steps, base, width, c, None)
+
+        return _product(context, builder, memory, keys, ahead, kind, rows, emit)
+
+    return signature, codegen
+
+
+def _typed_values(
+    typing: Any,
+    kind: Any,
+    rows: Any,
+    kv: Any,
+    values: Any,
+    ahead: Any,
+    count: Any,
+    scratch: Any,
+    weights: Any,
+    out: Any,
+    step: Any,
+    factors: Any,
+) -> Any:
+    """32 columns of output, from `out` in rows `step` apart, rescaled, plus `count` weights times values."""
+    signature = types.void(*[types.int64] * 2, kv, *[types.int64] * 3, scratch, *[types.int64] * 4)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind, rows, kv, values, ahead, tokens, scratch, weights, out, step, factors = args
+        memory = _start(context, builder, sig.args[2], kv, number(0))
+        a, c, factor = (_start(context, builder, sig.args[6], scratch, at) for at in (weights, out, factors))
+
+        def emit(code: int, count: int, base: Any) -> None:
+            bytes_ = builder.mul(step, number(2 if code == F16 else 4))
+            _emit_product(builder, code, count, a, (number(BLOCK_TOKENS), bytes_, step), base, tokens, c, factor)
+
+        return _product(context, builder, memory, values, ahead, kind, rows, emit)
+
+    return signature, codegen
+
+
+def _greater(builder: Any, a: Any, b: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+def _typed_soften(typing: Any, scratch: Any, at: Any, low: Any, high: Any, sums: Any, largest: Any, factor: Any) -> Any:
+    """A row of scores becomes weights, relative to the largest score so far.
+
+    Of the 32 at `at` only `[low, high)` count. Updates the row's 16 partial sums and its largest score, and writes the
+    factor by which what was summed up before has to be multiplied.
+    """
+    signature = types.void(scratch, *[types.int64] * 6)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        row, total, top, scale = (_start(context, builder, sig.args[0], args[0], args[place]) for place in (1, 4, 5, 6))
+        low, high = (splat(builder, builder.trunc(value, i32), LANES) for value in args[2:4])
+        places = [builder.gep(row, [number(start)]) for start in range(0, BLOCK_TOKENS, LANES)]
+        scores = []
+        for start, place in zip(range(0, BLOCK_TOKENS, LANES), places, strict=True):
+            lanes = constant(i32, range(start, start + LANES))
+            seen = builder.and_(builder.icmp_signed(">=", lanes, low), builder.icmp_signed("<", lanes, high))
+            score = load(builder, _floats, place, 4)
+            scores.append(builder.select(seen, score, constant(f32, [-math.inf] * LANES)))
+        most = _greater(builder, *scores)
+        for size in (8, 4, 2, 1):
+            most = _greater(builder, most, shuffle(builder, most, most, [lane ^ size for lane in range(LANES)]))
+        before = splat(builder, builder.load(top), LANES)
+        now = _greater(builder, most, before)
+        weights = [exponential(builder, builder.fsub(score, now)) for score in scores]
+        changed = exponential(builder, builder.fsub(before, now))
+        for place, weight in zip(places, weights, strict=True):
+            store(builder, weight, place, 4)
+        summed = fused(builder, load(builder, _floats, total, 4), changed, builder.fadd(*weights))
+        store(builder, summed, total, 4)
+        builder.store(builder.extract_element(now, ir.Constant(i32, 0)), top)
+        builder.store(builder.extract_element(changed, ir.Constant(i32, 0)), scale)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _emit_put(context: Any, builder: Any, sig: Any, args: Any, transposed: bool) -> Any:
+    kind, x, at, left, kv, place = args
+    lanes = constant(i64, range(LANES))
+    wanted = builder.icmp_signed("<", lanes, splat(builder, left, LANES))
+    source = builder.bitcast(_start(context, builder, sig.args[1], x, at), _floats.as_pointer())
+    zero = constant(f32, [0.0] * LANES)
+    values = call(builder, f"llvm.masked.load.v{LANES}f32.p0", _floats, [source, ir.Constant(i32, 4), wanted, zero])
+    base = _start(context, builder, sig.args[4], kv, place)
+
+    def for_kind(code: int) -> None:
+        stored = narrow(builder, values) if code == F16 else values
+        target = builder.bitcast(base, _ELEMENTS[code].as_pointer())
+        if not transposed:
+            store(builder, stored, target, 2 if code == F16 else 4)
+            return
+        for lane in range(LANES):
+            one = builder.extract_element(stored, ir.Constant(i32, lane))
+            builder.store(one, builder.gep(target, [number(lane * BLOCK_TOKENS)]))
+
+    cases(builder, kind, {code: lambda code=code: for_kind(code) for code in _ELEMENTS})
+    return context.get_dummy_value()
+
+
+def _typed_put_values(typing: Any, kind: Any, x: Any, at: Any, left: Any, kv: Any, place: Any) -> Any:
+    """16 floats of `x` from `at`, of which only `left` are there and the rest count as 0, to byte `place`."""
+    signature = types.void(types.int64, x, types.int64, types.int64, kv, types.int64)
+    return signature, lambda context, builder, sig, args: _emit_put(context, builder, sig, args, False)
+
+
+def _typed_put_keys(typing: Any, kind: Any, x: Any, at: Any, left: Any, kv: Any, place: Any) -> Any:
+    """The same, BLOCK_TOKENS elements apart."""
+    signature = types.void(types.int64, x, types.int64, types.int64, kv, types.int64)
+    return signature, lambda context, builder, sig, args: _emit_put(context, builder, sig, args, True)
+
+
+def _elements(kind: int, kv: U8) -> NDArray[Any]:
+    return kv.view(np.float16 if kind == F16 else np.float32)
+
+
+def _plain_scores(
+    kind: int, rows: int, kv: U8, keys: int, ahead: int, width: int, scratch: F32, own: int, step: int, out: int
+) -> None:
+    stored = _elements(kind, kv[keys : keys + head_nbytes(kind, width)])[: width * BLOCK_TOKENS]
+    found = scratch[out : out + rows * BLOCK_TOKENS].reshape(rows, BLOCK_TOKENS)
+    found[:] = 0
+    with np.errstate(invalid="ignore"):
+        for k in range(width):
+            found += np.outer(scratch[own + k :: step][:rows], stored[k * BLOCK_TOKENS :][:BLOCK_TOKENS])
+
+
+def _plain_values(
+    kind: int,
+    rows: int,
+    kv: U8,
+    values: int,
+    ahead: int,
+    count: int,
+    scratch: F32,
+    weights: int,
+    out: int,
+    step: int,
+    factors: int,
+) -> None:
+    stored = _elements(kind, kv[values:][: (len(kv) - values) // 4 * 4])
+    for r in range(rows):
+        found = scratch[out + r * step :][:BLOCK_TOKENS]
+        found *= scratch[factors + r]
+        for k in range(count):
+            found += scratch[weights + r * BLOCK_TOKENS + k] * stored[k * step :][:BLOCK_TOKENS]
+
+
+def _plain_soften(scratch: F32, at: int, low: int, high: int, sums: int, largest: int, factor: int) -> None:
+    row, total = scratch[at : at + BLOCK_TOKENS], scratch[sums : sums + LANES]
+    row[:low], row[high:] = -np.inf, -np.inf
+    now = max(row.max(), scratch[largest])
+    scratch[factor] = plain_exponential(scratch[largest] - now)
+    row[:] = plain_exponential(row - now)
+    total[:] = total * scratch[factor] + row[:LANES] + row[LANES:]
+    scratch[largest] = now
+
+
+def _plain_put_values(kind: int, x: F32, at: int, left: int, kv: U8, place: int) -> None:
+    _plain_put(kind, x[at : at + min(left, LANES)], kv, place, 1)
+
+
+def _plain_put_keys(kind: int, x: F32, at: int, left: int, kv: U8, place: int) -> None:
+    _plain_put(kind, x[at : at + min(left, LANES)], kv, place, BLOCK_TOKENS)
+
+
+def _plain_put(kind: int, x: F32, kv: U8, place: int, step: int) -> None:
+    stored = _elements(kind, kv[place:][: (len(kv) - place) // 4 * 4])
+    stored[: LANES * step : step] = 0
+    stored[: len(x) * step : step] = x.clip(-LARGEST, LARGEST) if kind == F16 else x
+
+
+_scores: Any = _plain_scores if JIT_OFF else intrinsic(_typed_scores)
+_values: Any = _plain_values if JIT_OFF else intrinsic(_typed_values)
+_soften: Any = _plain_soften if JIT_OFF else intrinsic(_typed_soften)
+_put_values: Any = _plain_put_values if JIT_OFF else intrinsic(_typed_put_values)
+_put_keys: Any = _plain_put_keys if JIT_OFF else intrinsic(_typed_put_keys)
+
+
+_step: Any = njit(nogil=True)(padded_head)
+
+
+@njit(nogil=True)
+def _place(kv: U8, block: int, layer: int, which: int, group: int) -> int:
+    """Byte where a block's keys (`which` 0) or values (1) begin."""
+    return int((((block * kv.shape[1] + layer) * 2 + which) * kv.shape[3] + group) * kv.shape[4])
+
+
+@njit(nogil=True)
+def store_token(kind: int, kv: U8, layer: int, table: I64, position: int, k: F32, v: F32) -> None:
+    """One token's `k`, `v [g, e]` into `kv [blocks, layers, 2, g, head_nbytes(kind, e)]`; `table` are its blocks.
+
+    As fp16 they are rounded (half to even); beyond its range, infinity included, they become the largest fp16.
+    """
+    memory, keys, values = kv.reshape(-1), k.reshape(-1), v.reshape(-1)
+    width, size = k.shape[1], 2 if kind == F16 else 4
+    block, slot = table[position // BLOCK_TOKENS], position % BLOCK_TOKENS
+    step = _step(width)
+    for g in range(k.shape[0]):
+        key, value = _place(kv, block, layer, 0, g), _place(kv, block, layer, 1, g)
+        for j in range(0, width, LANES):
+            _put_keys(kind, keys, g * width + j, width - j, memory, key + (j * BLOCK_TOKENS + slot) * size)
+            _put_values(kind, values, g * width + j, width - j, memory, value + (slot * step + j) * size)
+
+
+@njit("void(i8,u1[:,:,:,:,::1],i8,i8[:,::1],i8[::1],i8[::1],f4[:,:,::1],f4[:,:,::1])", nogil=True, cache=True)
+def store_kv(kind: int, kv: U8, layer: int, tables: I64, sequence: I64, positions: I64, k: F32, v: F32) -> None:
+    """This step's `k`, `v [T, g, e]`: `store_token` for each.
 
     Token t belongs to sequence `sequence[t]` at `positions[t]`; that sequence's blocks are `tables[sequence[t]]`.
     """
     for t in range(k.shape[0]):
-        block = tables[sequence[t], positions[t] // BLOCK_TOKENS]
-        slot = positions[t] % BLOCK_TOKENS
-        for g in range(k.shape[1]):
-            for j in range(k.shape[2]):
-                kv[block, layer, 0, g, slot, j] = k[t, g, j]
-                kv[block, layer, 1, g, slot, j] = v[t, g, j]
+        store_token(kind, kv, layer, tables[sequence[t]], positions[t], k[t], v[t])
 
 
-def reference_store_kv(kv: F32, layer: int, tables: I64, sequence: I64, positions: I64, k: F32, v: F32) -> None:
-    """The same by numpy's indexing."""
-    blocks, slots = tables[sequence, positions // BLOCK_TOKENS], positions % BLOCK_TOKENS
-    kv[blocks, layer, 0, :, slots] = k
-    kv[blocks, layer, 1, :, slots] = v
+@njit(nogil=True)
+def _add_block(
+    kind: int,
+    memory: U8,
+    keys: int,
+    values: int,
+    ahead: int,
+    low: int,
+    high: int,
+    first: int,
+    stop: int,
+    width: int,
+    rows: int,
+    scratch: F32,
+) -> None:
+    """Rows `[first, stop)` of a unit of `rows`, which see the tokens `[low, high)` of one block; see `attend_unit`."""
+    step, size = _step(width), 2 if kind == F16 else 4
+    sums = rows * BLOCK_TOKENS
+    out = sums + rows * LANES
+    own = out + rows * step
+    largest = own + rows * step
+    factors = largest + -(-rows // LANES) * LANES
+    r = first
+    while r < stop:
+        count = min(_ROWS, stop - r)
+        if kind != F16:
+            count = 4 if count >= 4 else 1
+        _scores(kind, count, memory, keys, keys + ahead, width, scratch, own + r * step, step, r * BLOCK_TOKENS)
+        for i in range(r, r + count):
+            _soften(scratch, i * BLOCK_TOKENS, low, high, sums + i * LANES, largest + i, factors + i)
+        for j in range(0, step, BLOCK_TOKENS):
+            _values(
+                kind,
+                count,
+                memory,
+                values + (low * step + j) * size,
+                values + ahead + (low * step + j) * size,
+                high - low,
+                scratch,
+                r * BLOCK_TOKENS + low,
+                out + r * step + j,
+                step,
+                factors + r,
+            )
+        r += count
+
+
+@njit(nogil=True)
+def attend_unit(
+    kind: int,
+    kv: U8,
+    layer: int,
+    table: I64,
+    position: int,
+    q: F32,
+    group: int,
+    per_group: int,
+    window: int,
+    scratch: F32,
+    y: F32,
+) -> None:
+    """`attend` for one group's heads and tokens of one sequence, the first at `position`; its blocks are `table`.
+
+    `q [T, h, e]` and `y [T, h * e]` are those tokens', at most `unit_rows(per_group) / per_group` of them; `scratch
+    [>= unit_floats(per_group, e)]`.
+    """
+    tokens, width = q.shape[0], q.shape[2]
+    rows, step = tokens * per_group, _step(width)
+    sums = rows * BLOCK_TOKENS
+    out = sums + rows * LANES
+    own = out + rows * step
+    largest = own + rows * step
+    scale = np.float32(1.0 / math.sqrt(width))
+    scratch[sums:own] = 0
+    scratch[largest : largest + rows] = -np.inf
+    for t in range(tokens):
+        for h in range(per_group):
+            at = own + (t * per_group + h) * step
+            for j in range(width):
+                scratch[at + j] = q[t, group * per_group + h, j] * scale
+    memory = kv.reshape(-1)
+    begin = max(0, position + 1 - window) if window > 0 else 0
+    last = (position + tokens - 1) // BLOCK_TOKENS
+    for place in range(begin // BLOCK_TOKENS, last + 1):
+        ahead = _place(kv, table[min(place + 1, last)] - table[place], 0, 0, 0)
+        keys = _place(kv, table[place], layer, 0, group)
+        values = _place(kv, table[place], layer, 1, group)
+        start = place * BLOCK_TOKENS
+        t = 0
+        while t < tokens:
+            stop = position + t + 1
+            low = max(0, stop - window - start) if window > 0 else 0
+            high = min(BLOCK_TOKENS, stop - start)
+            following = t + 1
+            if low == 0 and high == BLOCK_TOKENS:  # and later tokens see it all too, until the window leaves it
+                following = tokens if window <= 0 else min(tokens, start + window - position)
+            if low < high:
+                first, stop = t * per_group, following * per_group
+                _add_block(kind, memory, keys, values, ahead, low, high, first, stop, width, rows, scratch)
+            t = following
+    for r in range(rows):
+        total = scratch[sums + r * LANES : sums + (r + 1) * LANES]
+        for half in (8, 4, 2, 1):
+            for lane in range(half):
+                total[lane] += total[lane + half]
+        inverse = np.float32(1) / total[0]
+        t, h = r // per_group, group * per_group + r % per_group
+        for j in range(width):
+            y[t, h * width + j] = scratch[out + r * step + j] * inverse
+
+
+@njit(nogil=True)
+def cut_units(sequence: I64, positions: I64, per_group: int) -> I64:
+    """Where units of work begin, and the end: runs of neighbouring tokens of one sequence, none too long."""
+    most = max(1, TILE_ROWS // per_group)
+    starts = np.empty(sequence.shape[0] + 1, np.int64)
+    units = 0
+    for t in range(sequence.shape[0]):
+        if (
+            units == 0
+            or t - starts[units - 1] == most
+            or sequence[t] != sequence[t - 1]
+            or positions[t] != positions[t - 1] + 1
+        ):
+            starts[units] = t
+            units += 1
+    starts[units] = sequence.shape[0]
+    return starts[: units + 1]
+
+
+@njit(nogil=True)
+def _attend_share(
+    kind: int,
+    kv: U8,
+    layer: int,
+    tables: I64,
+    sequence: I64,
+    positions: I64,
+    q: F32,
+    window: int,
+    starts: I64,
+    share: int,
+    shares: int,
+    scratch: F32,
+    y: F32,
+) -> None:
+    """Every so many units, from unit `share`; unit u is group `u % g` of the tokens from `starts[u // g]`."""
+    groups = kv.shape[3]
+    per_group = q.shape[1] // groups
+    for unit in range(share, (starts.shape[0] - 1) * groups, shares):
+        t, stop = starts[unit // groups], starts[unit // groups + 1]
+        table = tables[sequence[t]]
+        attend_unit(
+            kind,
+            kv,
+            layer,
+            table,
+            positions[t],
+            q[t:stop],
+            unit % groups,
+            per_group,
+            window,
+            scratch,
+            y[t:stop],
+        )
 
 
 @njit(
-    "void(f4[:,:,:,:,:,::1],i8,i8[:,::1],i8[::1],i8[::1],f4[:,:,::1],i8,f4[:,::1],f4[:,::1])",
+    "void(i8,u1[:,:,:,:,::1],i8,i8[:,::1],i8[::1],i8[::1],f4[:,:,::1],i8,f4[:,::1],f4[:,::1])",
     nogil=True,
     parallel=True,
     cache=True,
 )
 def attend(
-    kv: F32, layer: int, tables: I64, sequence: I64, positions: I64, q: F32, window: int, scratch: F32, y: F32
+    kind: int,
+    kv: U8,
+    layer: int,
+    tables: I64,
+    sequence: I64,
+    positions: I64,
+    q: F32,
+    window: int,
+    scratch: F32,
+    y: F32,
 ) -> None:
     """`y [T, h * e]`: softmax(q k / sqrt(e)) v over positions `(p - window, p]` of the token's sequence.
 
-    `q [T, h, e]`; `window` 0 means all; `scratch [chunks, >= longest context]`: the work is shared out over its rows.
+    `q [T, h, e]`; `window` 0 means all; `kv` and the rest as in `store_kv`. `scratch [chunks, >= unit_floats]`: the
+    work is shared out over its rows; where there is only one, no thread is woken.
     """
-    heads, width = q.shape[1], q.shape[2]
-    groups = kv.shape[3]
-    per_group = heads // groups
     chunks = scratch.shape[0]
-    for chunk in prange(chunks):
-        for unit in range(chunk, q.shape[0] * groups, chunks):
-            t, g = unit // groups, unit % groups
-            begin, end = g * per_group * width, (g + 1) * per_group * width
-            mine = q[t].reshape(heads * width)[begin:end]
-            attend_unit(kv, layer, tables[sequence[t]], positions[t], mine, g, per_group, window, y[t, begin:end])
+    starts = cut_units(sequence, positions, q.shape[1] // kv.shape[3])
+    if chunks == 1:
+        _attend_share(
+            kind, kv, layer, tables, sequence, positions, q, window, starts, 0, chunks, scratch[0], y
+        )
+    else:
+        for chunk in prange(chunks):
+            _attend_share(
+                kind,
+                kv,
+                layer,
+                tables,
+                sequence,
+                positions,
+                q,
+                window,
+                starts,
+                chunk,
+                chunks,
+                scratch[chunk],
+                y,
+            )
+
+
+def split(kind: int, kv: U8, width: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Keys `[blocks, layers, g, e, BLOCK_TOKENS]` and values `[blocks, layers, g, BLOCK_TOKENS, e]`: views of `kv`."""
+    elements, blocks = _elements(kind, kv), kv.shape[:2]
+    keys, values = elements[:, :, 0], elements[:, :, 1]
+    step = padded_head(width)
+    return (
+        keys.reshape(*blocks, -1, step, BLOCK_TOKENS)[:, :, :, :width],
+        values.reshape(*blocks, -1, BLOCK_TOKENS, step)[..., :width],
+    )
+
+
+def reference_store_kv(
+    kind: int, kv: U8, layer: int, tables: I64, sequence: I64, positions: I64, k: F32, v: F32
+) -> None:
+    """The same by numpy's indexing; columns that pad values are zero."""
+    width = k.shape[2]
+    if kind == F16:
+        k, v = (x.clip(-LARGEST, LARGEST) for x in (k, v))
+    blocks, slots = tables[sequence, positions // BLOCK_TOKENS], positions % BLOCK_TOKENS
+    for block, slot, key, value in zip(blocks, slots, k, v, strict=True):
+        for every, wanted in ((width, False), (-(-width // LANES) * LANES, True)):
+            keys, values = split(kind, kv[block : block + 1], every)
+            if wanted:
+                keys[0, layer, :, width:, slot], values[0, layer, :, slot, width:] = 0, 0
+            else:
+                keys[0, layer, :, :, slot], values[0, layer, :, slot] = key, value
 
 
 def reference_attend(
-    kv: F32, layer: int, tables: I64, sequence: I64, positions: I64, q: F32, window: int, scratch: F32, y: F32
+    kind: int,
+    kv: U8,
+    layer: int,
+    tables: I64,
+    sequence: I64,
+    positions: I64,
+    q: F32,
+    window: int,
+    scratch: F32,
+    y: F32,
 ) -> None:
     """The same with the sequence's keys and values gathered first, in float64."""
     heads, width = q.shape[1:]
     per_group = heads // kv.shape[3]
+    keys, values = (x[:, layer].astype(np.float64) for x in split(kind, kv, width))
     for t, (row, position) in enumerate(zip(sequence, positions, strict=True)):
         start = max(0, position + 1 - window) if window else 0
         places = np.arange(start, position + 1)
-        found = kv[tables[row, places // BLOCK_TOKENS], layer, :, :, places % BLOCK_TOKENS].astype(np.float64)
+        blocks, slots = tables[row, places // BLOCK_TOKENS], places % BLOCK_TOKENS
         for h in range(heads):
-            keys, values = found[:, 0, h // per_group], found[:, 1, h // per_group]
-            scores = keys @ q[t, h] / math.sqrt(width)
+            scores = keys[blocks, h // per_group, :, slots] @ q[t, h] / math.sqrt(width)
             weights = np.exp(scores - scores.max())
-            y[t, h * width : (h + 1) * width] = weights / weights.sum() @ values
+            y[t, h * width : (h + 1) * width] = weights / weights.sum() @ values[blocks, h // per_group, slots]

@@ -30,7 +30,23 @@ from numpy.typing import NDArray
 
 from .instructions import AVX2, AVX512, NAMES, NEON, PORTABLE, compiled
 from .rows import BASE_PLANES, JIT_OFF, PLANE, ROWS, bf16_to_float
-from .vectors import LANE, Avx2, Avx512, Bytes, Neon, f32, i8, i32, i64, load, number, prefetch, store, vector
+from .vectors import (
+    LANE,
+    Avx2,
+    Avx512,
+    Bytes,
+    Neon,
+    cases,
+    f32,
+    i8,
+    i32,
+    load,
+    loop,
+    number,
+    prefetch,
+    store,
+    vector,
+)
 
 COLUMNS: Final = 512  # decoded at a time
 GROUP: Final = 256  # columns of a token that share a scale
@@ -116,11 +132,11 @@ def emit_decode(
     b = of.builder
     words, level_step, out_step = strides
     offsets = [b.load(b.gep(planes, [number(p)])) for p in range(depth)]
-    row, next_row, end_row = _loop(b, rows)
+    row, next_row, end_row = loop(b, rows)
     table = of.table(b.gep(levels, [b.mul(row, level_step)]), depth)
     here = b.gep(base, [b.mul(b.mul(row, words), number(8))])
     there = b.gep(out, [b.mul(row, out_step)])
-    word, next_word, end_word = _loop(b, words, WORDS)
+    word, next_word, end_word = loop(b, words, WORDS)
     for start in range(0, 4, of.lanes):
         found = []
         for offset in offsets:
@@ -149,7 +165,7 @@ def emit_dot(
     totals = [alloca_once(b, partial) for _ in range(count * parts)]
     for total in totals:
         b.store(ir.Constant(partial, [0.0] * width), total)
-    j, following, end = _loop(b, x_step, COLUMNS)
+    j, following, end = loop(b, x_step, COLUMNS)
     for part in range(parts):
         group = b.add(b.sdiv(j, number(COLUMNS // SUMS)), number(width * part))
         places = [b.add(b.mul(group_step, number(t)), group) for t in range(tokens)]
@@ -187,23 +203,6 @@ def _halves(size: int) -> tuple[range, range]:
     return range(size), range(size, 2 * size)
 
 
-def _loop(builder: Any, stop: Any, step: int = 1) -> tuple[Any, Any, Any]:
-    """A loop from 0 below `stop > 0`: its variable, what to call after the body, and what after the loop."""
-    before = builder.block
-    body, after = builder.append_basic_block("loop"), builder.append_basic_block("after")
-    builder.branch(body)
-    builder.position_at_end(body)
-    variable = builder.phi(i64)
-    variable.add_incoming(number(0), before)
-
-    def following() -> None:
-        further = builder.add(variable, number(step))
-        variable.add_incoming(further, builder.block)
-        builder.cbranch(builder.icmp_signed("<", further, stop), body, after)
-
-    return variable, following, lambda: builder.position_at_end(after)
-
-
 def _pointer(context: Any, builder: Any, kind: Any, array: Any) -> Any:
     """To an array's bytes."""
     return builder.bitcast(context.make_array(kind)(context, builder, array).data, i8.as_pointer())
@@ -211,19 +210,6 @@ def _pointer(context: Any, builder: Any, kind: Any, array: Any) -> Any:
 
 def _width(context: Any, builder: Any, kind: Any, array: Any) -> Any:
     return builder.extract_value(context.make_array(kind)(context, builder, array).shape, 1)
-
-
-def _cases(builder: Any, value: Any, cases: dict[int, Any]) -> None:
-    """Run the code that `cases[value]` emits; none for a value that is not among them."""
-    after = builder.append_basic_block("after_cases")
-    blocks = {key: builder.append_basic_block(f"case_{key}") for key in cases}
-    switch = builder.switch(value, after)
-    for key, emit in cases.items():
-        switch.add_case(number(key), blocks[key])
-        builder.position_at_end(blocks[key])
-        emit()
-        builder.branch(after)
-    builder.position_at_end(after)
 
 
 def _typed_decode(
@@ -253,13 +239,13 @@ def _typed_decode(
         def for_set(kind: type[Bytes]) -> None:
             of = kind(builder)
             at = builder.gep(base, [levels])
-            _cases(
+            cases(
                 builder,
                 depth,
                 {d: lambda d=d: emit_decode(of, base, offsets, d, rows, strides, at, out) for d in DEPTHS},
             )
 
-        _cases(builder, instructions, {code: lambda code=code: for_set(_SETS[code]) for code in _USABLE})
+        cases(builder, instructions, {code: lambda code=code: for_set(_SETS[code]) for code in _USABLE})
         return context.get_dummy_value()
 
     return signature, codegen
@@ -285,7 +271,7 @@ def _typed_dot(
 
         def for_set(code: int) -> None:
             of = _SETS[code](builder)
-            _cases(
+            cases(
                 builder,
                 tokens,
                 {
@@ -296,7 +282,7 @@ def _typed_dot(
                 },
             )
 
-        _cases(builder, instructions, {code: lambda code=code: for_set(code) for code in _USABLE})
+        cases(builder, instructions, {code: lambda code=code: for_set(code) for code in _USABLE})
         return context.get_dummy_value()
 
     return signature, codegen

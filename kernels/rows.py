@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-import llvmlite.binding
 import numba
 import numpy as np
 from llvmlite import ir
@@ -21,6 +20,8 @@ from numba import njit, types
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 from numpy.typing import NDArray
+
+from .halves import WIDEN_SCALE, widen
 
 F32: Final = 0
 F16: Final = 1
@@ -37,9 +38,6 @@ LANES: Final = 16  # floats in one vector
 WORD: Final = 64  # columns whose signs are one stored word
 GROUPS: Final = WORD // LANES
 JIT_OFF: Final = bool(vars(numba.config)["DISABLE_JIT"])
-# Without the instruction LLVM calls a function that numba cannot link.
-_F16C: Final = bool(llvmlite.binding.get_host_cpu_features().get("f16c"))
-_HALF_SCALE: Final = 2.0**112  # moves an fp16 exponent, placed in fp32 bits, to where it belongs
 
 _i16, _i32, _i64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _f32 = ir.FloatType()
@@ -70,18 +68,6 @@ def _low_bits(value: int) -> Any:
     return ir.Constant(_vi32, [value] * LANES)
 
 
-def _widen_half(builder: Any, halves: Any) -> Any:
-    """Finite fp16 bits -> fp32, exact, subnormals included."""
-    if _F16C:
-        return builder.fpext(builder.bitcast(halves, ir.VectorType(ir.HalfType(), LANES)), _vf32)
-    wide = builder.zext(halves, _vi32)
-
-    sign = builder.shl(builder.and_(wide, _low_bits(0x8000)), _low_bits(16))
-    rest = builder.shl(builder.and_(wide, _low_bits(0x7FFF)), _low_bits(13))
-    scaled = builder.fmul(builder.bitcast(rest, _vf32), ir.Constant(_vf32, [_HALF_SCALE] * LANES))
-    return builder.bitcast(builder.or_(builder.bitcast(scaled, _vi32), sign), _vf32)
-
-
 def _typed_add_signs(typing: Any, u16: Any, bits: Any, words: Any, v: Any, n: Any, k: Any, u: Any, w: Any) -> Any:
     """`w[i, j] +-= sum_r u[i, r] v[r, j]` for ROWS rows and every whole group of WORD columns below n."""
     signature = types.void(u16, types.int64, types.int64, types.int64, types.int64, types.int64, u, w)
@@ -109,7 +95,7 @@ def _typed_add_signs(typing: Any, u16: Any, bits: Any, words: Any, v: Any, n: An
         magnitudes = [[builder.phi(_vf32) for _ in range(GROUPS)] for _ in range(ROWS)]
         at = builder.gep(base, [builder.add(v, builder.add(builder.mul(r, n), j))])
         halves = [builder.gep(at, [ir.Constant(_i64, g * LANES)]) for g in range(GROUPS)]
-        values = [_widen_half(builder, _load(builder, _vi16, half, 2)) for half in halves]
+        values = [widen(builder, _load(builder, _vi16, half, 2)) for half in halves]
         sums = []
         for row, before in enumerate(magnitudes):
             place = builder.add(builder.mul(k, ir.Constant(_i64, row)), r)
@@ -150,7 +136,7 @@ def _typed_add_signs(typing: Any, u16: Any, bits: Any, words: Any, v: Any, n: An
 def half_to_float(bits: np.uint16) -> np.float32:
     """Finite fp16 bits -> float32, exact, subnormals included."""
     # numba widens the result of a shift to 64 bits, hence the outer cast
-    rest = np.uint32(np.uint32(bits & np.uint16(0x7FFF)) << np.uint32(13)).view(np.float32) * np.float32(_HALF_SCALE)
+    rest = np.uint32(np.uint32(bits & np.uint16(0x7FFF)) << np.uint32(13)).view(np.float32) * np.float32(WIDEN_SCALE)
     return -rest if bits & np.uint16(0x8000) else rest
 
 

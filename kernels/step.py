@@ -10,13 +10,13 @@ ways to compute a step give the same bits.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
-from .attention import KV_TYPE, attend_unit, store_token
+from .attention import attend_unit, cut_units, store_token
 from .elementwise import gate_row, norm_row, turn_head
 from .planes import level_stride, multiply_rows, padded
 from .quantize import quantize_row
@@ -72,7 +72,8 @@ def _work(
     q: NDArray[np.int8],
     scales: F32,
     corrections: NDArray[np.int32],
-    kv: Any,
+    kind: int,
+    kv: U8,
     tables: I64,
     sequence: I64,
     positions: I64,
@@ -80,14 +81,17 @@ def _work(
     sine: F32,
     levels: U8,
     rows: F32,
+    units: F32,
     counters: I64,
 ) -> None:
     """One thread's part of `run_step`."""
     e = 2 * cosine.shape[1]
     query_width = mixed.shape[1]
-    groups = (heads.shape[1] - query_width) // (2 * e)
+    groups = kv.shape[3]
     per_group = query_width // e // groups
     key_at, value_at = query_width, query_width + groups * e
+    by_head = heads.reshape(heads.shape[0], heads.shape[1] // e, e)  # queries, then keys, then values
+    starts = cut_units(sequence, positions, per_group)
     normed = rows[thread, 0]
     tokens, width, p = 0, 0, 0
     for phase in range(program.shape[0]):
@@ -116,7 +120,7 @@ def _work(
                     source = mixed[t]
                 else:
                     source = normed[:n]
-                    gate_row(wide[t, :n], wide[t, n:], source)
+                    gate_row(wide[t, :n], wide[t, n:], source, 0, n)
                 quantize_row(source, signs[width, :n], sizes[width, :used], scratch[:p], t, bytes_, scale, correction)
                 t = claim(counters, phase)
         elif op == MULTIPLY:
@@ -169,25 +173,25 @@ def _work(
                     if at >= 0:
                         norm_row(head, vectors[at : at + e], eps, head)
                     turn_head(head, cosine[t], sine[t], head)
-                table = tables[sequence[t]]
-                store_token(kv, program[phase, 1], table, positions[t], row[key_at:value_at], row[value_at:])
+                keys, values = row[key_at:value_at].reshape(groups, e), row[value_at:].reshape(groups, e)
+                store_token(kind, kv, program[phase, 1], tables[sequence[t]], positions[t], keys, values)
                 t = claim(counters, phase)
         else:
             unit = claim(counters, phase)
-            while unit < hidden.shape[0] * groups:
-                t, g = unit // groups, unit % groups
-                begin = g * per_group * e
-                end = begin + per_group * e
+            while unit < (starts.shape[0] - 1) * groups:
+                t, stop = starts[unit // groups], starts[unit // groups + 1]
                 attend_unit(
+                    kind,
                     kv,
                     program[phase, 1],
                     tables[sequence[t]],
                     positions[t],
-                    heads[t, begin:end],
-                    g,
+                    by_head[t:stop],
+                    unit % groups,
                     per_group,
                     window,
-                    mixed[t, begin:end],
+                    units[thread],
+                    mixed[t:stop],
                 )
                 unit = claim(counters, phase)
         finish(counters, phase, threads)
@@ -195,8 +199,8 @@ def _work(
 
 @njit(
     "void(i8,i8,i8[:,::1],f8,i8,u1[::1],i8[:,::1],i8[:,:,::1],f4[::1],f4[:,::1],i8[:,::1],f4[:,::1],f4[:,::1],f4[:,::1],"
-    "f4[:,::1],f4[:,::1],i8[::1],i1[::1],f4[::1],i4[::1],KV,i8[:,::1],i8[::1],i8[::1],f4[:,::1],f4[:,::1],u1[:,::1],"
-    "f4[:,:,::1],i8[::1])".replace("KV", KV_TYPE),
+    "f4[:,::1],f4[:,::1],i8[::1],i1[::1],f4[::1],i4[::1],i8,u1[:,:,:,:,::1],i8[:,::1],i8[::1],i8[::1],f4[:,::1],f4[:,::1],"
+    "u1[:,::1],f4[:,:,::1],f4[:,::1],i8[::1])",
     nogil=True,
     parallel=True,
     cache=True,
@@ -222,7 +226,8 @@ def run_step(
     q: NDArray[np.int8],
     scales: F32,
     corrections: NDArray[np.int32],
-    kv: Any,
+    kind: int,
+    kv: U8,
     tables: I64,
     sequence: I64,
     positions: I64,
@@ -230,6 +235,7 @@ def run_step(
     sine: F32,
     levels: U8,
     rows: F32,
+    units: F32,
     counters: I64,
 ) -> None:
     """Embedded tokens `hidden [T, d]` -> `logits [len(wanted), v]` of the tokens `wanted`; `hidden` is used up.
@@ -238,9 +244,12 @@ def run_step(
     [phases, FIELDS]`. Of matrix i, `shapes [matrices, 5]` holds m, n, how many of its `blocks [matrices, levels, 3]`
     are resident, where its bias begins in `vectors` (or -1), and its first column in the target. `signs [3, >= width]`
     and `sizes [3, blocks]` (0 past the last) are the rotations of the three widths. `cosine`, `sine [T, e / 2]` are the
-    tokens' own. Work space: `heads [T, (h + 2 g) e]`, `mixed [T, h e]`, `wide [T, 2 f]`; `q` for T tokens of the
-    greatest padded width, `scales` and `corrections` a 32nd of it; for each thread there may be, `levels [threads, ROWS
-    * level_stride]` and `rows [threads, 2, padded width]`; `counters` as `team.counters_for`, zero.
+    tokens' own; `kind`, `kv`, `tables`, `sequence` and `positions` as in `attention.store_kv`.
+
+    Work space: `heads [T, (h + 2 g) e]`, `mixed [T, h e]`, `wide [T, 2 f]`; `q` for T tokens of the greatest padded
+    width, `scales` and `corrections` a 32nd of it; for each thread there may be, `levels [threads, ROWS *
+    level_stride]`, `rows [threads, 2, padded width]` and `units [threads, attention.unit_floats]`; `counters` as
+    `team.counters_for`, zero.
     """
     for thread in prange(threads):
         _work(
@@ -265,6 +274,7 @@ def run_step(
             q,
             scales,
             corrections,
+            kind,
             kv,
             tables,
             sequence,
@@ -273,5 +283,6 @@ def run_step(
             sine,
             levels,
             rows,
+            units,
             counters,
         )

@@ -1,7 +1,8 @@
 """Every kernel beside its reference, with inputs for both. Drives tests/kernels and bench.
 
 Inputs are drawn for given shapes, on request with what is nasty: both zeros, subnormals, the largest fp16. NaN and
-infinity are never among them: `formats/blocks.check_finite` refuses them before they are resident.
+infinity are never among them (but infinity among keys and values to be stored): `formats/blocks.check_finite` refuses
+them before they are resident.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ Arguments = list[Any]
 
 LARGEST_HALF: Final = 65504.0
 NASTY_HALF: Final = (0.0, -0.0, 6e-8, -6e-8, 6.0e-5, 6.2e-5, LARGEST_HALF, -LARGEST_HALF)
+NASTY_KEY: Final = (0.0, -0.0, 6e-8, 6.2e-5, 30.0, -30.0)  # larger ones leave one position with all the weight
+NASTY_STORED: Final = (*NASTY_HALF, 65519.0, -65520.0, 1e10, np.inf, -np.inf, 2.0**-25, 3 * 2.0**-25, 1 + 2.0**-11)
 NASTY_SCALE: Final = (0.0, -0.0, 1e-30, -1e10)  # times the least fp16 still a normal float32
 _INSTRUCTIONS: Final = instructions.NAMES
 _PLANES: Final = {"plane": rows.PLANE, "shared_plane": rows.SHARED_PLANE}
@@ -231,29 +234,48 @@ def _gather(draw: Draw, *, m: int, n: int, count: int) -> Arguments:
 
 
 def kv_step(
-    draw: Draw, *, tokens: int, groups: int, width: int, context: int, sequences: int = 1
-) -> tuple[Array, Array, Array, Array]:
-    """A KV array of two layers full of numbers, block tables, and the last `tokens` positions of each sequence."""
-    count = -(-context // BLOCK_TOKENS)
-    kv = draw.rng.standard_normal((sequences * count, 2, 2, groups, BLOCK_TOKENS, width)).astype(np.float32)
-    tables = draw.rng.permutation(sequences * count).reshape(sequences, count)
+    draw: Draw, *, dtype: str, tokens: int, groups: int, width: int, context: int, sequences: int = 1
+) -> Arguments:
+    """A KV array of two layers, block tables, and the last `tokens` positions of each sequence.
+
+    The first sequence is a token behind the others. Memory holds numbers at every position up to its sequence's last,
+    and beyond that NaN; `attend`'s first arguments.
+    """
+    count, kind = -(-context // BLOCK_TOKENS), attention.KINDS[dtype]
+    nbytes = attention.head_nbytes(kind, width)
+    kv = np.full((sequences * count + 1, 2, 2, groups, nbytes), 0xFF, np.uint8)
+    tables = draw.rng.permutation(sequences * count + 1)[: sequences * count].reshape(sequences, count)
+    keys, values = attention.split(kind, kv, width)
+    for number, blocks in enumerate(tables):
+        behind = int(number == 0 and context > tokens)
+        for place, block in enumerate(blocks):
+            slots = min(BLOCK_TOKENS, context - behind - place * BLOCK_TOKENS)
+            keys[block, ..., :slots] = draw.numbers((2, groups, width, slots), NASTY_KEY)
+            values[block, ..., :slots, :] = draw.numbers((2, groups, slots, width), NASTY_HALF)
     sequence = np.repeat(np.arange(sequences), tokens)
     positions = np.tile(np.arange(context - tokens, context), sequences)
-    return kv, tables, sequence, positions
+    positions[:tokens] -= context > tokens
+    return [kind, kv, 1, tables, sequence, positions]
 
 
-def _store_kv(draw: Draw, *, groups: int = 2, **step: int) -> Arguments:
-    kv, tables, sequence, positions = kv_step(draw, groups=groups, **step)
-    k, v = (draw.singles(len(positions), groups, step["width"]) for _ in "kv")
-    return [kv, 1, tables, sequence, positions, k, v]
+def _store_kv(draw: Draw, *, groups: int = 2, **step: Any) -> Arguments:
+    arguments = kv_step(draw, groups=groups, **step)
+    k, v = (draw.numbers((len(arguments[-1]), groups, step["width"]), NASTY_STORED).astype(np.float32) for _ in "kv")
+    return [*arguments, k, v]
 
 
-def _attend(draw: Draw, *, groups: int = 2, per_group: int = 2, window: int = 0, **step: int) -> Arguments:
-    kv, tables, sequence, positions = kv_step(draw, groups=groups, **step)
-    q = draw.rng.standard_normal((len(positions), groups * per_group, step["width"])).astype(np.float32) * 2
-    scratch = np.full((len(positions) * groups, step["context"]), np.nan, np.float32)
-    y = np.full((len(positions), groups * per_group * step["width"]), np.nan, np.float32)
-    return [kv, 1, tables, sequence, positions, q, window, scratch, y]
+def _attend(draw: Draw, *, groups: int = 2, per_group: int = 2, window: int = 0, **step: Any) -> Arguments:
+    arguments = kv_step(draw, groups=groups, **step)
+    heads, width, tokens = groups * per_group, step["width"], len(arguments[-1])
+    q = draw.rng.standard_normal((tokens, heads, width)).astype(np.float32) * 2
+    scratch = np.full((3, attention.unit_floats(per_group, width)), np.nan, np.float32)
+    return [*arguments, q, window, scratch, np.full((tokens, heads * width), np.nan, np.float32)]
+
+
+def _attend_magnitude(kind: int, kv: Array, layer: int, *rest: Any) -> float:
+    """The largest value; a score's error is a share of the score, and these are at most some hundred."""
+    values = attention.split(kind, kv, rest[3].shape[2])[1][:, layer]
+    return float(np.nanmax(np.abs(values.astype(np.float64))))
 
 
 def _rms_norm(draw: Draw, *, tokens: int, n: int) -> Arguments:
@@ -312,8 +334,8 @@ TABLE: Final = (
         output=3,
     ),
     Entry("take_rows", matmul.take_rows, reference.reference_take_rows, _take_rows, _take_rows_magnitude, 40),
-    Entry("store_kv", attention.store_kv, attention.reference_store_kv, _store_kv, lambda *_: 0.0, 0, output=0),
-    Entry("attend", attention.attend, attention.reference_attend, _attend, lambda kv, *_: np.abs(kv).max(), 200),
+    Entry("store_kv", attention.store_kv, attention.reference_store_kv, _store_kv, lambda *_: 0.0, 0, output=1),
+    Entry("attend", attention.attend, attention.reference_attend, _attend, _attend_magnitude, 200),
     Entry(
         "rms_norm",
         elementwise.rms_norm,

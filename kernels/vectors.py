@@ -65,6 +65,45 @@ def prefetch(builder: Any, pointer: Any) -> None:
     call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *(ir.Constant(i32, value) for value in (0, 3, 1))])
 
 
+def loop(builder: Any, stop: Any, step: int = 1, unroll: bool = True) -> tuple[Any, Any, Any]:
+    """A loop from 0 below `stop > 0`: its variable, what to call after the body, and what after the loop.
+
+    LLVM may `unroll` it, which takes time to compile.
+    """
+    before = builder.block
+    body, after = builder.append_basic_block("loop"), builder.append_basic_block("after")
+    builder.branch(body)
+    builder.position_at_end(body)
+    variable = builder.phi(i64)
+    variable.add_incoming(number(0), before)
+
+    def following() -> None:
+        further = builder.add(variable, number(step))
+        variable.add_incoming(further, builder.block)
+        branch = builder.cbranch(builder.icmp_signed("<", further, stop), body, after)
+        if not unroll:
+            module = builder.module
+            never = module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])
+            node = module.add_metadata([ir.MetaDataString(module, f"{builder.function.name} {body.name}"), never])
+            node.operands = (node, never)  # LLVM heeds only a node that names itself
+            branch.set_metadata("llvm.loop", node)
+
+    return variable, following, lambda: builder.position_at_end(after)
+
+
+def cases(builder: Any, value: Any, emitters: dict[int, Any]) -> None:
+    """Run the code that `emitters[value]` emits; none for a value that is not among them."""
+    after = builder.append_basic_block("after_cases")
+    blocks = {key: builder.append_basic_block(f"case_{key}") for key in emitters}
+    switch = builder.switch(value, after)
+    for key, emit in emitters.items():
+        switch.add_case(number(key), blocks[key])
+        builder.position_at_end(blocks[key])
+        emit()
+        builder.branch(after)
+    builder.position_at_end(after)
+
+
 class Bytes:
     """Byte vectors of one width. The base class is what any target can do."""
 

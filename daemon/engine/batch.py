@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
-from typing import Final
+from functools import cached_property
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...formats.architecture import Architecture
-from ...kernels.attention import attend, store_kv
+from ...kernels.attention import KINDS, attend, store_kv, unit_floats
 from ...kernels.elementwise import rotate
 from .rotary import rotary_frequencies
 from .scheduler import Piece
+from .weights import lines
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 
 CHUNKS_PER_THREAD: Final = 2
+_LITTLE: Final = 1 << 21  # multiply-adds of queries and keys that take less than waking threads, 40 us (AMD EPYC)
 
 
 class Batch:
@@ -26,7 +29,7 @@ class Batch:
     Rotary sines are taken for this step's positions only: a table for a long context would hold hundreds of megabytes.
     """
 
-    def __init__(self, pieces: Rows[Piece], kv: F32, a: Architecture, threads: int) -> None:
+    def __init__(self, pieces: Rows[Piece], kv: NDArray[Any], a: Architecture, threads: int) -> None:
         counts = [piece.count for piece in pieces]
         self.tokens: I64 = np.concatenate(
             [np.array(p.sequence.tokens[p.start : p.start + p.count], np.int64) for p in pieces]
@@ -37,12 +40,17 @@ class Batch:
         for row, piece in enumerate(pieces):
             self.tables[row, : len(piece.sequence.blocks)] = piece.sequence.blocks
         self.last: I64 = np.cumsum(counts) - 1
-        self.kv, self.window = kv, a.window or 0
+        self.kind, self.kv, self.window = KINDS[f"f{8 * kv.itemsize}"], kv.view(np.uint8), a.window or 0
         angles = np.outer(self.positions, rotary_frequencies(a))
         self.cosine, self.sine = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         self._rows = np.arange(len(self.tokens))
-        longest = int(self.positions.max()) + 1
-        self._scores: F32 = np.empty((threads * CHUNKS_PER_THREAD, longest), np.float32)
+        work = len(self.tokens) * a.heads * a.head_dim * int(self.positions.max())
+        chunks = threads * CHUNKS_PER_THREAD if work > _LITTLE else 1
+        self._scratch_shape = (chunks, unit_floats(a.heads // a.kv_heads, a.head_dim))
+
+    @cached_property
+    def _scratch(self) -> F32:
+        return lines(self._scratch_shape, np.float32)
 
     def rotate(self, x: F32) -> F32:
         """Rotary embedding at this step's positions."""
@@ -52,7 +60,8 @@ class Batch:
 
     def attend(self, layer: int, q: F32, k: F32, v: F32) -> F32:
         """Store this step's keys and values, then attend."""
-        store_kv(self.kv, layer, self.tables, self.sequence, self.positions, k, v)
+        where = (self.kind, self.kv, layer, self.tables, self.sequence, self.positions)
+        store_kv(*where, k, v)
         y = np.empty((q.shape[0], q.shape[1] * q.shape[2]), np.float32)
-        attend(self.kv, layer, self.tables, self.sequence, self.positions, q, self.window, self._scores, y)
+        attend(*where, q, self.window, self._scratch, y)
         return y

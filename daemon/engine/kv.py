@@ -1,19 +1,20 @@
 """Keys and values of running sequences, in fixed blocks of 32 tokens that really go back when they are freed.
 
-One mapping `[blocks, layers, 2, g, 32, e]` float32; a block belongs to one sequence. Freed blocks are given back to
-the system at once. Sharing blocks between sequences is a later issue; this is its room.
+One mapping, laid out as `kernels/attention` says, fp16 or float32; a block belongs to one sequence. Freed blocks are
+given back to the system at once. Sharing blocks between sequences is a later issue; this is its room.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from math import prod
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...formats.architecture import Architecture
-from ...kernels.attention import BLOCK_TOKENS
+from ...kernels.attention import BLOCK_TOKENS, KINDS, head_nbytes
 from ..mapping import Mapping
 
 MAX_NBYTES: Final = 2_000_000_000  # address space kept for one model's keys and values, unless one context needs more
@@ -35,15 +36,19 @@ def blocks_for(tokens: int) -> int:
 
 
 class KvCache:
-    """The KV blocks of one model."""
+    """The KV blocks of one model, `array [blocks, layers, 2, g, elements]`.
 
-    def __init__(self, a: Architecture) -> None:
-        shape = (a.layers, 2, a.kv_heads, BLOCK_TOKENS, a.head_dim)
-        self.block_nbytes = int(np.prod(shape)) * 4
+    As `f16` numbers are rounded on their way in, and those beyond 65504 cut to that; `f32` is for comparisons.
+    """
+
+    def __init__(self, a: Architecture, dtype: Literal["f16", "f32"] = "f16") -> None:
+        heads = (a.layers, 2, a.kv_heads)
+        self.block_nbytes = prod(heads) * head_nbytes(KINDS[dtype], a.head_dim)
         wanted = blocks_for(a.context)
         self.capacity = max(wanted, min(MAX_SEQUENCES * wanted, MAX_NBYTES // self.block_nbytes))
         self._mapping = Mapping(self.capacity * self.block_nbytes)
-        self.array: NDArray[np.float32] = self._mapping.bytes.view(np.float32).reshape(self.capacity, *shape)
+        numbers = self._mapping.bytes.view(np.float16 if dtype == "f16" else np.float32)
+        self.array: NDArray[Any] = numbers.reshape(self.capacity, *heads, -1)
         self._free = list(range(self.capacity - 1, -1, -1))
 
     @property

@@ -189,14 +189,14 @@ class ServingNetwork:
         matrices = [name for name, shape in self._shapes.items() if len(shape) > 1]
         whole = not exact and all(_rotated(weights.table(name)) for name in matrices)
         self._steps = (
-            Steps(build_program(a, self._vector), weights, threads, self._shared.instructions) if whole else None
+            Steps(a, build_program(a, self._vector), weights, threads, self._shared.instructions) if whole else None
         )
 
     def logits(self, batch: Batch, rows: list[int]) -> F32:
         """Logits `[len(rows), v]` of some of a step's tokens; all of them get their keys and values stored."""
         hidden = self._embed(batch.tokens)
         if self._steps is not None:
-            return self._steps.run(self._a, batch, hidden, np.array(rows, np.int64))
+            return self._steps.run(batch, hidden, np.array(rows, np.int64))
         hidden = self.network.forward(batch.tokens, batch)
         return self.network.head(hidden[rows]) if rows else np.empty((0, self._a.vocab), np.float32)
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ...formats.architecture import Architecture
 from ...formats.kinds import BASE_PLANES, MAX_DEPTH
+from ...kernels.attention import unit_floats
 from ...kernels.planes import level_stride
 from ...kernels.planes import padded as padded_bytes
 from ...kernels.rows import ROWS
@@ -26,8 +27,8 @@ I64 = NDArray[np.int64]
 class Steps:
     """Runs `kernels/step` over the resident blocks; keeps its work space."""
 
-    def __init__(self, program: Program, weights: Weights, threads: int, instructions: int) -> None:
-        self._program, self._weights, self._instructions = program, weights, instructions
+    def __init__(self, a: Architecture, program: Program, weights: Weights, threads: int, instructions: int) -> None:
+        self._a, self._program, self._weights, self._instructions = a, program, weights, instructions
         self._shapes = program.shapes.copy()
         self._blocks = np.zeros((len(program.names), MAX_DEPTH - BASE_PLANES + 1, 3), np.int64)
         self._edge = -1
@@ -35,13 +36,14 @@ class Steps:
         self._padded = padded_bytes(widest)
         self._levels = lines((threads, ROWS * level_stride(widest)), np.uint8)
         self._rows = lines((threads, 2, self._padded), np.float32)
+        self._units = lines((threads, unit_floats(a.heads // a.kv_heads, a.head_dim)), np.float32)
         self._counters = counters_for(len(program.phases))
         self._space: tuple[NDArray[Any], ...] = ()
 
-    def run(self, a: Architecture, batch: Batch, hidden: F32, wanted: I64) -> F32:
+    def run(self, batch: Batch, hidden: F32, wanted: I64) -> F32:
         """Embedded tokens `[T, d]`, used up -> logits of the tokens `wanted`."""
         self._follow_edge()
-        tokens = hidden.shape[0]
+        a, tokens = self._a, hidden.shape[0]
         if not self._space or len(self._space[0]) < tokens:
             wide, narrow = a.heads * a.head_dim, a.kv_heads * a.head_dim
             self._space = (
@@ -73,6 +75,7 @@ class Steps:
             q,
             scales,
             corrections,
+            batch.kind,
             batch.kv,
             batch.tables,
             batch.sequence,
@@ -81,6 +84,7 @@ class Steps:
             batch.sine,
             self._levels,
             self._rows,
+            self._units,
             self._counters,
         )
         return logits

@@ -34,7 +34,7 @@ def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
         resident.grow(resident.stack.base)
     network = ServingNetwork(a, resident, threads=2)
     tokens = np.random.default_rng(0).integers(0, a.vocab, 41).tolist()
-    kv = KvCache(a)
+    kv = KvCache(a, "f32")
     sequence = Sequence(0, tokens, len(tokens), blocks=kv.allocate(2))
     logits = []
     for start, count in ((0, 1), (1, 37), (38, 3)):  # in uneven pieces, across a KV block's edge

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ebbflow.kernels.attention import BLOCK_TOKENS, attend, store_kv
-from ebbflow.kernels.elementwise import add, gated, rms_norm
+from ebbflow.kernels import attention
+from ebbflow.kernels.attention import attend, store_kv
+from ebbflow.kernels.elementwise import add, gate_row, gated, rms_norm
 from ebbflow.kernels.matmul import matmul, row_stride, take_rows
 from ebbflow.kernels.rows import JIT_OFF, ROWS
 from ebbflow.kernels.table import TABLE, Draw, store_levels
@@ -118,14 +119,16 @@ def test_a_row_taken_is_the_row_multiplied_with(levels: tuple[str, ...], n: int)
     np.testing.assert_array_equal(weight.times(unit).T, rows)  # a zero's sign is lost among the other products
 
 
-def attention_of(cuts: list[int], strangers: bool, window: int, threads: int) -> F32:
+def attention_of(cuts: list[int], strangers: bool, window: int, threads: int, chunks: int, per_group: int = 2) -> F32:
     """One sequence of 70 tokens through `attend`, in pieces; other sequences beside it or not."""
-    tokens, groups, per_group, width = (40 if JIT_OFF else 70), 2, 2, 20
+    tokens, groups, width = (40 if JIT_OFF else 70), 2, 20
     rng = np.random.default_rng(1)
     q = rng.standard_normal((tokens, groups * per_group, width)).astype(np.float32)
     k, v = (rng.standard_normal((tokens, groups, width)).astype(np.float32) for _ in "kv")
     numba.set_num_threads(threads)
-    kv = np.full((8, 2, 2, groups, BLOCK_TOKENS, width), np.nan, np.float32)
+    kind = attention.KINDS["f16"]
+    # NaN wherever nothing is stored
+    kv = np.full((8, 2, 2, groups, attention.head_nbytes(kind, width)), 0xFF, np.uint8)
     tables = np.array([[5, 0, 3], [1, 2, 4]])
     outputs = []
     for start, stop in zip([0, *cuts], [*cuts, tokens], strict=True):
@@ -135,10 +138,11 @@ def attention_of(cuts: list[int], strangers: bool, window: int, threads: int) ->
             take, row = [take[0], *take], [row[0] + 1, *row]
         positions, sequence = np.concatenate(take), np.concatenate(row)
         signs = np.where(sequence == 1, -0.5, 1).astype(np.float32)[:, None, None]
-        store_kv(kv, 1, tables, sequence, positions, k[positions] * signs, v[positions] * signs)
-        scratch = np.empty((len(positions) * groups, stop), np.float32)
+        where = (kind, kv, 1, tables, sequence, positions)
+        store_kv(*where, k[positions] * signs, v[positions] * signs)
+        scratch = np.full((chunks, attention.unit_floats(per_group, width)), np.nan, np.float32)
         y = np.empty((len(positions), groups * per_group * width), np.float32)
-        attend(kv, 1, tables, sequence, positions, q[positions] * signs, window, scratch, y)
+        attend(*where, q[positions] * signs, window, scratch, y)
         outputs.append(y[sequence == 0])
     return np.concatenate(outputs)
 
@@ -147,13 +151,16 @@ def attention_of(cuts: list[int], strangers: bool, window: int, threads: int) ->
 @given(
     cuts=st.sets(st.integers(1, 39)),
     strangers=st.booleans(),
-    window=st.sampled_from([0, 7]),
+    window=st.sampled_from([0, 7, 33]),
     threads=st.integers(1, min(2, numba.config.NUMBA_NUM_THREADS)),
+    chunks=st.integers(1, 5),
+    per_group=st.sampled_from([1, 2, 9]),
 )
 def test_attention_of_a_prompt_cut_anywhere_beside_anything(
-    cuts: set[int], strangers: bool, window: int, threads: int
+    cuts: set[int], strangers: bool, window: int, threads: int, chunks: int, per_group: int
 ) -> None:
-    same(attention_of(sorted(cuts), strangers, window, threads), attention_of([], False, window, 1))
+    alone = attention_of([], False, window, 1, 1, per_group)
+    same(attention_of(sorted(cuts), strangers, window, threads, chunks, per_group), alone)
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "gated", "rotate", "add"])
@@ -168,6 +175,17 @@ def test_elementwise_rows_are_each_alone(name: str) -> None:
         alone[-1][:] = np.nan
         entry.kernel(*alone)
         same(alone[-1], arguments[-1][t : t + 1])
+
+
+@pytest.mark.parametrize("cuts", [(0, 65), (0, 1, 65), (0, 15, 16, 17, 40, 65), (0, 64, 65)])
+def test_gates_of_any_columns_are_those_of_the_row(cuts: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(4)
+    gate, up = (rng.standard_normal(65).astype(np.float32) * 10 for _ in "gu")
+    whole, parts = np.empty((1, 65), np.float32), np.full(65, np.nan, np.float32)
+    gated(gate[None], up[None], whole)
+    for start, stop in pairwise(cuts):
+        gate_row(gate, up, parts, start, stop)
+    same(parts, whole[0])
 
 
 def test_results_may_be_written_over_their_inputs() -> None:

@@ -48,6 +48,10 @@ ROWS = (5,) if JIT_OFF else (1, 3, 4, 5, 67)
 TOKENS = (5,) if JIT_OFF else (0, 1, 2, 3, 4, 5, 16)
 FEW = (1, 3) if JIT_OFF else (1, 3, 16, 17)
 CONTEXTS = (33,) if JIT_OFF else (5, 32, 33, 100)
+KV = ("f32", "f16")
+HEADS = (20,) if JIT_OFF else (2, 16, 20, 24, 64, 80, 96)
+PER_GROUP = (2,) if JIT_OFF else (1, 2, 5, 8, 19)
+MANY = (5,) if JIT_OFF else (11, 40, 99)
 
 Shape = dict[str, Any]
 
@@ -62,8 +66,9 @@ SHAPES: dict[str, list[Shape]] = {
     "take_rows": WEIGHTS,
     "multiply_planes": each(instructions=available(), levels=PLANES, n=WIDE),
     "quantize_inputs": each(tokens=FEW, n=WIDE),
-    "store_kv": each(groups=(1, 2), width=(16, 20), tokens=(1, 5), context=CONTEXTS, sequences=(1, 2)),
-    "attend": each(width=(8, 16, 20), per_group=(1, 2), tokens=(1, 3), context=CONTEXTS, window=(0, 1, 7)),
+    "store_kv": each(dtype=KV, groups=(1, 2), width=HEADS, tokens=(1, 5), context=CONTEXTS, sequences=(1, 2)),
+    "attend": each(dtype=KV, width=HEADS, per_group=PER_GROUP, tokens=(1, 3), context=CONTEXTS, window=(0, 1, 7))
+    + each(dtype=KV, width=(20,), per_group=(3,), tokens=MANY, context=(100,), window=(0, 40), sequences=(1, 2)),
     "rms_norm": each(tokens=FEW, n=COLUMNS),
     "gated": each(tokens=FEW, n=COLUMNS),
     "rotate": each(tokens=FEW, width=(2, 16, 64)),
@@ -105,7 +110,7 @@ def scratch(entry: Entry) -> tuple[int, ...]:
         "matmul": (4,),
         "multiply_planes": (7,),
         "quantize_inputs": (4, 5),
-        "attend": (7,),
+        "attend": (8,),
         "feedback": (0,),
         "descend": (3,),
         "gather_moments": (3,),
