@@ -37,7 +37,7 @@ def move(resident: Resident, blocks: int) -> None:
 
 def logits(resident: Resident, tokens: list[int], a: Architecture = TINY, exact: bool = False) -> NDArray[np.float32]:
     """Logits `[T, v]` of a sequence, by the resident prefix."""
-    network, kv = serve(a, resident, 2, exact), KvCache(a)
+    network, kv = serve(a, resident, 2, exact), KvCache(a, "f32" if exact else "f16")
     sequence = Sequence(0, tokens, len(tokens), blocks=kv.allocate(blocks_for(len(tokens))))
     batch = Batch([Piece(sequence, 0, len(tokens))], kv.array, a, 2)
     return network.head(network.forward(batch.tokens, batch))
