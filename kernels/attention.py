@@ -299,21 +299,25 @@ def _typed_put_keys(typing: Any, kind: Any, x: Any, at: Any, left: Any, kv: Any,
     return signature, lambda context, builder, sig, args: _emit_put(context, builder, sig, args, True)
 
 
+_QUIET: Final = np.errstate(all="ignore")  # memory beyond a token's position may hold anything
+
+
 def _elements(kind: int, kv: U8) -> NDArray[Any]:
     return kv.view(np.float16 if kind == F16 else np.float32)
 
 
+@_QUIET
 def _plain_scores(
     kind: int, rows: int, kv: U8, keys: int, ahead: int, width: int, scratch: F32, own: int, step: int, out: int
 ) -> None:
     stored = _elements(kind, kv[keys : keys + head_nbytes(kind, width)])[: width * BLOCK_TOKENS]
     found = scratch[out : out + rows * BLOCK_TOKENS].reshape(rows, BLOCK_TOKENS)
     found[:] = 0
-    with np.errstate(invalid="ignore"):
-        for k in range(width):
-            found += np.outer(scratch[own + k :: step][:rows], stored[k * BLOCK_TOKENS :][:BLOCK_TOKENS])
+    for k in range(width):
+        found += np.outer(scratch[own + k :: step][:rows], stored[k * BLOCK_TOKENS :][:BLOCK_TOKENS])
 
 
+@_QUIET
 def _plain_values(
     kind: int,
     rows: int,
@@ -335,6 +339,7 @@ def _plain_values(
             found += scratch[weights + r * BLOCK_TOKENS + k] * stored[k * step :][:BLOCK_TOKENS]
 
 
+@_QUIET
 def _plain_soften(scratch: F32, at: int, low: int, high: int, sums: int, largest: int, factor: int) -> None:
     row, total = scratch[at : at + BLOCK_TOKENS], scratch[sums : sums + LANES]
     row[:low], row[high:] = -np.inf, -np.inf
@@ -372,7 +377,8 @@ _step: Any = njit(nogil=True)(padded_head)
 @njit(nogil=True)
 def _place(kv: U8, block: int, layer: int, which: int, group: int) -> int:
     """Byte where a block's keys (`which` 0) or values (1) begin."""
-    return int((((block * kv.shape[1] + layer) * 2 + which) * kv.shape[3] + group) * kv.shape[4])
+    place: int = (((block * kv.shape[1] + layer) * 2 + which) * kv.shape[3] + group) * kv.shape[4]
+    return place
 
 
 @njit(nogil=True)
@@ -543,7 +549,7 @@ def _attend_share(
     q: F32,
     window: int,
     starts: I64,
-    share: int,
+    share: np.int64,
     shares: int,
     scratch: F32,
     y: F32,

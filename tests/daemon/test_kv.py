@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -41,10 +43,12 @@ def test_a_freed_block_is_empty_and_its_neighbours_are_not() -> None:
     assert kv.array[third].all()
 
 
-def test_a_block_holds_32_tokens_of_every_layer() -> None:
-    kv = KvCache(TINY)
-    assert kv.array.shape == (kv.capacity, TINY.layers, 2, TINY.kv_heads, 32, TINY.head_dim)
-    assert kv.array[0].nbytes == kv.block_nbytes
+@pytest.mark.parametrize(("dtype", "size"), [("f16", 2), ("f32", 4)])
+def test_a_block_holds_32_tokens_of_every_layer(dtype: Literal["f16", "f32"], size: int) -> None:
+    kv = KvCache(TINY, dtype)
+    padded = 32  # TINY's heads are 16 wide
+    assert kv.array.shape == (kv.capacity, TINY.layers, 2, TINY.kv_heads, 32 * padded)
+    assert kv.array[0].nbytes == kv.block_nbytes == TINY.layers * 2 * TINY.kv_heads * 32 * padded * size
 
 
 @pytest.mark.parametrize(("context", "blocks"), [(32, 1), (33, 2), (512, 16)])

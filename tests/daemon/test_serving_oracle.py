@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,14 +35,19 @@ def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
         resident.grow(resident.stack.base)
     network = ServingNetwork(a, resident, threads=2)
     tokens = np.random.default_rng(0).integers(0, a.vocab, 41).tolist()
-    kv = KvCache(a, "f32")
-    sequence = Sequence(0, tokens, len(tokens), blocks=kv.allocate(2))
-    logits = []
-    for start, count in ((0, 1), (1, 37), (38, 3)):  # in uneven pieces, across a KV block's edge
-        batch = Batch([Piece(sequence, start, count)], kv.array, a, 2)
-        logits.append(network.logits(batch, list(range(count))))
+    caches = KvCache(a, "f32"), KvCache(a)
+    logits: tuple[list[Any], list[Any]] = [], []
+    for kv, parts in zip(caches, logits, strict=True):
+        sequence = Sequence(0, tokens, len(tokens), blocks=kv.allocate(2))
+        for start, count in ((0, 1), (1, 37), (38, 3)):  # in uneven pieces, across a KV block's edge
+            batch = Batch([Piece(sequence, start, count)], kv.array, a, 2)
+            parts.append(network.logits(batch, list(range(count))))
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     with torch.no_grad():
         expected = model(torch.tensor([tokens])).logits[0].numpy()
-    np.testing.assert_allclose(np.concatenate(logits), expected, rtol=0, atol=1e-4)
+    exact, rounded = (np.concatenate(parts) for parts in logits)
+    np.testing.assert_allclose(exact, expected, rtol=0, atol=1e-4)
+    error = np.abs(rounded - expected)  # keys and values as fp16, the default
+    assert 1e-4 < error.max() < 0.01
+    assert error.mean() < 0.001
     resident.close()

@@ -1,0 +1,137 @@
+"""What happens between the matrix products on the 1.1 B shape: attention, storing keys and values, gate and norm.
+
+All layers together, by tokens and context, with keys and values in a mapping like the daemon's. The peer is torch's
+`scaled_dot_product_attention` on float32 keys and values that lie ready in its own layout, in the same run. In between
+other memory is read, because a step's weights would push keys and values out of the caches as well.
+
+Run: .venv/bin/python bench/attention.py [--json FILE] [--check]
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ebbflow.daemon.engine.kv import KvCache, blocks_for
+from ebbflow.daemon.engine.scheduler import Piece, Sequence
+from ebbflow.daemon.engine.serving import Batch
+from ebbflow.formats.architecture import Architecture
+from ebbflow.kernels.elementwise import gated, rms_norm
+
+from report import Report
+
+F32 = NDArray[np.float32]
+SHAPE = Architecture(
+    family="llama",
+    vocab=32000,
+    hidden=2048,
+    layers=22,
+    heads=32,
+    kv_heads=4,
+    head_dim=64,
+    intermediate=5632,
+    context=2048,
+    norm_eps=1e-5,
+    rotary_theta=1e4,
+)
+CASES = ((1, 128), (1, 1024), (64, 128), (64, 1024))
+GOALS = {(1, 128): 0.3, (1, 1024): 2.0, (64, 1024): 60.0}  # ms
+ROUNDS = 9
+
+
+def milliseconds(works: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """The times of ROUNDS runs of each, in turn, after one that is not counted; other memory is read before each."""
+    other, times = np.ones(16_000_000), {name: list[float]() for name in works}
+    for number in range(ROUNDS + 1):
+        for name, work in works.items():
+            other.sum()
+            began = time.perf_counter()
+            work()
+            if number:
+                times[name].append((time.perf_counter() - began) * 1e3)
+    return times
+
+
+class Case:
+    """The last `tokens` of `context`, in every layer."""
+
+    def __init__(self, tokens: int, context: int, threads: int, rng: np.random.Generator) -> None:
+        a, self._tokens = SHAPE, tokens
+        kv = KvCache(a)
+        sequence = Sequence(0, [0] * context, context, blocks=kv.allocate(blocks_for(context)))
+        k, v = (rng.standard_normal((context, a.kv_heads, a.head_dim)).astype(np.float32) for _ in "kv")
+        before = Batch([Piece(sequence, 0, context)], kv.array, a, threads)
+        for layer in range(a.layers):
+            before.attend(layer, np.zeros((context, a.heads, a.head_dim), np.float32), k, v)
+        self._batch = Batch([Piece(sequence, context - tokens, tokens)], kv.array, a, threads)
+        self._q = rng.standard_normal((tokens, a.heads, a.head_dim)).astype(np.float32)
+        self._k, self._v = k[-tokens:].copy(), v[-tokens:].copy()
+        torch.set_num_threads(threads)
+        keys, values = (torch.from_numpy(x).transpose(0, 1)[None] for x in (k, v))
+        self._layers = [(keys.contiguous().clone(), values.contiguous().clone()) for _ in range(a.layers)]
+        self._queries = torch.from_numpy(self._q).transpose(0, 1)[None].contiguous()
+        self._mask = torch.ones(tokens, context, dtype=torch.bool).tril(context - tokens)
+
+    def ours(self) -> F32:
+        """Store and attend."""
+        for layer in range(SHAPE.layers):
+            y = self._batch.attend(layer, self._q, self._k, self._v)
+        return y
+
+    def torchs(self) -> torch.Tensor:
+        """Attend."""
+        for k, v in self._layers:
+            y = torch.nn.functional.scaled_dot_product_attention(
+                self._queries, k, v, attn_mask=self._mask if self._tokens > 1 else None, enable_gqa=True
+            )
+        return y
+
+    def difference(self) -> float:
+        """The largest, between the two."""
+        theirs = self.torchs()[0].transpose(0, 1).reshape(self._tokens, -1).numpy()
+        return float(np.abs(self.ours() - theirs).max())
+
+
+def main() -> int:
+    """Measure and compare."""
+    report, rng = Report("Between the matrix products, 1.1 B shape"), np.random.default_rng(0)
+    threads = min(os.cpu_count() or 1, numba.config.NUMBA_NUM_THREADS)
+    numba.set_num_threads(threads)
+    for tokens, context in CASES:
+        case = Case(tokens, context, threads, rng)
+        times = milliseconds({"ours": case.ours, "torch": case.torchs})
+        ours, theirs = (statistics.median(times[name]) for name in ("ours", "torch"))
+        text = f"{ours:8.2f} ms; torch {theirs:8.2f} ms, {theirs / ours:.1f}x; they differ by {case.difference():.1e}"
+        report.note(f"attention, {tokens} tokens at {context}", text, times)
+        if (tokens, context) in GOALS:
+            report.bar(f"attention_ms_{tokens}_at_{context}", ours, "<=", GOALS[tokens, context])
+    for tokens in (1, 64):
+        gate, up = (rng.standard_normal((tokens, SHAPE.intermediate)).astype(np.float32) for _ in "gu")
+        x, weight = rng.standard_normal((tokens, SHAPE.hidden)).astype(np.float32), np.ones(SHAPE.hidden, np.float32)
+        y, z = np.empty_like(gate), np.empty_like(x)
+        t_gate, t_up = torch.from_numpy(gate), torch.from_numpy(up)
+        layers = range(SHAPE.layers)
+        times = milliseconds(
+            {
+                "gated": lambda: [gated(gate, up, y) for _ in layers],  # noqa: B023
+                "torch": lambda: [torch.nn.functional.silu(t_gate) * t_up for _ in layers],  # noqa: B023
+                "rms_norm": lambda: [rms_norm(x, weight, 1e-5, z) for _ in range(2 * len(layers) + 1)],  # noqa: B023
+            }
+        )
+        ours, theirs, norm = (statistics.median(times[name]) for name in ("gated", "torch", "rms_norm"))
+        report.note(f"gate, {tokens} tokens", f"{ours:8.2f} ms; torch {theirs:8.2f} ms, {theirs / ours:.1f}x", times)
+        report.note(f"norm, {tokens} tokens", f"{norm:8.2f} ms")
+    report.bar("gate_ms_64", ours, "<=", 2.0)
+    return report.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
