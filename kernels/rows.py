@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-import llvmlite.binding
 import numba
 import numpy as np
 from llvmlite import ir
@@ -21,6 +20,8 @@ from numba import njit, types
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 from numpy.typing import NDArray
+
+from .instructions import processor_features
 
 F32: Final = 0
 F16: Final = 1
@@ -38,7 +39,7 @@ WORD: Final = 64  # columns whose signs are one stored word
 GROUPS: Final = WORD // LANES
 JIT_OFF: Final = bool(vars(numba.config)["DISABLE_JIT"])
 # Without the instruction LLVM calls a function that numba cannot link.
-_F16C: Final = bool(llvmlite.binding.get_host_cpu_features().get("f16c"))
+_F16C: Final = bool(processor_features().get("f16c"))
 _HALF_SCALE: Final = 2.0**112  # moves an fp16 exponent, placed in fp32 bits, to where it belongs
 
 _i16, _i32, _i64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
