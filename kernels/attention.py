@@ -23,7 +23,6 @@ from __future__ import annotations
 import math
 from typing import Any, Final
 
-import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
@@ -33,6 +32,7 @@ from numpy.typing import NDArray
 
 from .exponential import exponential, fused, plain_exponential
 from .halves import LARGEST, narrow, widen
+from .instructions import processor_features
 from .rows import F16, JIT_OFF
 from .rows import F32 as SINGLE
 from .vectors import (
@@ -62,7 +62,7 @@ KINDS: Final[dict[str, int]] = {"f32": SINGLE, "f16": F16}  # how keys and value
 LANES: Final = 16
 ROWS_TOGETHER: Final = 8  # rows of scratch multiplied with the same loads
 TILE_ROWS: Final = 32  # rows that share a block while it is in the nearest cache
-_WIDE: Final = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+_WIDE: Final = bool(processor_features().get("avx512f"))
 _ROWS: Final = ROWS_TOGETHER if _WIDE else 4
 _CASES: Final = {SINGLE: (1, 4), F16: tuple(range(1, _ROWS + 1))}  # float32 is for comparisons, compiling takes time
 _VECTORS: Final = 16 if _WIDE else 4  # partial results held in registers
@@ -601,9 +601,7 @@ def attend(
     chunks = scratch.shape[0]
     starts = cut_units(sequence, positions, q.shape[1] // kv.shape[3])
     if chunks == 1:
-        _attend_share(
-            kind, kv, layer, tables, sequence, positions, q, window, starts, 0, chunks, scratch[0], y
-        )
+        _attend_share(kind, kv, layer, tables, sequence, positions, q, window, starts, 0, chunks, scratch[0], y)
     else:
         for chunk in prange(chunks):
             _attend_share(

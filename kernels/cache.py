@@ -31,8 +31,9 @@ def use_cache(root: Path) -> Path:
         if other != folder:
             shutil.rmtree(other, ignore_errors=True)
     os.environ["NUMBA_CACHE_DIR"] = str(folder)
-    # workqueue's threads sleep while there is nothing to do; OpenMP's would spin
-    os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
+    # Whatever the user's other programs want: workqueue's threads sleep while there is nothing to do, and all of them
+    # run (`team`); OpenMP may give fewer than asked for, and these would wait for the others for ever.
+    os.environ["NUMBA_THREADING_LAYER"] = "workqueue"
     return folder
 
 
@@ -41,6 +42,8 @@ def compile_once(folder: Path) -> None:
 
     Raises `subprocess.CalledProcessError`.
     """
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return  # nothing would be compiled, and the folder be thought complete for ever
     if not (folder / _COMPLETE).exists():
         # -P: never from the folder the user happens to stand in
         command = [sys.executable, "-P", "-m", "ebbflow.kernels.compile"]

@@ -5,7 +5,7 @@ A process of its own, because the compiler leaves about 100 MB behind in whoever
 
 from __future__ import annotations
 
-from . import attention, elementwise, hadamard, matmul, planes, quantize
+from . import attention, elementwise, hadamard, matmul, planes, quantize, step
 
 KERNEL_FILES = (
     attention,
@@ -14,4 +14,5 @@ KERNEL_FILES = (
     matmul,
     planes,
     quantize,
+    step,
 )  # explicit signatures: importing them compiled them

@@ -5,9 +5,9 @@ from __future__ import annotations
 import platform
 from typing import Any, Final
 
-import llvmlite.binding
 from llvmlite import ir
 
+from .instructions import processor_features
 from .vectors import constant, f32, i16, i32, vector
 
 LARGEST: Final = 65504.0
@@ -21,7 +21,7 @@ def _able() -> bool:
     """Without F16C LLVM calls a function on x86 that numba cannot link; ARM's vectors have always had it."""
     if platform.machine() in ("aarch64", "arm64"):
         return True
-    return bool(llvmlite.binding.get_host_cpu_features().get("f16c"))
+    return bool(processor_features().get("f16c"))
 
 
 ABLE: Final = _able()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from typing import Final
 
 import llvmlite.binding
@@ -29,11 +30,19 @@ VARIABLE: Final = "EBBFLOW_INSTRUCTIONS"
 EVERY: Final = "every"
 
 
+def processor_features() -> Mapping[str, bool]:
+    """What LLVM may use: the processor's own, or what numba's variables say instead (LLVM aborts when it is more)."""
+    forced = os.environ.get("NUMBA_CPU_FEATURES", "")
+    if forced or os.environ.get("NUMBA_CPU_NAME", "").lower() == "generic":
+        return {part[1:]: part.startswith("+") for part in forced.split(",")}
+    return dict(llvmlite.binding.get_host_cpu_features())
+
+
 def available() -> tuple[str, ...]:
     """Names of what this processor can run, the fastest first; without the compiler only the portable one."""
     if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
         return ("portable",)
-    features = llvmlite.binding.get_host_cpu_features()
+    features = processor_features()
     return tuple(
         name
         for name, code in NAMES.items()

@@ -132,3 +132,14 @@ def test_a_second_daemon_refuses_and_sigterm_takes_the_children_along(tmp_path: 
         daemon.process.send_signal(signal.SIGTERM)
         assert daemon.process.wait(20) == 0
         assert not Path(f"/proc/{worker}").exists()
+
+
+def test_a_wrong_choice_of_instructions_is_said_to_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EBBFLOW_INSTRUCTIONS", "sse9")
+    with real_daemon() as daemon:
+        write_signs_model(daemon.paths.library / "signs")
+        kernels = set((daemon.home / "cache").iterdir())
+        asked = daemon.ebb("run", "signs", "x", check=False)
+        assert asked.returncode == errors.WorkerDied.exit_code
+        assert "EBBFLOW_INSTRUCTIONS is 'sse9'; this processor can run" in asked.stderr
+        assert set((daemon.home / "cache").iterdir()) >= kernels

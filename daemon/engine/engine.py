@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from ...formats.errors import Cancelled, CorruptFile, EbbflowError, PromptTooLong
 from ...formats.manifest import Manifest
 from ...formats.messages import Chunk, Failed, Finished, Generate, Started, failure
@@ -146,6 +148,8 @@ class Engine:
     def _take(self, job: _Job, logits: Any) -> list[EngineEvent]:
         """Sample one token for a request; its text, and its end if this was it."""
         sequence = job.sequence
+        if not np.isfinite(logits).all():
+            return [self._break(job)]
         token = sample(logits, job.request.sampling, len(sequence.tokens))
         job.first = job.first or self._clock()
         events: list[EngineEvent] = []
@@ -163,6 +167,13 @@ class Engine:
         if reason:
             events.append(self._finish(job, reason))
         return events
+
+    def _break(self, job: _Job) -> Failed:
+        """Finite weights can be so large that what they give is not: there is no token to choose."""
+        del self._jobs[job.sequence.key]
+        self.scheduler.finish(job.sequence)
+        name = self._manifest.name
+        return failure(job.sequence.key, CorruptFile(f"{name}'s weights give numbers that overflow; add it again"))
 
     def _finish(self, job: _Job, reason: str) -> Finished:
         del self._jobs[job.sequence.key]

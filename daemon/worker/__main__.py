@@ -22,17 +22,17 @@ def main() -> None:
     # Only now: until here, nothing that takes time could let the parent end unnoticed.
     from ...formats.paths import default_paths
     from ...kernels.cache import compile_once, use_cache
+    from ...kernels.instructions import choose
 
+    choose()  # a wrong choice ends the worker here, in words, before the compiler meets it
     compile_once(use_cache(default_paths().cache))
 
     # numba reads its settings when it is first imported
     from ...formats.messages import Ready
-    from ...kernels.instructions import choose
     from ...kernels.threads import set_threads
     from ..channel import Child
     from .loop import Loop
 
-    choose()  # a wrong choice ends the worker here, not a request
     channel = Child(address, identity)
     try:
         loop = Loop(channel, set_threads(), time.monotonic)

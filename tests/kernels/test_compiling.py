@@ -1,0 +1,64 @@
+"""What is compiled when, and for what: settings of the user's other programs must not break or slow the worker."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ebbflow.kernels.cache import compile_once, use_cache
+from ebbflow.kernels.instructions import available
+from ebbflow.kernels.rows import JIT_OFF
+
+
+def kernels_behind(module: str) -> set[str]:
+    """Modules of kernels that a process has once it has imported `module`."""
+    code = f"import sys, {module}; print(*(name for name in sys.modules if name.startswith('ebbflow.kernels.')))"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    return set(done.stdout.split())
+
+
+def test_the_worker_imports_no_kernel_that_was_not_compiled_before() -> None:
+    """Else it would carry the compiler's memory, and be as late."""
+    # its `compile` runs that module; `cache` and `threads` hold no kernels
+    ours = {f"ebbflow.kernels.{name}" for name in ("cache", "threads")}
+    assert kernels_behind("ebbflow.daemon.worker.loop") - ours <= kernels_behind("ebbflow.kernels.compile")
+
+
+def test_the_threads_are_those_that_a_step_needs_whatever_other_programs_want(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """OpenMP may give fewer threads than asked for: a step would wait for the others for ever."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "")
+    monkeypatch.setenv("NUMBA_THREADING_LAYER", "omp")
+    use_cache(tmp_path)
+    assert os.environ["NUMBA_THREADING_LAYER"] == "workqueue"
+
+
+def test_a_run_without_the_compiler_does_not_make_the_cache_complete(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    compile_once(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(JIT_OFF, reason="then there is one set only")
+@pytest.mark.parametrize(
+    ("variable", "value", "able"),
+    [
+        ("NUMBA_CPU_NAME", "generic", ("portable",)),
+        ("NUMBA_CPU_FEATURES", "+sse2,-avx2", ("portable",)),
+        ("NUMBA_CPU_FEATURES", "+sse2,+avx2", ("avx2", "portable")),
+    ],
+)
+def test_what_numba_is_kept_from_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, able: tuple[str, ...]
+) -> None:
+    """LLVM would abort the process."""
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setenv(variable, value)
+    assert available() == able
