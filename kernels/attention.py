@@ -601,7 +601,9 @@ def attend(
     chunks = scratch.shape[0]
     starts = cut_units(sequence, positions, q.shape[1] // kv.shape[3])
     if chunks == 1:
-        _attend_share(kind, kv, layer, tables, sequence, positions, q, window, starts, 0, chunks, scratch[0], y)
+        _attend_share(
+            kind, kv, layer, tables, sequence, positions, q, window, starts, np.int64(0), chunks, scratch[0], y
+        )
     else:
         for chunk in prange(chunks):
             _attend_share(
@@ -614,7 +616,7 @@ def attend(
                 q,
                 window,
                 starts,
-                chunk,
+                np.int64(chunk),
                 chunks,
                 scratch[chunk],
                 y,

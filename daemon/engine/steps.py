@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,8 @@ from .weights import Weights, lines
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
+
+_SLACK: Final = 8  # times the tokens of a step, and at least as many squared, is what work space may be kept for
 
 
 class Steps:
@@ -44,7 +46,8 @@ class Steps:
         """Embedded tokens `[T, d]`, used up -> logits of the tokens `wanted`."""
         self._follow_edge()
         a, tokens = self._a, hidden.shape[0]
-        if not self._space or len(self._space[0]) < tokens:
+        if not self._space or not tokens <= len(self._space[0]) <= _SLACK * max(tokens, _SLACK):
+            self._space = ()  # before the next is made
             wide, narrow = a.heads * a.head_dim, a.kv_heads * a.head_dim
             self._space = (
                 *(lines((tokens, n), np.float32) for n in (wide + 2 * narrow, wide, 2 * a.intermediate)),

@@ -46,7 +46,7 @@ from .silence import Silence
 
 log = logging.getLogger(__name__)
 
-READY_SECONDS: Final = 120.0
+READY_SECONDS: Final = 300.0
 START_ATTEMPTS: Final = 3  # in a row without `Ready`; after that every new request gets one attempt
 SENSE_SECONDS: Final = 0.2
 
