@@ -15,20 +15,22 @@ from pathlib import Path
 from ebbflow.client import Client
 from ebbflow.client.launch import answers
 from ebbflow.formats.paths import default_paths, home_paths
+from ebbflow.formats.stack import VERSION
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "pystd-16m"
 CACHE = default_paths().cache / "bench"
+LIBRARY = CACHE / f"library-{VERSION}"  # models in another version of the format cannot be opened
 
 
 def full_shape() -> Path:
     """A random stack of the 1.1B shape, 850 MB; seeded."""
     name = "full"
-    if not (CACHE / "library" / name).exists():
-        (CACHE / "library").mkdir(parents=True, exist_ok=True)
+    if not (LIBRARY / name).exists():
+        (LIBRARY).mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "ebbflow.daemon.library.synthetic", "tinyllama-1.1b"]
-        subprocess.run([*command, "--stack", CACHE / "library", "--name", name], check=True)
-    return CACHE / "library" / name
+        subprocess.run([*command, "--stack", LIBRARY, "--name", name], check=True)
+    return LIBRARY / name
 
 
 def full_source() -> Path:

@@ -25,7 +25,7 @@ from ebbflow.client import Client
 from ebbflow.daemon.library.add import add_model
 from ebbflow.formats.messages import AddModel
 
-from places import CACHE, DEMO, daemon, full_shape
+from places import CACHE, DEMO, LIBRARY, daemon, full_shape
 from report import Report
 
 TYPES = os.environ.get("EBBFLOW_BENCH_TYPES", "Q2_K Q3_K_S Q4_K_S").split()
@@ -36,12 +36,11 @@ SIZES = (350, 450, 550, 650, 750)  # MB
 
 def demo() -> Path:
     """The demo as a library model, made once."""
-    library = CACHE / "library"
-    if not (library / "pystd-16m").exists():
-        library.mkdir(parents=True, exist_ok=True)
+    if not (LIBRARY / "pystd-16m").exists():
+        LIBRARY.mkdir(parents=True, exist_ok=True)
         request = AddModel(id=0, source=str(DEMO), name="pystd-16m")
-        add_model(request, library, CACHE / "jobs", lambda message: None)
-    return library / "pystd-16m"
+        add_model(request, LIBRARY, CACHE / "jobs", lambda message: None)
+    return LIBRARY / "pystd-16m"
 
 
 def read_gigabytes_per_second() -> float:
