@@ -169,6 +169,7 @@ def main() -> int:
             speeds = sorted(small.decode(32, 200) for _ in range(ROUNDS))
             report.note(f"demo, {nbytes / 1e6:.1f} MB, decode", f"{speeds[1]:.0f} tok/s", speeds)
         report.note("demo, prefill of 400", f"{Ours(client, 'pystd-16m').prefill(400):.0f} tok/s")
+        Ours(client, full_shape().name).decode(8, 2)  # loads it
         by_size(report, client, plain)
         against_llama(report, client, threads)
     return report.finish()
