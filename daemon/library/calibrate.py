@@ -73,8 +73,8 @@ def sample_tokens(
     """Token ids `[streams, length]` that the model writes itself, at temperature 1; the same for the same seed.
 
     Streams begin with bos, or a random token where there is none, and contain no other bos or eos. `length` is cut to
-    the model's context, `streams` to `MAX_TOKENS` in all. Weights stay in the checkpoint's pages; the KV cache, in bf16,
-    is what this holds. Raises `CorruptCheckpoint` when the model's logits are not finite.
+    the model's context, `streams` to `MAX_TOKENS` in all. Holds the KV cache, in bf16; weights stay in the
+    checkpoint's pages. Raises `CorruptCheckpoint` when the model's logits are not finite.
     """
     a = checkpoint.architecture
     length = min(length, a.context, MAX_TOKENS)
