@@ -4,8 +4,9 @@ Three pieces, because all of it takes an hour: the real job on the whole random 
 layers (sampling, gradients, layers); the real job on one layer of the same widths, to its end (embedding, head, writing
 the stack); and `measure_curve` of the whole checkpoint against a stack that has that one layer's blocks in every layer.
 The bar is on memory that the system cannot take back: anonymous pages (RssAnon), polled; pages of the checkpoint's own
-files can be dropped at any time and are given beside it (VmHWM has both). The times are those of the machine as it is:
-processor seconds, halved, are what two cores without neighbours would need if nothing waited.
+files can be dropped at any time and are given beside it (VmHWM has both). The jobs run under a cap of as much. The
+times are those of the machine as it is: processor seconds, halved, are what two cores without neighbours would need if
+nothing waited.
 
 Run: nice -n 19 .venv/bin/python bench/adding.py [--json FILE] [--check]      (half an hour and more, 6 GB of disk)
 """
@@ -20,26 +21,27 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
-from ebbflow.client import Client
-from ebbflow.client.errors import Cancelled
+from ebbflow.daemon.channel import Hub, wait
 from ebbflow.daemon.library.order import order_entries
 from ebbflow.daemon.library.shapes import SHAPES
 from ebbflow.daemon.library.synthetic import write_checkpoint
+from ebbflow.daemon.process import MEMORY_VARIABLE
+from ebbflow.formats.errors import Cancelled
 from ebbflow.formats.manifest import STACK
-from ebbflow.formats.messages import Progress
+from ebbflow.formats.messages import AddModel, Failed, Progress, from_child_decoder
 from ebbflow.formats.stack import BlockEntry, Stack, read_stack, write_stack
 
-from places import daemon, full_source
+from places import full_source
 from report import Report
 
 FULL = SHAPES["tinyllama-1.1b"]
-LAYERS = 2
+LAYERS = 1
 ALLOWANCE = 1_000_000_000
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -144,35 +146,34 @@ def step_of(progress: Progress, last: str) -> str:
     return progress.stage
 
 
-def add_in(home: Path, source: Path, layers: int | None) -> tuple[Watch, Spent]:
-    """Add `source` by a real daemon, all of it or until some layers are encoded."""
-    with daemon(home=home) as client:
-        stream = client.add(source, "bench")
-        with watched(_job(client)) as watch:
-            spent, step = Spent(), "starting"
-            spent.begin(watch)
-            for progress in stream:
-                found = step_of(progress, step)
-                if found != step:
+def add_in(home: Path, source: Path, layers: int | None, cap: int) -> tuple[Watch, Spent]:
+    """Add `source` by the real job, which may take `cap` bytes: all of it, or until some layers are encoded.
+
+    The library and the cache are below `home`.
+    """
+    home.mkdir()
+    hub = Hub(f"ipc://{home}/s", from_child_decoder, explain=False)
+    request = msgspec.json.encode(AddModel(id=1, source=str(source), name="bench")).decode()
+    places = [f"ipc://{home}/s", "job", str(home / "library"), str(home / "cache"), request]
+    command = [sys.executable, "-P", "-m", "ebbflow.daemon.library.job", *places]
+    process = subprocess.Popen(command, env=os.environ | {MEMORY_VARIABLE: str(cap)})
+    spent, step = Spent(), "starting"
+    with watched(process.pid) as watch:
+        spent.begin(watch)
+        while process.poll() is None:
+            wait([hub], [], 0.2)
+            for _, message in hub.receive():
+                if isinstance(message, Failed) and message.code != Cancelled.code:
+                    raise RuntimeError(f"the job failed: {message.message}")
+                if isinstance(message, Progress) and (found := step_of(message, step)) != step:
                     print(f"    {time.strftime('%H:%M:%S')} {found}", flush=True)
-                spent.add(step, watch)
-                step = found
-                if layers is not None and step == f"layer {layers}":
-                    stream.cancel()
-                    break
-            with suppress(Cancelled):
-                stream.result()
-            spent.add(step, watch)
+                    spent.add(step, watch)
+                    step = found
+            if layers is not None and step == f"layer {layers}":
+                process.terminate()
+    spent.add(step, watch)
+    hub.close()
     return watch, spent
-
-
-def _job(client: Client) -> int:
-    """The process that adds, as soon as there is one."""
-    while True:
-        for process in client.status().processes:
-            if process.role == "job":
-                return process.pid
-        time.sleep(0.05)
 
 
 def repeated_stack(one: Stack, folder: Path) -> Stack:
@@ -220,11 +221,11 @@ def main() -> int:
     report.note("the checkpoint", f"{nbytes / 1e9:.2f} GB of bf16", nbytes)
     root = Path(tempfile.mkdtemp(prefix="ebbadd"))
     try:
-        watch, job = add_in(root / "whole", source, LAYERS)
+        watch, job = add_in(root / "whole", source, LAYERS, nbytes + ALLOWANCE)
         peaks = {"job on the whole": watch}
         shutil.rmtree(root / "whole")
         write_checkpoint(msgspec.structs.replace(FULL, layers=1), root / "one")
-        peaks["job on one layer"], one = add_in(root / "small", root / "one", None)
+        peaks["job on one layer"], one = add_in(root / "small", root / "one", None, nbytes + ALLOWANCE)
         stack = repeated_stack(read_stack(root / "small" / "library" / "bench" / STACK), root)
         report.note("the whole stack", f"{stack.nbytes / 1e6:.0f} MB", stack.nbytes)
         peaks["measuring the whole"], quality = measure(source, stack)

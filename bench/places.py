@@ -46,19 +46,15 @@ def full_source() -> Path:
 
 
 @contextmanager
-def daemon(*models: Path, home: Path | None = None) -> Iterator[Client]:
-    """A real daemon of its own that has these models; its kernels are compiled once for all benches.
-
-    With `home`, everything is in that folder, and stays there.
-    """
-    kept, home = home is not None, home or Path(tempfile.mkdtemp(prefix="ebb"))
+def daemon(*models: Path) -> Iterator[Client]:
+    """A real daemon of its own that has these models; its kernels are compiled once for all benches."""
+    home = Path(tempfile.mkdtemp(prefix="ebb"))
     paths = home_paths(home)
-    paths.library.mkdir(parents=True, exist_ok=True)
+    paths.library.mkdir()
     for model in models:
         (paths.library / model.name).symlink_to(model)
     (CACHE / "kernels").mkdir(parents=True, exist_ok=True)
-    if not kept:
-        paths.cache.symlink_to(CACHE / "kernels")
+    paths.cache.symlink_to(CACHE / "kernels")
     environment = os.environ | {"EBBFLOW_HOME": str(home)}
     command = [sys.executable, "-P", "-m", "ebbflow.daemon.supervisor"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
@@ -70,5 +66,4 @@ def daemon(*models: Path, home: Path | None = None) -> Iterator[Client]:
     finally:
         process.terminate()
         process.wait(20)
-        if not kept:
-            shutil.rmtree(home, ignore_errors=True)
+        shutil.rmtree(home, ignore_errors=True)

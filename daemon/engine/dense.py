@@ -77,18 +77,24 @@ class MappedLinear:
 
 @dataclass
 class KVCache:
-    """Keys and values of B sequences, one pair `[B, g, capacity, e]` a layer; `length` positions are filled."""
+    """Keys and values of B sequences, one pair `[B, g, capacity, e]` a layer; `length` positions are filled.
+
+    They are kept in `dtype`, and come out in float32.
+    """
 
     architecture: Architecture
     batch: int
     capacity: int
     length: int = 0
+    dtype: torch.dtype = torch.float32
     _layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         a = self.architecture
         shape = (self.batch, a.kv_heads, self.capacity, a.head_dim)
-        self._layers = [(torch.empty(shape), torch.empty(shape)) for _ in range(a.layers)]
+        self._layers = [
+            (torch.empty(shape, dtype=self.dtype), torch.empty(shape, dtype=self.dtype)) for _ in range(a.layers)
+        ]
 
     def step(self, length: int) -> DenseAttention:
         """The next `length` tokens of every sequence; their keys and values become part of the cache."""
@@ -102,7 +108,7 @@ class KVCache:
         stop = start + k.shape[2]
         keys, values = self._layers[layer]
         keys[:, :, start:stop], values[:, :, start:stop] = k, v
-        return keys[:, :, :stop], values[:, :, :stop]
+        return keys[:, :, :stop].float(), values[:, :, :stop].float()
 
 
 class DenseAttention:

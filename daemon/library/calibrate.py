@@ -73,15 +73,15 @@ def sample_tokens(
     """Token ids `[streams, length]` that the model writes itself, at temperature 1; the same for the same seed.
 
     Streams begin with bos, or a random token where there is none, and contain no other bos or eos. `length` is cut to
-    the model's context, `streams` to `MAX_TOKENS` in all. Holds the KV cache; weights stay in the checkpoint's pages.
-    Raises `CorruptCheckpoint` when the model's logits are not finite.
+    the model's context, `streams` to `MAX_TOKENS` in all. Holds the KV cache, in bf16; weights stay in the
+    checkpoint's pages. Raises `CorruptCheckpoint` when the model's logits are not finite.
     """
     a = checkpoint.architecture
     length = min(length, a.context, MAX_TOKENS)
     streams = min(streams, MAX_TOKENS // length)
     generator = torch.Generator().manual_seed(seed)
     network = mapped_network(a, checkpoint.tensor, checkpoint.mapped)
-    cache = KVCache(a, streams, length)
+    cache = KVCache(a, streams, length, dtype=torch.bfloat16)
     tokens = torch.empty((streams, length), dtype=torch.int64)
     tokens[:, 0] = _first_tokens(checkpoint, streams, generator)
     special = [token for token in {checkpoint.bos, *checkpoint.eos} if token is not None]
