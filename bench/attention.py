@@ -44,12 +44,12 @@ SHAPE = Architecture(
 )
 CASES = ((1, 128), (1, 1024), (64, 128), (64, 1024))
 GOALS = {(1, 128): 0.3, (1, 1024): 2.0, (64, 1024): 60.0}  # ms
-ROUNDS = 9
+ROUNDS = 5
 
 
 def milliseconds(works: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
     """The times of ROUNDS runs of each, in turn, after one that is not counted; other memory is read before each."""
-    other, times = np.ones(16_000_000), {name: list[float]() for name in works}
+    other, times = np.ones(8_000_000), {name: list[float]() for name in works}
     for number in range(ROUNDS + 1):
         for name, work in works.items():
             other.sum()

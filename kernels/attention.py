@@ -483,11 +483,10 @@ def attend_unit(
     scale = np.float32(1.0 / math.sqrt(width))
     scratch[sums:own] = 0
     scratch[largest : largest + rows] = -np.inf
-    for t in range(tokens):
-        for h in range(per_group):
-            at = own + (t * per_group + h) * step
-            for j in range(width):
-                scratch[at + j] = q[t, group * per_group + h, j] * scale
+    for r in range(rows):
+        query, mine = q[r // per_group, group * per_group + r % per_group], scratch[own + r * step :]
+        for j in range(width):
+            mine[j] = query[j] * scale
     memory = kv.reshape(-1)
     begin = max(0, position + 1 - window) if window > 0 else 0
     last = (position + tokens - 1) // BLOCK_TOKENS
@@ -514,9 +513,10 @@ def attend_unit(
             for lane in range(half):
                 total[lane] += total[lane + half]
         inverse = np.float32(1) / total[0]
-        t, h = r // per_group, group * per_group + r % per_group
+        head = group * per_group + r % per_group
+        found, result = scratch[out + r * step :], y[r // per_group, head * width : (head + 1) * width]
         for j in range(width):
-            y[t, h * width + j] = scratch[out + r * step + j] * inverse
+            result[j] = found[j] * inverse
 
 
 @njit(nogil=True)
