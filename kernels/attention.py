@@ -299,7 +299,26 @@ def _typed_put_keys(typing: Any, kind: Any, x: Any, at: Any, left: Any, kv: Any,
     return signature, lambda context, builder, sig, args: _emit_put(context, builder, sig, args, True)
 
 
+def _typed_ask(typing: Any, kv: Any, place: Any, nbytes: Any) -> Any:
+    """Have `nbytes` (more than 0) of memory fetched from byte `place`."""
+    signature = types.void(kv, types.int64, types.int64)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        start = _start(context, builder, sig.args[0], args[0], args[1])
+        at, following, end = loop(builder, args[2], 64)
+        prefetch(builder, builder.gep(start, [at]))
+        following()
+        end()
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
 _QUIET: Final = np.errstate(all="ignore")  # memory beyond a token's position may hold anything
+
+
+def _plain_ask(kv: U8, place: int, nbytes: int) -> None:
+    pass
 
 
 def _elements(kind: int, kv: U8) -> NDArray[Any]:
@@ -367,6 +386,7 @@ def _plain_put(kind: int, x: F32, kv: U8, place: int, step: int) -> None:
 _scores: Any = _plain_scores if JIT_OFF else intrinsic(_typed_scores)
 _values: Any = _plain_values if JIT_OFF else intrinsic(_typed_values)
 _soften: Any = _plain_soften if JIT_OFF else intrinsic(_typed_soften)
+_ask: Any = _plain_ask if JIT_OFF else intrinsic(_typed_ask)
 _put_values: Any = _plain_put_values if JIT_OFF else intrinsic(_typed_put_values)
 _put_keys: Any = _plain_put_keys if JIT_OFF else intrinsic(_typed_put_keys)
 
@@ -480,17 +500,18 @@ def attend_unit(
     out = sums + rows * LANES
     own = out + rows * step
     largest = own + rows * step
-    scale = np.float32(1.0 / math.sqrt(width))
-    scratch[sums:own] = 0
-    scratch[largest : largest + rows] = -np.inf
-    for t in range(tokens):
-        for h in range(per_group):
-            at = own + (t * per_group + h) * step
-            for j in range(width):
-                scratch[at + j] = q[t, group * per_group + h, j] * scale
     memory = kv.reshape(-1)
     begin = max(0, position + 1 - window) if window > 0 else 0
     last = (position + tokens - 1) // BLOCK_TOKENS
+    for which in range(2):
+        _ask(memory, _place(kv, table[begin // BLOCK_TOKENS], layer, which, group), kv.shape[4])
+    scale = np.float32(1.0 / math.sqrt(width))
+    scratch[sums:own] = 0
+    scratch[largest : largest + rows] = -np.inf
+    for r in range(rows):
+        query, mine = q[r // per_group, group * per_group + r % per_group], scratch[own + r * step :]
+        for j in range(width):
+            mine[j] = query[j] * scale
     for place in range(begin // BLOCK_TOKENS, last + 1):
         ahead = _place(kv, table[min(place + 1, last)] - table[place], 0, 0, 0)
         keys = _place(kv, table[place], layer, 0, group)
@@ -514,9 +535,10 @@ def attend_unit(
             for lane in range(half):
                 total[lane] += total[lane + half]
         inverse = np.float32(1) / total[0]
-        t, h = r // per_group, group * per_group + r % per_group
+        head = group * per_group + r % per_group
+        found, result = scratch[out + r * step :], y[r // per_group, head * width : (head + 1) * width]
         for j in range(width):
-            y[t, h * width + j] = scratch[out + r * step + j] * inverse
+            result[j] = found[j] * inverse
 
 
 @njit(nogil=True)

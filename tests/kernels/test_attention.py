@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import llvmlite.binding
 import numpy as np
 import pytest
+from llvmlite import ir
 from numba import njit
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from ebbflow.kernels import attention
 from ebbflow.kernels.attention import BLOCK_TOKENS, KINDS, attend, reference_attend, split, store_kv
+from ebbflow.kernels.exponential import exponential
+from ebbflow.kernels.halves import narrow
 from ebbflow.kernels.rows import JIT_OFF
+from ebbflow.kernels.vectors import vector
 
 F32 = NDArray[np.float32]
 GROUPS, PER_GROUP, WIDTH = 2, 3, 24
@@ -129,3 +134,28 @@ def test_how_many_results_registers_hold_does_not_matter(dtype: str, monkeypatch
     assert found[0].any()
     for other in found[1:]:
         np.testing.assert_array_equal(other, found[0])
+
+
+def test_the_arm_code_is_made_of_the_instructions_it_is_meant_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLVM compiles it for a processor that is not here; it never ran."""
+    monkeypatch.setattr(attention, "_VECTORS", 4)
+    module = ir.Module()
+    module.triple = "aarch64-unknown-linux-gnu"
+    floats, whole = ir.FloatType().as_pointer(), ir.IntType(64)
+    kind = ir.FunctionType(ir.VoidType(), [floats, floats, ir.IntType(8).as_pointer(), whole])
+    builder = ir.IRBuilder(ir.Function(module, kind, "product").append_basic_block())
+    a, c, b, count = builder.function.args
+    attention._emit_product(builder, KINDS["f16"], 4, a, (count, count, count), (b, b), count, c, a)
+    source = builder.bitcast(a, vector(ir.FloatType(), 16).as_pointer())
+    halves = narrow(builder, exponential(builder, builder.load(source, align=4)), able=True)
+    builder.store(halves, builder.bitcast(b, halves.type.as_pointer()), align=2)
+    builder.ret_void()
+    llvmlite.binding.initialize_all_targets()
+    llvmlite.binding.initialize_all_asmprinters()
+    target = llvmlite.binding.Target.from_triple(module.triple)
+    code = target.create_target_machine(features="+neon", opt=2).emit_assembly(
+        llvmlite.binding.parse_assembly(str(module))
+    )
+    for name in ("fcvtl", "fcvtn", "fmla"):
+        assert f"\t{name}\t" in code, name
+    assert "\tbl\t" not in code  # calls nothing
