@@ -6,7 +6,9 @@ Anonymous on purpose: dropping file-backed or shared pages passes every naive ch
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import re
 import sys
 from pathlib import Path
 from typing import Final
@@ -18,6 +20,7 @@ from ..formats.errors import OutOfMemory, Unsupported
 
 PAGE: Final = mmap.PAGESIZE
 _NORESERVE: Final = 0x4000  # MAP_NORESERVE, which Python 3.11 does not name
+_AREA: Final = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) r-[x-]p \S+ \S+ [1-9]\d* +(\S.*)$")  # of /proc/self/smaps, with a file
 
 
 class Mapping:
@@ -60,3 +63,25 @@ def private_nbytes() -> int:
         if line.startswith("Private_Dirty:"):
             return int(line.split()[1]) * 1024
     raise Unsupported("this kernel does not say what memory a process holds (no Private_Dirty in smaps_rollup)")
+
+
+def drop_clean_pages(library: str) -> None:
+    """Forget the pages of a loaded library (part of its file's name) that are as they are in the file.
+
+    They come back from the page cache, or the disk, when they are touched; for code that will not be. Only areas that
+    cannot be written and of which nothing was (relocations would be undone) are dropped. Where there is no
+    /proc/self/smaps nothing happens.
+    """
+    try:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+    except OSError:
+        return
+    libc = ctypes.CDLL(None)
+    area: re.Match[str] | None = None
+    for line in lines:
+        found = _AREA.match(line)
+        if found or line.split(" ", 1)[0][-1:] != ":":
+            area = found if found and library in Path(found[3]).name else None
+        elif area and line.startswith("Private_Dirty:") and line.split()[1] == "0":
+            start, stop = int(area[1], 16), int(area[2], 16)
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)

@@ -25,7 +25,7 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.core.cgutils import alloca_once
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 from numpy.typing import NDArray
 
 from .instructions import AVX2, AVX512, NAMES, NEON, PORTABLE, compiled
@@ -66,13 +66,13 @@ I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
 
 
-@njit(nogil=True)
+@register_jitable
 def padded(n: int) -> int:
     """Bytes of one token of n columns."""
     return -(-n // COLUMNS) * COLUMNS
 
 
-@njit(nogil=True)
+@register_jitable
 def level_stride(n: int) -> int:
     """Bytes from one decoded row to the next: not a multiple of 4096, or stores and loads would look alike."""
     return padded(n) + 64

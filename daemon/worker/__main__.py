@@ -31,11 +31,13 @@ def main() -> None:
     from ...formats.messages import Ready
     from ...kernels.threads import set_threads
     from ..channel import Child
+    from ..mapping import drop_clean_pages
     from .loop import Loop
 
     channel = Child(address, identity)
     try:
         loop = Loop(channel, set_threads(), time.monotonic)
+        drop_clean_pages("llvmlite")  # 70 MB of a compiler that has nothing more to do
         channel.send(Ready(pid=os.getpid()))
         while loop.turn():
             pass

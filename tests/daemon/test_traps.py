@@ -6,6 +6,7 @@ Each measurement runs in a process and, where allowed, a memory cgroup of its ow
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from ebbflow.daemon.mapping import Mapping
 
 from support.cgroups import measure
-from support.stacks import TINY, dense_entry, write_model, write_signs_model
+from support.stacks import TINY, dense_entry, write_model, write_planes_model, write_signs_model
 
 MIB = 1 << 20
 NBYTES = 64 * MIB
@@ -137,3 +138,13 @@ def test_trap_malloc_keeps_what_was_freed_until_the_model_is_unloaded(tmp_path: 
     assert found.near("filled", NBYTES)
     assert found["freed"] > NBYTES // 2  # why unloading trims
     assert found.near("trimmed", 0)
+
+
+@pytest.mark.parametrize("write", [write_planes_model, write_signs_model])
+def test_serving_does_not_wake_the_compiler(tmp_path: Path, write: Callable[[Path], Path]) -> None:
+    """It would make somebody wait, and its 70 MB of code come back."""
+    found = measure("compiler_idle", str(write(tmp_path / "model")))
+    assert found["answered"] == 1
+    assert found["compiled"] == 0
+    assert found["before"] > 20 * MIB
+    assert found["after"] < found["before"] / 4

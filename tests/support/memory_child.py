@@ -12,10 +12,11 @@ import os
 import sys
 from pathlib import Path
 
+import numba.core.event
 import numpy as np
 
 from ebbflow.daemon.engine.kv import KvCache
-from ebbflow.daemon.mapping import Mapping, private_nbytes
+from ebbflow.daemon.mapping import Mapping, drop_clean_pages, private_nbytes
 from ebbflow.daemon.worker.loop import Loop
 from ebbflow.daemon.worker.resident import Resident
 from ebbflow.formats.architecture import Architecture
@@ -184,9 +185,37 @@ def unload_trims() -> dict[str, int]:
     return {"filled": filled, "freed": freed, "trimmed": used() - before, "kept": len(kept)}
 
 
+def compiler_idle() -> dict[str, int]:
+    """A model is loaded and asked: how often the compiler ran, and what of its code was there before and after."""
+    recorder = numba.core.event.RecordingListener()
+    numba.core.event.register("numba:compile", recorder)
+    line = FakeLine()
+    loop = Loop(line, 1, FakeClock())
+    before = _code("llvmlite")
+    drop_clean_pages("llvmlite")
+    request = Generate(id=1, model="m", prompt="abc", sampling=Sampling(max_tokens=4))
+    line.script.extend([[LoadModel(model="m", folder=sys.argv[3], target_nbytes=10**6)], [request], *[[]] * 8])
+    while line.script:
+        loop.turn()
+    answered = sum(type(message).__name__ == "Finished" for message in line.take())
+    return {"compiled": len(recorder.buffer), "before": before, "after": _code("llvmlite"), "answered": answered}
+
+
+def _code(library: str) -> int:
+    """Bytes of a library's unwritten pages that this process has mapped."""
+    total, ours = 0, False
+    for text in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = text.split()
+        if not first.endswith(":"):
+            ours = library in text and rest[0] == "r-xp"
+        elif ours and first == "Rss:":
+            total += int(rest[0]) * 1024
+    return total
+
+
 if __name__ == "__main__":
     GROUP = sys.argv[2]
     if GROUP:
         (Path(GROUP) / "cgroup.procs").write_text(str(os.getpid()))
-    measurements = (mapping, shared_mapping, huge_pages, kv_blocks, resident, loop_rounds, unload_trims)
+    measurements = (mapping, shared_mapping, huge_pages, kv_blocks, resident, loop_rounds, unload_trims, compiler_idle)
     print(json.dumps({m.__name__: m for m in measurements}[sys.argv[1]]() | {"counted": bool(GROUP)}))
