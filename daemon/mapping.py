@@ -20,7 +20,8 @@ from ..formats.errors import OutOfMemory, Unsupported
 
 PAGE: Final = mmap.PAGESIZE
 _NORESERVE: Final = 0x4000  # MAP_NORESERVE, which Python 3.11 does not name
-_AREA: Final = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) r-[x-]p \S+ \S+ [1-9]\d* +(\S.*)$")  # of /proc/self/smaps, with a file
+# Of /proc/self/smaps: what cannot be written, and has a file.
+_AREA: Final = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) r-[x-]p \S+ \S+ [1-9]\d* +(\S.*)$")
 
 
 class Mapping:
