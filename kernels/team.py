@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from .rows import JIT_OFF
 
 LINE: Final = 8  # i64 in one cache line: counters of different phases do not share one
-SPINS: Final = 2000  # turns of about 10 ns before the processor is offered to others
+SPINS: Final = 20000  # turns of about 10 ns: phases of one token are shorter
+NAP_MICROSECONDS: Final = 50
 
 I64 = NDArray[np.int64]
 
@@ -50,12 +51,13 @@ def _typed_look(typing: Any, counters: Any, index: Any) -> Any:
     return types.int64(counters, types.int64), codegen
 
 
-def _typed_offer(typing: Any) -> Any:
-    """Let another thread have the processor."""
+def _typed_nap(typing: Any) -> Any:
+    """Sleep for a moment."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.IntType(32), [])
-        builder.call(get_or_insert_function(builder.module, kind, "sched_yield"), [])
+        number = ir.IntType(32)
+        sleep = get_or_insert_function(builder.module, ir.FunctionType(number, [number]), "usleep")
+        builder.call(sleep, [number(NAP_MICROSECONDS)])
         return context.get_dummy_value()
 
     return types.void(), codegen
@@ -71,13 +73,13 @@ def _plain_look(counters: I64, index: int) -> int:
     return int(counters[index])
 
 
-def _plain_offer() -> None:
+def _plain_nap() -> None:
     pass
 
 
 _fetch_add: Any = _plain_fetch_add if JIT_OFF else intrinsic(_typed_fetch_add)
 _look: Any = _plain_look if JIT_OFF else intrinsic(_typed_look)
-_offer: Any = _plain_offer if JIT_OFF else intrinsic(_typed_offer)
+_nap: Any = _plain_nap if JIT_OFF else intrinsic(_typed_nap)
 
 
 def counters_for(phases: int) -> I64:
@@ -100,4 +102,4 @@ def finish(counters: I64, phase: int, threads: int) -> None:
     while _look(counters, place) < threads:
         turns += 1
         if turns > SPINS:
-            _offer()
+            _nap()
