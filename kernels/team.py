@@ -2,7 +2,10 @@
 
 The threads of one parallel region run a step as a sequence of phases. In each they claim shares until none is left, so
 that a thread which the system holds up costs one share of its time, not half of the phase; then they wait for each
-other. Waiting spins for some microseconds and then yields, and only within a step: between steps nobody spins.
+other. Waiting spins, and only within a step: between steps nobody does. A thread that waits for long is waiting for one
+that the system holds up, most likely because another program wants the processors: it then sleeps, a little at a time.
+(Offering the processor, `sched_yield`, gives a busy neighbour a whole time slice, which took nine tenths of the speed
+beside one single program.)
 
 All of this needs every thread of the region to be running, which numba's `workqueue` layer grants: a region of as many
 iterations as threads gives each thread one.
