@@ -29,6 +29,7 @@ from ebbflow.formats.architecture import Architecture
 from ebbflow.kernels.attention import KINDS, attend_unit, store_token, unit_floats
 from ebbflow.kernels.elementwise import gated, rms_norm
 
+from places import restart_with_kernels
 from report import Report
 
 F32 = NDArray[np.float32]
@@ -126,6 +127,7 @@ class Case:
 
 def main() -> int:
     """Measure and compare."""
+    restart_with_kernels()
     report, rng = Report("Between the matrix products, 1.1 B shape"), np.random.default_rng(0)
     threads = min(os.cpu_count() or 1, numba.config.NUMBA_NUM_THREADS)
     numba.set_num_threads(threads)

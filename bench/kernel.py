@@ -25,6 +25,7 @@ from ebbflow.kernels.instructions import NAMES, compiled
 from ebbflow.kernels.planes import level_stride, multiply_planes, padded
 from ebbflow.kernels.rows import PLANE, ROWS, SHARED_PLANE
 
+from places import restart_with_kernels
 from report import Report
 
 M, N = 135168, 2048
@@ -103,6 +104,7 @@ def plain_reads(report: Report, counts: list[int]) -> dict[int, float]:
 
 def main() -> int:
     """Measure and compare."""
+    restart_with_kernels()
     report, rng = Report("The product with planes"), np.random.default_rng(0)
     most = min(os.cpu_count() or 1, numba.config.NUMBA_NUM_THREADS)
     plain = plain_reads(report, sorted({1, most}))

@@ -16,11 +16,22 @@ from ebbflow.client import Client
 from ebbflow.client.launch import answers
 from ebbflow.formats.paths import default_paths, home_paths
 from ebbflow.formats.stack import VERSION
+from ebbflow.kernels.cache import use_cache
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "pystd-16m"
 CACHE = default_paths().cache / "bench"
 LIBRARY = CACHE / f"library-{VERSION}"  # models in another version of the format cannot be opened
+
+
+def restart_with_kernels() -> None:
+    """Begin this bench anew where kernels are kept by what all their files say.
+
+    numba reads where when it is first imported, and beside its sources it keeps code that later changes do not reach.
+    """
+    if not os.environ.get("NUMBA_CACHE_DIR"):
+        use_cache(CACHE / "kernels")
+        os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 def full_shape() -> Path:
