@@ -21,6 +21,8 @@ from ebbflow.formats.manifest import read_manifest
 from ebbflow.formats.messages import Added, AddModel, Failed, Message, Progress, Ready, decode, from_child_decoder
 from ebbflow.formats.summary import summary
 
+from support.real_daemon import share_encoding_kernels
+
 PATIENCE_MS = 60_000
 
 
@@ -36,6 +38,7 @@ class Supervisor:
 
     def __init__(self, root: Path, sockets: str) -> None:
         self.library, self.cache = root / "library", root / "cache"
+        share_encoding_kernels(self.cache)
         self.address = f"ipc://{sockets}/s"
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)

@@ -23,6 +23,14 @@ from ebbflow.formats.paths import Paths, home_paths
 KERNELS = Path(tempfile.gettempdir()) / f"ebbflow-test-kernels-{zlib.crc32(__file__.encode()):08x}"
 
 
+def share_encoding_kernels(cache: Path) -> None:
+    """Give a job's cache folder, which does not exist yet, the kernels that the suite's other jobs have compiled."""
+    shared = KERNELS / "encoding"
+    shared.mkdir(parents=True, exist_ok=True)
+    cache.mkdir(parents=True)
+    (cache / "encoding").symlink_to(shared)
+
+
 @dataclass
 class RealDaemon:
     """A running supervisor and how to reach it."""
