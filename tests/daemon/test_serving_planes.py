@@ -78,7 +78,7 @@ def test_an_exact_engine_computes_with_floats(monkeypatch: pytest.MonkeyPatch, t
     for exact in (True, False):
         given = list[np.ndarray]()
         monkeypatch.setattr(engine_module, "sample", lambda logits, *_, given=given: given.append(logits.copy()) or 1)
-        monkeypatch.setattr(Tokenizer, "encode", lambda self, text: TOKENS)
+        monkeypatch.setattr(Tokenizer, "encode", lambda self, text: list(TOKENS))
         engine = engine_of(folder, resident, settings=WorkerSettings(exact=exact))
         answers = Answers()
         answers.hear(engine.submit(Generate(id=1, model="m", prompt="x", sampling=Sampling(max_tokens=1))))
