@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from llvmlite import ir
 from numba import njit
+from numba.core.runtime import _nrt_python, rtsys
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -170,6 +171,22 @@ def test_how_many_results_registers_hold_does_not_matter(dtype: str, monkeypatch
     assert found[0].any()
     for other in found[1:]:
         np.testing.assert_array_equal(other, found[0])
+
+
+@pytest.mark.skipif(JIT_OFF, reason="numpy allocates for everything")
+@pytest.mark.parametrize("dtype", KINDS)
+def test_units_of_work_allocate_nothing(dtype: str) -> None:
+    """A thread that found no memory would leave the others waiting for ever."""
+    _nrt_python.memsys_enable_stats()
+    counts = []
+    for tokens in (1, 40):  # of 2 groups: 2 units, and 8
+        sequence = Sequence(tokens, dtype)
+        sequence.store()
+        before = rtsys.get_allocation_stats().alloc
+        sequence.attend()
+        counts.append(rtsys.get_allocation_stats().alloc - before)
+    _nrt_python.memsys_disable_stats()
+    assert counts[0] == counts[1] > 0  # `cut_units`, before threads go their own ways
 
 
 @pytest.mark.parametrize(("dtype", "names"), [("f16", ("fcvtl", "fcvtn", "fmla")), ("i8", ("scvtf", "fmla"))])
