@@ -3,7 +3,8 @@
 All layers together, by tokens and context, with keys and values in a mapping like the daemon's. The peer is torch's
 `scaled_dot_product_attention` on float32 keys and values that lie ready in its own layout, in the same run. In between
 other memory is read, because a step's weights would push keys and values out of the caches as well. For one token also
-as one thread of a compiled step would do it all: no Python between layers, nobody to wake.
+as one thread of a compiled step would do it all: no Python between layers, nobody to wake. Keys and values as int8 are
+timed against fp16, in the same rounds.
 
 Run: .venv/bin/python bench/attention.py [--json FILE] [--check]
 """
@@ -15,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numba
 import numpy as np
@@ -25,6 +27,7 @@ from numpy.typing import NDArray
 from ebbflow.daemon.engine.kv import KvCache, blocks_for
 from ebbflow.daemon.engine.scheduler import Piece, Sequence
 from ebbflow.daemon.engine.serving import Batch
+from ebbflow.daemon.settings import KV_TYPES, KvType
 from ebbflow.formats.architecture import Architecture
 from ebbflow.kernels.attention import KINDS, attend_unit, store_token, unit_floats
 from ebbflow.kernels.elementwise import gated, rms_norm
@@ -78,38 +81,52 @@ def one_token(
     return y
 
 
+class Stored:
+    """Keys and values of a context, in every layer, and its last `tokens`."""
+
+    def __init__(self, dtype: KvType, tokens: int, k: F32, v: F32, threads: int) -> None:
+        a, context, kv = SHAPE, len(k), KvCache(SHAPE, dtype)
+        sequence = Sequence(0, [0] * context, context, blocks=kv.allocate(blocks_for(context)))
+        before = Batch([Piece(sequence, 0, context)], kv.array, a, threads)
+        for layer in range(a.layers):
+            before.attend(layer, np.zeros((context, a.heads, a.head_dim), np.float32), k, v)
+        self._batch = Batch([Piece(sequence, context - tokens, tokens)], kv.array, a, threads)
+        self._step = (KINDS[dtype], kv.array.view(np.uint8), np.array(sequence.blocks), context - tokens)
+        self._scratch = np.empty(unit_floats(a.heads // a.kv_heads, a.head_dim), np.float32)
+        self._k, self._v = k[-tokens:].copy(), v[-tokens:].copy()
+
+    def attend(self, q: F32) -> F32:
+        """Store and attend."""
+        for layer in range(SHAPE.layers):
+            y = self._batch.attend(layer, q, self._k, self._v)
+        return y
+
+    def in_a_step(self, q: F32) -> F32:
+        """The same for one token, without Python, by one thread."""
+        return one_token(*self._step, (q, self._k[0], self._v[0]), self._scratch)
+
+
 class Case:
     """The last `tokens` of `context`, in every layer."""
 
     def __init__(self, tokens: int, context: int, threads: int, rng: np.random.Generator) -> None:
         a, self._tokens = SHAPE, tokens
-        kv = KvCache(a)
-        sequence = Sequence(0, [0] * context, context, blocks=kv.allocate(blocks_for(context)))
         k, v = (rng.standard_normal((context, a.kv_heads, a.head_dim)).astype(np.float32) for _ in "kv")
-        before = Batch([Piece(sequence, 0, context)], kv.array, a, threads)
-        for layer in range(a.layers):
-            before.attend(layer, np.zeros((context, a.heads, a.head_dim), np.float32), k, v)
-        self._batch = Batch([Piece(sequence, context - tokens, tokens)], kv.array, a, threads)
+        self._stored = {dtype: Stored(dtype, tokens, k, v, threads) for dtype in KV_TYPES}
         self._q = rng.standard_normal((tokens, a.heads, a.head_dim)).astype(np.float32)
-        self._k, self._v = k[-tokens:].copy(), v[-tokens:].copy()
-        self._step = (KINDS["f16"], kv.array.view(np.uint8), np.array(sequence.blocks), context - tokens)
-        floats = unit_floats(a.heads // a.kv_heads, a.head_dim)
-        self._scratch = np.empty(floats, np.float32)
         torch.set_num_threads(threads)
         keys, values = (torch.from_numpy(x).transpose(0, 1)[None] for x in (k, v))
         self._layers = [(keys.contiguous().clone(), values.contiguous().clone()) for _ in range(a.layers)]
         self._queries = torch.from_numpy(self._q).transpose(0, 1)[None].contiguous()
         self._mask = torch.ones(tokens, context, dtype=torch.bool).tril(context - tokens)
 
-    def ours(self) -> F32:
+    def ours(self, dtype: KvType = "f16") -> F32:
         """Store and attend."""
-        for layer in range(SHAPE.layers):
-            y = self._batch.attend(layer, self._q, self._k, self._v)
-        return y
+        return self._stored[dtype].attend(self._q)
 
-    def in_a_step(self) -> F32:
+    def in_a_step(self, dtype: KvType = "f16") -> F32:
         """The same for one token, without Python, by one thread."""
-        return one_token(*self._step, (self._q, self._k[0], self._v[0]), self._scratch)
+        return self._stored[dtype].in_a_step(self._q)
 
     def torchs(self) -> torch.Tensor:
         """Attend."""
@@ -119,10 +136,10 @@ class Case:
             )
         return y
 
-    def difference(self) -> float:
+    def difference(self, dtype: KvType = "f16") -> float:
         """The largest, between the two."""
         theirs = self.torchs()[0].transpose(0, 1).reshape(self._tokens, -1).numpy()
-        return float(np.abs(self.ours() - theirs).max())
+        return float(np.abs(self.ours(dtype) - theirs).max())
 
 
 def main() -> int:
@@ -133,7 +150,9 @@ def main() -> int:
     numba.set_num_threads(threads)
     for tokens, context in CASES:
         case = Case(tokens, context, threads, rng)
-        works = {"ours": case.ours, "torch": case.torchs} | ({"step": case.in_a_step} if tokens == 1 else {})
+        works = {"ours": case.ours, "i8": partial(case.ours, "i8"), "torch": case.torchs}
+        if tokens == 1:
+            works |= {"step": case.in_a_step, "i8 step": partial(case.in_a_step, "i8")}
         times = milliseconds(works)
         ours, theirs = (statistics.median(times[name]) for name in ("ours", "torch"))
         text = f"{ours:8.2f} ms; torch {theirs:8.2f} ms, {theirs / ours:.1f}x; they differ by {case.difference():.1e}"
@@ -141,6 +160,13 @@ def main() -> int:
         if tokens == 1:
             ours = statistics.median(times["step"])
             report.note(f"the same, one thread and compiled, at {context}", f"{ours:8.2f} ms", times["step"])
+        for name, other in (("i8", "ours"), ("i8 step", "step")):
+            if name in times:
+                bytes_, halves = (statistics.median(times[key]) for key in (name, other))
+                text = f"{bytes_:8.2f} ms, {bytes_ / halves:.2f} of fp16; from torch {case.difference('i8'):.1e}"
+                report.note(f"  {name}", text, times[name])
+                if context == 1024:
+                    report.bar(f"{name.replace(' ', '_')}_by_f16_{tokens}_at_{context}", bytes_ / halves, "<=", 1.1)
         if (tokens, context) in GOALS:
             report.bar(f"attention_ms_{tokens}_at_{context}", ours, "<=", GOALS[tokens, context])
     for tokens in (1, 64):

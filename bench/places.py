@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ebbflow.client import Client
 from ebbflow.client.launch import answers
+from ebbflow.formats.messages import AddModel
 from ebbflow.formats.paths import default_paths, home_paths
 from ebbflow.formats.stack import VERSION
 from ebbflow.kernels.cache import use_cache
@@ -42,6 +43,17 @@ def full_shape() -> Path:
         command = [sys.executable, "-m", "ebbflow.daemon.library.synthetic", "tinyllama-1.1b"]
         subprocess.run([*command, "--stack", LIBRARY, "--name", name], check=True)
     return LIBRARY / name
+
+
+def demo_model() -> Path:
+    """The demo as a library model, made once."""
+    from ebbflow.daemon.library.add import add_model  # torch, which benches that need no demo do without
+
+    if not (LIBRARY / DEMO.name).exists():
+        LIBRARY.mkdir(parents=True, exist_ok=True)
+        request = AddModel(id=0, source=str(DEMO), name=DEMO.name)
+        add_model(request, LIBRARY, CACHE / "jobs", lambda message: None)
+    return LIBRARY / DEMO.name
 
 
 def full_source() -> Path:

@@ -16,31 +16,19 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from llama_speed import full_gguf, tensor_nbytes, tokens_per_second
 
 from ebbflow.client import Client
-from ebbflow.daemon.library.add import add_model
-from ebbflow.formats.messages import AddModel
 
-from places import CACHE, DEMO, LIBRARY, daemon, full_shape
+from places import daemon, demo_model, full_shape
 from report import Report
 
 TYPES = os.environ.get("EBBFLOW_BENCH_TYPES", "Q2_K Q3_K_S Q4_K_S").split()
 CONTEXTS, PROMPTS = (128, 1024), (128, 512)
 TOKENS, ROUNDS = 48, 3
 SIZES = (350, 450, 550, 650, 750)  # MB
-
-
-def demo() -> Path:
-    """The demo as a library model, made once."""
-    if not (LIBRARY / "pystd-16m").exists():
-        LIBRARY.mkdir(parents=True, exist_ok=True)
-        request = AddModel(id=0, source=str(DEMO), name="pystd-16m")
-        add_model(request, LIBRARY, CACHE / "jobs", lambda message: None)
-    return LIBRARY / "pystd-16m"
 
 
 def read_gigabytes_per_second() -> float:
@@ -158,7 +146,7 @@ def main() -> int:
     plain = read_gigabytes_per_second()
     report.note("plain read, one thread", f"{plain:.1f} GB/s", plain)
     began = time.monotonic()
-    with daemon(demo(), full_shape()) as client:
+    with daemon(demo_model(), full_shape()) as client:
         Ours(client, "pystd-16m").decode(8, 2)
         report.note(
             "from nothing to a first answer", f"{time.monotonic() - began:.1f} s, kernels compiled before or not"

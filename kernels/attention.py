@@ -1,9 +1,10 @@
 """Causal attention over keys and values that live in fixed blocks, with grouped queries and an optional window.
 
 Layout: a KV block holds BLOCK_TOKENS tokens. For one layer and group its keys lie transposed, `[e, BLOCK_TOKENS]`, its
-values as `[BLOCK_TOKENS, padded_head(e)]`, both in `head_nbytes` bytes, as fp16 or float32. So both products of
+values as `[BLOCK_TOKENS, padded_head(e)]`, both in `head_nbytes` bytes, as fp16, float32 or int8. So both products of
 attention are the same loop: some rows of scratch times 32 columns of memory, without a sum across a vector; a number
-in memory is loaded and widened once for all query heads of its group.
+in memory is loaded and widened once for all query heads of its group. Behind int8 keys, and values, lie the tokens'
+scales, `[BLOCK_TOKENS]` float32: a key's is multiplied with its scores, a value's with its weights.
 
 Method: blocks in order of position, with a running maximum (online softmax): of each block the scores, their
 exponentials, then the sum of values so far, rescaled, plus this block's. What a token may not see in a block (beyond
@@ -15,7 +16,7 @@ weights add up in 16 partials in order of positions, and blocks begin at multipl
 depends on neither what else is in the step, how a prompt was cut, threads, nor how many rows a processor's registers
 hold. Tested bitwise.
 
-Not here: int8 keys and values, a later kind; the rotary embedding (`elementwise`).
+Not here: the rotary embedding (`elementwise`).
 """
 
 from __future__ import annotations
@@ -31,15 +32,16 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from .exponential import exponential, fused, plain_exponential
-from .halves import LARGEST, narrow, widen
+from .halves import LARGEST, cut, narrow, widen
 from .instructions import processor_features
-from .rows import F16, JIT_OFF
+from .rows import F16, I8, JIT_OFF
 from .rows import F32 as SINGLE
 from .vectors import (
     call,
     cases,
     constant,
     f32,
+    i8,
     i16,
     i32,
     i64,
@@ -58,17 +60,27 @@ I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
 
 BLOCK_TOKENS: Final = 32
-KINDS: Final[dict[str, int]] = {"f32": SINGLE, "f16": F16}  # how keys and values may be stored
+KINDS: Final[dict[str, int]] = {"f32": SINGLE, "f16": F16, "i8": I8}  # how keys and values may be stored
 LANES: Final = 16
 ROWS_TOGETHER: Final = 8  # rows of scratch multiplied with the same loads
 TILE_ROWS: Final = 32  # rows that share a block while it is in the nearest cache
 _WIDE: Final = bool(processor_features().get("avx512f"))
 _ROWS: Final = ROWS_TOGETHER if _WIDE else 4
-_CASES: Final = {SINGLE: (1, 4), F16: tuple(range(1, _ROWS + 1))}  # float32 is for comparisons, compiling takes time
+_CASES: Final = {  # compiling takes time, and float32 is for comparisons
+    SINGLE: (1, 4),
+    F16: tuple(range(1, _ROWS + 1)),
+    I8: tuple(1 << power for power in range(_ROWS.bit_length())),
+}
 _VECTORS: Final = 16 if _WIDE else 4  # partial results held in registers
 
 _floats = vector(f32, LANES)
-_ELEMENTS: Final = {SINGLE: f32, F16: i16}
+_ELEMENTS: Final = {SINGLE: f32, F16: i16, I8: i8}
+_SIZES: Final = {SINGLE: 4, F16: 2, I8: 1}
+_SCALE: Final = 4  # bytes
+_MOST: Final = 127.0
+_LEAST: Final = 1e-30  # a head whose numbers are all smaller counts as zero, lest its inverse overflow
+_LEAST_SINGLE: Final = float(np.float32(_LEAST))
+_ROUND: Final = 12582912.0  # 1.5 * 2^23: adding it to a small number leaves the nearest integer in the low bits
 
 
 def padded_head(width: int) -> int:
@@ -78,7 +90,7 @@ def padded_head(width: int) -> int:
 
 def head_nbytes(kind: int, width: int) -> int:
     """Bytes of one block's keys, or values, of one layer and group."""
-    return BLOCK_TOKENS * padded_head(width) * (2 if kind == F16 else 4)
+    return BLOCK_TOKENS * (padded_head(width) * _SIZES[kind] + (_SCALE if kind == I8 else 0))
 
 
 def unit_rows(per_group: int) -> int:
@@ -133,13 +145,13 @@ def _emit_product(
             prefetch(builder, builder.gep(b[1], [builder.mul(k, b_step)]))
         at = builder.bitcast(builder.gep(b[0], [builder.mul(k, b_step)]), element.as_pointer())
         found = {
-            part: load(
-                builder, vector(element, LANES), builder.gep(at, [number(LANES * part)]), 2 if kind == F16 else 4
-            )
+            part: load(builder, vector(element, LANES), builder.gep(at, [number(LANES * part)]), _SIZES[kind])
             for part in group
         }
         if kind == F16:
             found = {part: widen(builder, halves) for part, halves in found.items()}
+        elif kind == I8:
+            found = {part: builder.sitofp(bytes_, _floats) for part, bytes_ in found.items()}
         for r in range(rows):
             one = builder.load(builder.gep(a, [builder.add(builder.mul(number(r), a_step), k)]))
             everywhere = splat(builder, one, LANES)
@@ -185,7 +197,7 @@ def _typed_scores(
         a, c = (_start(context, builder, sig.args[6], scratch, at) for at in (own, out))
 
         def emit(code: int, count: int, base: Any) -> None:
-            steps = (step, number(BLOCK_TOKENS * (2 if code == F16 else 4)), number(BLOCK_TOKENS))
+            steps = (step, number(BLOCK_TOKENS * _SIZES[code]), number(BLOCK_TOKENS))
             _emit_product(builder, code, count, a, steps, base, width, c, None)
 
         return _product(context, builder, memory, keys, ahead, kind, rows, emit)
@@ -216,7 +228,7 @@ def _typed_values(
         a, c, factor = (_start(context, builder, sig.args[6], scratch, at) for at in (weights, out, factors))
 
         def emit(code: int, count: int, base: Any) -> None:
-            bytes_ = builder.mul(step, number(2 if code == F16 else 4))
+            bytes_ = builder.mul(step, number(_SIZES[code]))
             _emit_product(builder, code, count, a, (number(BLOCK_TOKENS), bytes_, step), base, tokens, c, factor)
 
         return _product(context, builder, memory, values, ahead, kind, rows, emit)
@@ -264,20 +276,87 @@ def _typed_soften(typing: Any, scratch: Any, at: Any, low: Any, high: Any, sums:
     return signature, codegen
 
 
+def _typed_scale(typing: Any, scratch: Any, at: Any, kv: Any, place: Any) -> Any:
+    """The 32 floats at `at` times the scales at byte `place`."""
+    signature = types.void(scratch, types.int64, kv, types.int64)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        row = _start(context, builder, sig.args[0], *args[:2])
+        scales = builder.bitcast(_start(context, builder, sig.args[2], *args[2:]), f32.as_pointer())
+        for start in range(0, BLOCK_TOKENS, LANES):
+            here, scale = (builder.gep(pointer, [number(start)]) for pointer in (row, scales))
+            scaled = builder.fmul(load(builder, _floats, here, 4), load(builder, _floats, scale, 4))
+            store(builder, scaled, here, 4)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _some(builder: Any, pointer: Any, left: Any) -> Any:
+    """16 floats from memory, of which only `left` are there; the rest is 0."""
+    wanted = builder.icmp_signed("<", constant(i64, range(LANES)), splat(builder, left, LANES))
+    source, zero = builder.bitcast(pointer, _floats.as_pointer()), constant(f32, [0.0] * LANES)
+    return call(builder, f"llvm.masked.load.v{LANES}f32.p0", _floats, [source, ir.Constant(i32, 4), wanted, zero])
+
+
+def _typed_rounding(typing: Any, x: Any, at: Any, width: Any, kv: Any, place: Any) -> Any:
+    """By what `width` floats of `x` from `at` are multiplied to become bytes; their scale goes to byte `place`.
+
+    It is NaN where one of them is: then bytes say nothing.
+    """
+    signature = types.float32(x, types.int64, types.int64, kv, types.int64)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        x, at, width, kv, place = args
+        source = _start(context, builder, sig.args[0], x, at)
+        ints = vector(i32, LANES)
+        most = alloca_once(builder, ints)
+        builder.store(constant(i32, [0] * LANES), most)
+        j, following, end = loop(builder, width, LANES, unroll=False)
+        bits = builder.bitcast(_some(builder, builder.gep(source, [j]), builder.sub(width, j)), ints)
+        size, before = builder.and_(bits, constant(i32, [0x7FFFFFFF] * LANES)), builder.load(most)
+        # as integers: then NaN is larger than all others, wherever it stands
+        builder.store(builder.select(builder.icmp_signed(">", size, before), size, before), most)
+        following()
+        end()
+        found = builder.load(most)
+        for lane in (8, 4, 2, 1):
+            other = shuffle(builder, found, found, [place ^ lane for place in range(LANES)])
+            found = builder.select(builder.icmp_signed(">", found, other), found, other)
+        largest = builder.bitcast(builder.extract_element(found, ir.Constant(i32, 0)), f32)
+        bound, least, full, zero = (ir.Constant(f32, value) for value in (LARGEST, _LEAST_SINGLE, _MOST, 0.0))
+        largest = builder.select(builder.fcmp_ordered(">", largest, bound), bound, largest)
+        tiny = builder.fcmp_ordered("<", largest, least)
+        scale = builder.select(tiny, zero, builder.fdiv(largest, full))
+        builder.store(scale, builder.bitcast(_start(context, builder, sig.args[3], kv, place), f32.as_pointer()))
+        able = builder.fcmp_ordered(">=", largest, least)
+        return builder.select(able, builder.fdiv(full, largest), zero)
+
+    return signature, codegen
+
+
+def _rounded(builder: Any, values: Any, factor: Any) -> Any:
+    """The nearest bytes (half to even) to floats times `factor`; 0 for NaN."""
+    known = builder.select(builder.fcmp_ordered("ord", values, values), values, constant(f32, [0.0] * LANES))
+    scaled = builder.fmul(cut(builder, known), splat(builder, factor, LANES))
+    moved = builder.fadd(scaled, constant(f32, [_ROUND] * LANES))
+    return builder.trunc(builder.bitcast(moved, vector(i32, LANES)), vector(i8, LANES))
+
+
 def _emit_put(context: Any, builder: Any, sig: Any, args: Any, transposed: bool) -> Any:
-    kind, x, at, left, kv, place = args
-    lanes = constant(i64, range(LANES))
-    wanted = builder.icmp_signed("<", lanes, splat(builder, left, LANES))
-    source = builder.bitcast(_start(context, builder, sig.args[1], x, at), _floats.as_pointer())
-    zero = constant(f32, [0.0] * LANES)
-    values = call(builder, f"llvm.masked.load.v{LANES}f32.p0", _floats, [source, ir.Constant(i32, 4), wanted, zero])
-    base = _start(context, builder, sig.args[4], kv, place)
+    kind, x, at, left, factor, kv, place = args
+    values = _some(builder, _start(context, builder, sig.args[1], x, at), left)
+    base = _start(context, builder, sig.args[5], kv, place)
 
     def for_kind(code: int) -> None:
-        stored = narrow(builder, values) if code == F16 else values
+        stored = values
+        if code == F16:
+            stored = narrow(builder, values)
+        elif code == I8:
+            stored = _rounded(builder, values, factor)
         target = builder.bitcast(base, _ELEMENTS[code].as_pointer())
         if not transposed:
-            store(builder, stored, target, 2 if code == F16 else 4)
+            store(builder, stored, target, _SIZES[code])
             return
         for lane in range(LANES):
             one = builder.extract_element(stored, ir.Constant(i32, lane))
@@ -287,15 +366,18 @@ def _emit_put(context: Any, builder: Any, sig: Any, args: Any, transposed: bool)
     return context.get_dummy_value()
 
 
-def _typed_put_values(typing: Any, kind: Any, x: Any, at: Any, left: Any, kv: Any, place: Any) -> Any:
-    """16 floats of `x` from `at`, of which only `left` are there and the rest count as 0, to byte `place`."""
-    signature = types.void(types.int64, x, types.int64, types.int64, kv, types.int64)
+def _typed_put_values(typing: Any, kind: Any, x: Any, at: Any, left: Any, factor: Any, kv: Any, place: Any) -> Any:
+    """16 floats of `x` from `at`, of which only `left` are there and the rest count as 0, to byte `place`.
+
+    Only int8 heeds `factor`, which is what `_rounding` gives.
+    """
+    signature = types.void(types.int64, x, types.int64, types.int64, types.float32, kv, types.int64)
     return signature, lambda context, builder, sig, args: _emit_put(context, builder, sig, args, False)
 
 
-def _typed_put_keys(typing: Any, kind: Any, x: Any, at: Any, left: Any, kv: Any, place: Any) -> Any:
+def _typed_put_keys(typing: Any, kind: Any, x: Any, at: Any, left: Any, factor: Any, kv: Any, place: Any) -> Any:
     """The same, BLOCK_TOKENS elements apart."""
-    signature = types.void(types.int64, x, types.int64, types.int64, kv, types.int64)
+    signature = types.void(types.int64, x, types.int64, types.int64, types.float32, kv, types.int64)
     return signature, lambda context, builder, sig, args: _emit_put(context, builder, sig, args, True)
 
 
@@ -321,8 +403,11 @@ def _plain_ask(kv: U8, place: int, nbytes: int) -> None:
     pass
 
 
+_TYPES: Final = {SINGLE: np.float32, F16: np.float16, I8: np.int8}
+
+
 def _elements(kind: int, kv: U8) -> NDArray[Any]:
-    return kv.view(np.float16 if kind == F16 else np.float32)
+    return kv.view(_TYPES[kind])
 
 
 @_QUIET
@@ -369,29 +454,66 @@ def _plain_soften(scratch: F32, at: int, low: int, high: int, sums: int, largest
     scratch[largest] = now
 
 
-def _plain_put_values(kind: int, x: F32, at: int, left: int, kv: U8, place: int) -> None:
-    _plain_put(kind, x[at : at + min(left, LANES)], kv, place, 1)
+@_QUIET
+def _plain_scale(scratch: F32, at: int, kv: U8, place: int) -> None:
+    scratch[at : at + BLOCK_TOKENS] *= kv[place : place + _SCALE * BLOCK_TOKENS].view(np.float32)
 
 
-def _plain_put_keys(kind: int, x: F32, at: int, left: int, kv: U8, place: int) -> None:
-    _plain_put(kind, x[at : at + min(left, LANES)], kv, place, BLOCK_TOKENS)
+def _plain_rounding(x: F32, at: int, width: int, kv: U8, place: int) -> np.float32:
+    scale, factor = _scale_of(x[at : at + width])
+    kv[place : place + _SCALE].view(np.float32)[0] = scale
+    return factor
 
 
-def _plain_put(kind: int, x: F32, kv: U8, place: int, step: int) -> None:
+def _scale_of(x: F32) -> tuple[np.float32, np.float32]:
+    """The scale of numbers as bytes, and what they are multiplied with to become these."""
+    largest = np.minimum(np.abs(x).max(), np.float32(LARGEST))
+    if largest < np.float32(_LEAST):
+        return np.float32(0), np.float32(0)
+    return largest / np.float32(_MOST), np.float32(0) if np.isnan(largest) else np.float32(_MOST) / largest
+
+
+def _bytes_of(x: F32, factor: np.float32) -> NDArray[np.int8]:
+    found: NDArray[np.int8] = np.rint(np.nan_to_num(x.clip(-LARGEST, LARGEST)) * factor).astype(np.int8)
+    return found
+
+
+def _plain_put_values(kind: int, x: F32, at: int, left: int, factor: np.float32, kv: U8, place: int) -> None:
+    _plain_put(kind, x[at : at + min(left, LANES)], factor, kv, place, 1)
+
+
+def _plain_put_keys(kind: int, x: F32, at: int, left: int, factor: np.float32, kv: U8, place: int) -> None:
+    _plain_put(kind, x[at : at + min(left, LANES)], factor, kv, place, BLOCK_TOKENS)
+
+
+def _plain_put(kind: int, x: F32, factor: np.float32, kv: U8, place: int, step: int) -> None:
     stored = _elements(kind, kv[place:][: (len(kv) - place) // 4 * 4])
     stored[: LANES * step : step] = 0
-    stored[: len(x) * step : step] = x.clip(-LARGEST, LARGEST) if kind == F16 else x
+    if kind == I8:
+        stored[: len(x) * step : step] = _bytes_of(x, factor)
+    else:
+        stored[: len(x) * step : step] = x.clip(-LARGEST, LARGEST) if kind == F16 else x
 
 
 _scores: Any = _plain_scores if JIT_OFF else intrinsic(_typed_scores)
 _values: Any = _plain_values if JIT_OFF else intrinsic(_typed_values)
 _soften: Any = _plain_soften if JIT_OFF else intrinsic(_typed_soften)
+_scale: Any = _plain_scale if JIT_OFF else intrinsic(_typed_scale)
+_rounding: Any = _plain_rounding if JIT_OFF else intrinsic(_typed_rounding)
 _ask: Any = _plain_ask if JIT_OFF else intrinsic(_typed_ask)
 _put_values: Any = _plain_put_values if JIT_OFF else intrinsic(_typed_put_values)
 _put_keys: Any = _plain_put_keys if JIT_OFF else intrinsic(_typed_put_keys)
 
 
 _step: Any = njit(nogil=True)(padded_head)
+
+
+@njit(nogil=True)
+def _size(kind: int) -> int:
+    """Bytes of a stored number."""
+    if kind == I8:
+        return 1
+    return 2 if kind == F16 else 4
 
 
 @njit(nogil=True)
@@ -405,17 +527,24 @@ def _place(kv: U8, block: int, layer: int, which: int, group: int) -> int:
 def store_token(kind: int, kv: U8, layer: int, table: I64, position: int, k: F32, v: F32) -> None:
     """One token's `k`, `v [g, e]` into `kv [blocks, layers, 2, g, head_nbytes(kind, e)]`; `table` are its blocks.
 
-    As fp16 they are rounded (half to even); beyond its range, infinity included, they become the largest fp16.
+    As fp16 they are rounded (half to even); beyond its range, infinity included, they become the largest fp16. As int8
+    so as well, and then rounded to 127ths of the head's largest; the scale of a head that holds NaN is NaN.
     """
     memory, keys, values = kv.reshape(-1), k.reshape(-1), v.reshape(-1)
-    width, size = k.shape[1], 2 if kind == F16 else 4
+    width, size = k.shape[1], _size(kind)
     block, slot = table[position // BLOCK_TOKENS], position % BLOCK_TOKENS
     step = _step(width)
+    by_key = by_value = np.float32(1)
     for g in range(k.shape[0]):
+        at = g * width
         key, value = _place(kv, block, layer, 0, g), _place(kv, block, layer, 1, g)
+        if kind == I8:
+            scale = BLOCK_TOKENS * step + slot * _SCALE
+            by_key = _rounding(keys, at, width, memory, key + scale)
+            by_value = _rounding(values, at, width, memory, value + scale)
         for j in range(0, width, LANES):
-            _put_keys(kind, keys, g * width + j, width - j, memory, key + (j * BLOCK_TOKENS + slot) * size)
-            _put_values(kind, values, g * width + j, width - j, memory, value + (slot * step + j) * size)
+            _put_keys(kind, keys, at + j, width - j, by_key, memory, key + (j * BLOCK_TOKENS + slot) * size)
+            _put_values(kind, values, at + j, width - j, by_value, memory, value + (slot * step + j) * size)
 
 
 @njit("void(i8,u1[:,:,:,:,::1],i8,i8[:,::1],i8[::1],i8[::1],f4[:,:,::1],f4[:,:,::1])", nogil=True, cache=True)
@@ -444,7 +573,8 @@ def _add_block(
     scratch: F32,
 ) -> None:
     """Rows `[first, stop)` of a unit of `rows`, which see the tokens `[low, high)` of one block; see `attend_unit`."""
-    step, size = _step(width), 2 if kind == F16 else 4
+    step, size = _step(width), _size(kind)
+    scales = BLOCK_TOKENS * step
     sums = rows * BLOCK_TOKENS
     out = sums + rows * LANES
     own = out + rows * step
@@ -453,11 +583,18 @@ def _add_block(
     r = first
     while r < stop:
         count = min(_ROWS, stop - r)
-        if kind != F16:
+        if kind == SINGLE:
             count = 4 if count >= 4 else 1
+        elif kind == I8:
+            while count & (count - 1):  # the largest power of two within it
+                count &= count - 1
         _scores(kind, count, memory, keys, keys + ahead, width, scratch, own + r * step, step, r * BLOCK_TOKENS)
         for i in range(r, r + count):
+            if kind == I8:
+                _scale(scratch, i * BLOCK_TOKENS, memory, keys + scales)
             _soften(scratch, i * BLOCK_TOKENS, low, high, sums + i * LANES, largest + i, factors + i)
+            if kind == I8:
+                _scale(scratch, i * BLOCK_TOKENS, memory, values + scales)
         for j in range(0, step, BLOCK_TOKENS):
             _values(
                 kind,
@@ -543,7 +680,10 @@ def attend_unit(
 
 @njit(nogil=True)
 def cut_units(sequence: I64, positions: I64, per_group: int) -> I64:
-    """Where units of work begin, and the end: runs of neighbouring tokens of one sequence, none too long."""
+    """Where units of work begin, and the end: runs of neighbouring tokens of one sequence, none too long.
+
+    The only function here that allocates: call it before threads go their own ways, where an error harms nobody.
+    """
     most = max(1, TILE_ROWS // per_group)
     starts = np.empty(sequence.shape[0] + 1, np.int64)
     units = 0
@@ -647,13 +787,29 @@ def attend(
 
 def split(kind: int, kv: U8, width: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Keys `[blocks, layers, g, e, BLOCK_TOKENS]` and values `[blocks, layers, g, BLOCK_TOKENS, e]`: views of `kv`."""
-    elements, blocks = _elements(kind, kv), kv.shape[:2]
+    step, blocks = padded_head(width), kv.shape[:2]
+    elements = _elements(kind, kv[..., : BLOCK_TOKENS * step * _SIZES[kind]])
     keys, values = elements[:, :, 0], elements[:, :, 1]
-    step = padded_head(width)
     return (
         keys.reshape(*blocks, -1, step, BLOCK_TOKENS)[:, :, :, :width],
         values.reshape(*blocks, -1, BLOCK_TOKENS, step)[..., :width],
     )
+
+
+def split_scales(kv: U8) -> tuple[F32, F32]:
+    """Scales of int8 keys and values, `[blocks, layers, g, BLOCK_TOKENS]` each: views of `kv`."""
+    scales = kv[..., -_SCALE * BLOCK_TOKENS :].view(np.float32)
+    return scales[:, :, 0], scales[:, :, 1]
+
+
+def numbers(kind: int, kv: U8, width: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The keys and values that are stored, shapes as `split` gives them."""
+    keys, values = (x.astype(np.float64) for x in split(kind, kv, width))
+    if kind == I8:
+        by_key, by_value = split_scales(kv)
+        keys *= by_key[..., None, :]
+        values *= by_value[..., None]
+    return keys, values
 
 
 def reference_store_kv(
@@ -665,12 +821,17 @@ def reference_store_kv(
         k, v = (x.clip(-LARGEST, LARGEST) for x in (k, v))
     blocks, slots = tables[sequence, positions // BLOCK_TOKENS], positions % BLOCK_TOKENS
     for block, slot, key, value in zip(blocks, slots, k, v, strict=True):
+        stored: list[NDArray[Any]] = [key, value]
+        for which, x in enumerate(stored if kind == I8 else []):
+            pairs = [_scale_of(head) for head in x]
+            split_scales(kv[block : block + 1])[which][0, layer, :, slot] = [scale for scale, _ in pairs]
+            stored[which] = np.array([_bytes_of(head, factor) for head, (_, factor) in zip(x, pairs, strict=True)])
         for every, wanted in ((width, False), (-(-width // LANES) * LANES, True)):
             keys, values = split(kind, kv[block : block + 1], every)
             if wanted:
                 keys[0, layer, :, width:, slot], values[0, layer, :, slot, width:] = 0, 0
             else:
-                keys[0, layer, :, :, slot], values[0, layer, :, slot] = key, value
+                keys[0, layer, :, :, slot], values[0, layer, :, slot] = stored
 
 
 def reference_attend(
@@ -688,7 +849,7 @@ def reference_attend(
     """The same with the sequence's keys and values gathered first, in float64."""
     heads, width = q.shape[1:]
     per_group = heads // kv.shape[3]
-    keys, values = (x[:, layer].astype(np.float64) for x in split(kind, kv, width))
+    keys, values = (x[:, layer] for x in numbers(kind, kv, width))
     for t, (row, position) in enumerate(zip(sequence, positions, strict=True)):
         start = max(0, position + 1 - window) if window else 0
         places = np.arange(start, position + 1)

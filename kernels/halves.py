@@ -47,15 +47,21 @@ def widen(builder: Any, halves: Any, able: bool = ABLE) -> Any:
     return builder.bitcast(builder.or_(bits, sign), vector(f32, count))
 
 
+def cut(builder: Any, singles: Any) -> Any:
+    """What is larger than the largest fp16, infinity included, becomes that; NaN stays."""
+    for comparison, limit in ((">", LARGEST), ("<", -LARGEST)):
+        bound = constant(f32, [limit] * singles.type.count)
+        singles = builder.select(builder.fcmp_ordered(comparison, singles, bound), bound, singles)
+    return singles
+
+
 def narrow(builder: Any, singles: Any, able: bool = ABLE) -> Any:
     """Fp32 -> bits of the nearest fp16 (a vector of i16), half to even; what is larger becomes the largest fp16.
 
     So does infinity: a value never becomes infinite on its way into memory. NaN stays NaN.
     """
     count = singles.type.count
-    for comparison, limit in ((">", LARGEST), ("<", -LARGEST)):
-        bound = constant(f32, [limit] * count)
-        singles = builder.select(builder.fcmp_ordered(comparison, singles, bound), bound, singles)
+    singles = cut(builder, singles)
     if able:
         return builder.bitcast(builder.fptrunc(singles, vector(ir.HalfType(), count)), vector(i16, count))
     bits = builder.bitcast(singles, vector(i32, count))

@@ -77,6 +77,7 @@ def _work(
     tables: I64,
     sequence: I64,
     positions: I64,
+    starts: I64,
     cosine: F32,
     sine: F32,
     levels: U8,
@@ -91,7 +92,6 @@ def _work(
     per_group = query_width // e // groups
     key_at, value_at = query_width, query_width + groups * e
     by_head = heads.reshape(heads.shape[0], heads.shape[1] // e, e)  # queries, then keys, then values
-    starts = cut_units(sequence, positions, per_group)
     normed = rows[thread, 0]
     tokens, width, p = 0, 0, 0
     for phase in range(program.shape[0]):
@@ -251,6 +251,8 @@ def run_step(
     level_stride]`, `rows [threads, 2, padded width]` and `units [threads, attention.unit_floats]`; `counters` as
     `team.counters_for`, zero.
     """
+    # here, because a thread that found no memory for it would leave the others waiting for ever
+    starts = cut_units(sequence, positions, mixed.shape[1] // (2 * cosine.shape[1]) // kv.shape[3])
     for thread in prange(threads):
         _work(
             thread,
@@ -279,6 +281,7 @@ def run_step(
             tables,
             sequence,
             positions,
+            starts,
             cosine,
             sine,
             levels,

@@ -246,10 +246,17 @@ def kv_step(
     kv = np.full((sequences * count + 1, 2, 2, groups, nbytes), 0xFF, np.uint8)
     tables = draw.rng.permutation(sequences * count + 1)[: sequences * count].reshape(sequences, count)
     keys, values = attention.split(kind, kv, width)
+    scales = attention.split_scales(kv) if dtype == "i8" else ()
     for number, blocks in enumerate(tables):
         behind = int(number == 0 and context > tokens)
         for place, block in enumerate(blocks):
             slots = min(BLOCK_TOKENS, context - behind - place * BLOCK_TOKENS)
+            if dtype == "i8":
+                keys[block, ..., :slots] = draw.rng.integers(-127, 128, (2, groups, width, slots))
+                values[block, ..., :slots, :] = draw.rng.integers(-127, 128, (2, groups, slots, width))
+                for those, nasty in zip(scales, (NASTY_KEY, NASTY_HALF), strict=True):
+                    those[block, ..., :slots] = np.abs(draw.numbers((2, groups, slots), nasty)) / 127
+                continue
             keys[block, ..., :slots] = draw.numbers((2, groups, width, slots), NASTY_KEY)
             values[block, ..., :slots, :] = draw.numbers((2, groups, slots, width), NASTY_HALF)
     sequence = np.repeat(np.arange(sequences), tokens)
@@ -274,8 +281,8 @@ def _attend(draw: Draw, *, groups: int = 2, per_group: int = 2, window: int = 0,
 
 def _attend_magnitude(kind: int, kv: Array, layer: int, *rest: Any) -> float:
     """The largest value; a score's error is a share of the score, and these are at most some hundred."""
-    values = attention.split(kind, kv, rest[3].shape[2])[1][:, layer]
-    return float(np.nanmax(np.abs(values.astype(np.float64))))
+    values = attention.numbers(kind, kv, rest[3].shape[2])[1][:, layer]
+    return float(np.nanmax(np.abs(values)))
 
 
 def _rms_norm(draw: Draw, *, tokens: int, n: int) -> Arguments:

@@ -19,13 +19,16 @@ from .output import json_option, note, write_fields, write_json
 @click.option("--reserve", metavar="SIZE", help="Memory to leave to everything else, for example 1GB.")
 @click.option("--cap", metavar="SIZE", help="The most memory to use, whatever there is.")
 @click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
-def serve(**options: str | None) -> None:
+@click.option("--kv", metavar="TYPE", help="How keys and values of contexts are kept: f16, or i8 in half the memory.")
+@click.option("--threads", metavar="N", help="Threads that compute; as many as there are free cores, if not said.")
+@click.option("--exact", is_flag=True, help="Never round activations to bytes: slow, a yardstick for comparisons.")
+def serve(exact: bool, **options: str | None) -> None:
     """Run the daemon in the foreground until Ctrl-C or `ebb stop`.
 
     Other commands start one in the background when they need it.
     """
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
-    os.execv(COMMAND[0], [*COMMAND, *flags])
+    os.execv(COMMAND[0], [*COMMAND, *flags, *(["--exact"] if exact else [])])
 
 
 @click.command()

@@ -40,7 +40,8 @@ class Batch:
         for row, piece in enumerate(pieces):
             self.tables[row, : len(piece.sequence.blocks)] = piece.sequence.blocks
         self.last: I64 = np.cumsum(counts) - 1
-        self.kind, self.kv, self.window = KINDS[f"f{8 * kv.itemsize}"], kv.view(np.uint8), a.window or 0
+        self.kind, self.kv = KINDS[f"{kv.dtype.kind}{8 * kv.itemsize}"], kv.view(np.uint8)
+        self.window = a.window or 0
         angles = np.outer(self.positions, rotary_frequencies(a))
         self.cosine, self.sine = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         self._rows = np.arange(len(self.tokens))

@@ -16,6 +16,7 @@ import numpy as np
 from ...formats.errors import Cancelled, CorruptFile, EbbflowError, PromptTooLong
 from ...formats.manifest import Manifest
 from ...formats.messages import Chunk, Failed, Finished, Generate, Started, failure
+from ..settings import DEFAULTS, WorkerSettings
 from .batch import Batch
 from .kv import KvCache
 from .pace import Pace
@@ -53,13 +54,19 @@ class Engine:
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, weights: Weights, threads: int, clock: Callable[[], float]
+        self,
+        folder: Path,
+        manifest: Manifest,
+        weights: Weights,
+        threads: int,
+        clock: Callable[[], float],
+        settings: WorkerSettings = DEFAULTS,
     ) -> None:
         self._manifest, self._clock = manifest, clock
         self._tokenizer = Tokenizer(folder, manifest.bos)
-        self._network = ServingNetwork(manifest.architecture, weights, threads)
+        self._network = ServingNetwork(manifest.architecture, weights, threads, settings.exact)
         self._threads = threads
-        self._kv = KvCache(manifest.architecture)
+        self._kv = KvCache(manifest.architecture, settings.kv)
         self._jobs: dict[int, _Job] = {}
         self.scheduler = Scheduler(self._kv)
         self.pace = Pace()

@@ -1,7 +1,7 @@
 """Keys and values of running sequences, in fixed blocks of 32 tokens that really go back when they are freed.
 
-One mapping, laid out as `kernels/attention` says, fp16 or float32; a block belongs to one sequence. Freed blocks are
-given back to the system at once. Sharing blocks between sequences is a later issue; this is its room.
+One mapping, laid out as `kernels/attention` says, fp16, int8 or float32; a block belongs to one sequence. Freed blocks
+are given back to the system at once. Sharing blocks between sequences is a later issue; this is its room.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from ...formats.architecture import Architecture
 from ...kernels.attention import BLOCK_TOKENS, KINDS, head_nbytes
 from ..mapping import Mapping
+from ..settings import KvType
 
 MAX_NBYTES: Final = 2_000_000_000  # address space kept for one model's keys and values, unless one context needs more
 MAX_SEQUENCES: Final = 16
+_TYPES: Final[dict[str, type]] = {"f16": np.float16, "f32": np.float32, "i8": np.int8}
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,18 @@ def blocks_for(tokens: int) -> int:
 class KvCache:
     """The KV blocks of one model, `array [blocks, layers, 2, g, elements]`.
 
-    As `f16` numbers are rounded on their way in, and those beyond 65504 cut to that; `f32` is for comparisons.
+    As `f16` numbers are rounded on their way in, and those beyond 65504 cut to that; as `i8` each head of a token is
+    rounded to bytes with a scale of its own, behind the others' bytes; `f32` is for comparisons.
     """
 
-    def __init__(self, a: Architecture, dtype: Literal["f16", "f32"] = "f16") -> None:
+    def __init__(self, a: Architecture, dtype: KvType | Literal["f32"] = "f16") -> None:
         heads = (a.layers, 2, a.kv_heads)
         self.block_nbytes = prod(heads) * head_nbytes(KINDS[dtype], a.head_dim)
         wanted = blocks_for(a.context)
         self.capacity = max(wanted, min(MAX_SEQUENCES * wanted, MAX_NBYTES // self.block_nbytes))
         self._mapping = Mapping(self.capacity * self.block_nbytes)
-        numbers = self._mapping.bytes.view(np.float16 if dtype == "f16" else np.float32)
-        self.array: NDArray[Any] = numbers.reshape(self.capacity, *heads, -1)
+        numbers: NDArray[Any] = self._mapping.bytes.view(_TYPES[dtype])
+        self.array = numbers.reshape(self.capacity, *heads, -1)
         self._free = list(range(self.capacity - 1, -1, -1))
 
     @property

@@ -22,6 +22,7 @@ import msgspec
 from ...formats.messages import AddModel
 from ...formats.paths import Paths
 from ..process import MEMORY_VARIABLE, PARENT_VARIABLE
+from ..settings import DEFAULTS, WorkerSettings
 
 LEAVE_SECONDS: Final = 5.0  # between being asked to leave and being killed
 LAST_WORDS_SECONDS: Final = 0.1  # what a child sent just before its end may still be on its way
@@ -82,10 +83,12 @@ class CommandLauncher:
     paths: Paths
     worker: tuple[str, ...] = WORKER
     job: tuple[str, ...] = JOB
+    settings: WorkerSettings = DEFAULTS
 
     def start_worker(self, identity: str) -> Process:
         """A process that will say `Ready`."""
-        return _Subprocess([*self.worker, self.paths.children, identity], self.paths.logs / "worker.log")
+        command = [*self.worker, self.paths.children, identity, *self.settings.flags()]
+        return _Subprocess(command, self.paths.logs / "worker.log")
 
     def start_job(self, identity: str, request: AddModel, memory_nbytes: int) -> Process:
         """A process that adds one model and ends; it fails by itself beyond so much memory."""

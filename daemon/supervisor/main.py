@@ -18,6 +18,7 @@ from ...formats.messages import from_child_decoder, request_decoder
 from ...formats.paths import Paths, default_paths
 from ...formats.units import format_size, parse_size
 from ..channel import Hub, Limits
+from ..settings import DEFAULTS, WorkerSettings, add_options, settings_from
 from .children import CommandLauncher, Launcher
 from .library import Library
 from .runtime import locked, prepare
@@ -42,6 +43,7 @@ class Options:
     reserve: int | None = None
     cap: int | None = None
     log_level: str = "info"
+    worker: WorkerSettings = DEFAULTS
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -51,12 +53,13 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--reserve", metavar="SIZE", help="memory to leave free (5%% of it, 256MB to 1GB)")
     parser.add_argument("--cap", metavar="SIZE", help="the most memory to use, whatever there is")
     parser.add_argument("--log-level", choices=LEVELS, default="info")
+    add_options(parser)
     given = parser.parse_args(arguments)
     if not given.idle_seconds >= 0:  # nor is it a number
         parser.error(f"--idle-seconds must be 0 or more, not {given.idle_seconds:g}")
     reserve = None if given.reserve is None else parse_size(given.reserve)
     cap = None if given.cap is None else parse_size(given.cap)
-    return Options(given.idle_seconds, reserve, cap, given.log_level)
+    return Options(given.idle_seconds, reserve, cap, given.log_level, settings_from(given))
 
 
 def default_reserve(total: int) -> int:
@@ -123,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
         )
         paths = default_paths()
-        serve(options, paths, CommandLauncher(paths))
+        serve(options, paths, CommandLauncher(paths, settings=options.worker))
     except EbbflowError as error:
         sys.stderr.write(f"ebbflow: {error}\n")
         return error.exit_code

@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Final
 
 import psutil
 
 from ...formats.messages import ProcessMemory
+from ..cgroups import own_groups
 from .reading import Reading
 
 SYSTEM: Final = "system memory"
@@ -45,7 +46,7 @@ class Sensor:
 
     def __init__(self, root: Path = Path("/"), cap: int | None = None) -> None:
         self._proc = root / "proc"
-        self._cgroups = root / "sys/fs/cgroup"
+        self._root = root
         self._cap = cap
 
     def read(self, pids: Iterable[int] = ()) -> Reading:
@@ -95,21 +96,8 @@ class Sensor:
 
     def _groups(self) -> Iterator[tuple[Path, _Files]]:
         """Every cgroup that contains us, in both versions, the root included."""
-        for line in _text(self._proc / "self/cgroup").splitlines():
-            _, _, rest = line.partition(":")
-            controllers, _, path = rest.partition(":")
-            if "memory" in controllers.split(","):
-                base, files = self._cgroups / "memory", _V1
-            elif not controllers:
-                unified = self._cgroups / "unified"
-                base, files = unified if unified.exists() else self._cgroups, _V2
-            else:
-                continue
-            inside = PurePosixPath(path.lstrip("/"))
-            for ancestor in (inside, *inside.parents):
-                # In a container the path may be the host's; then only the root, which is the container's own, exists.
-                if ".." not in ancestor.parts:
-                    yield base / ancestor, files
+        for folder, version in own_groups(self._root, "memory"):
+            yield folder, _V1 if version == 1 else _V2
 
 
 def _text(path: Path) -> str:

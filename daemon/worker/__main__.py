@@ -1,4 +1,4 @@
-"""`python -m ebbflow.daemon.worker ADDRESS IDENTITY`: the big process, started by the supervisor."""
+"""`python -m ebbflow.daemon.worker ADDRESS IDENTITY [SETTINGS]`: the big process, started by the supervisor."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ def main() -> None:
     die_with_parent()
     set_oom_score(OOM_SCORE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the supervisor, which then says Exit
-    address, identity = sys.argv[1:3]
+    address, identity, *flags = sys.argv[1:]
 
     # Only now: until here, nothing that takes time could let the parent end unnoticed.
     from ...formats.paths import default_paths
     from ...kernels.cache import compile_once, use_cache
     from ...kernels.instructions import choose
+    from ..settings import parse_settings
 
+    settings = parse_settings(flags)
     choose()  # a wrong choice ends the worker here, in words, before the compiler meets it
     compile_once(use_cache(default_paths().cache))
 
@@ -33,10 +35,12 @@ def main() -> None:
     from ..channel import Child
     from ..mapping import drop_clean_pages
     from .loop import Loop
+    from .processors import usable_threads
 
     channel = Child(address, identity)
     try:
-        loop = Loop(channel, set_threads(), time.monotonic)
+        threads = set_threads(usable_threads() if settings.threads is None else settings.threads)
+        loop = Loop(channel, threads, time.monotonic, settings)
         drop_clean_pages("llvmlite")  # 70 MB of a compiler that has nothing more to do
         channel.send(Ready(pid=os.getpid()))
         while loop.turn():

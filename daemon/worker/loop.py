@@ -30,6 +30,7 @@ from ...formats.messages import (
     failure,
 )
 from ..mapping import private_nbytes
+from ..settings import DEFAULTS, WorkerSettings
 from .served import Served
 
 log = logging.getLogger(__name__)
@@ -55,8 +56,10 @@ class Line(Protocol):
 class Loop:
     """All models this worker serves."""
 
-    def __init__(self, line: Line, threads: int, clock: Callable[[], float]) -> None:
-        self._line, self._threads, self._clock = line, threads, clock
+    def __init__(
+        self, line: Line, threads: int, clock: Callable[[], float], settings: WorkerSettings = DEFAULTS
+    ) -> None:
+        self._line, self._threads, self._clock, self._settings = line, threads, clock, settings
         self._models: dict[str, Served] = {}
         self._owner: dict[int, str] = {}
         self._running = True
@@ -105,7 +108,7 @@ class Loop:
             self._report()
             return
         try:
-            served = Served(Path(message.folder), message.target_nbytes, self._threads, self._clock)
+            served = Served(Path(message.folder), message.target_nbytes, self._threads, self._clock, self._settings)
         except (EbbflowError, MemoryError) as error:
             known = (
                 error if isinstance(error, EbbflowError) else OutOfMemory(f"no room for the base of {message.model}")

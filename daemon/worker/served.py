@@ -13,6 +13,7 @@ from ...formats.messages import Residency
 from ...formats.stack import Stack, read_stack
 from ..engine.engine import Engine
 from ..mapping import private_nbytes
+from ..settings import DEFAULTS, WorkerSettings
 from .resident import Resident
 
 
@@ -31,14 +32,21 @@ class Served:
     Raises every error of opening, reading and checking its files; then nothing is held.
     """
 
-    def __init__(self, folder: Path, target_nbytes: int, threads: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        target_nbytes: int,
+        threads: int,
+        clock: Callable[[], float],
+        settings: WorkerSettings = DEFAULTS,
+    ) -> None:
         self.manifest = read_manifest(folder)
         self._clock = clock
         self.resident = Resident(_fitting(read_stack(folder / STACK), self.manifest.architecture))
         try:
             while self.resident.blocks < self.resident.stack.base:
                 self.resident.grow(self.resident.stack.base)
-            self.engine = Engine(folder, self.manifest, self.resident, threads, clock)
+            self.engine = Engine(folder, self.manifest, self.resident, threads, clock, settings)
         except BaseException:
             self.resident.close()
             raise

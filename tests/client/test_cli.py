@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 
 from ebbflow.client.cli import chat as chat_module
 from ebbflow.client.cli.main import EPILOG, main
+from ebbflow.client.launch import COMMAND
 from ebbflow.formats.architecture import Architecture
 from ebbflow.formats.errors import BY_CODE
 from ebbflow.formats.manifest import CurvePoint
@@ -434,6 +435,16 @@ def test_a_terminal_shows_the_whole_answer_and_obeys_none_of_it(daemon: FakeDaem
     daemon.script = script
     screen = on_terminal("run", "tiny", "Say")
     assert screen.rpartition("\x1b[2K")[2].strip() == "Hello \ufffd[31mworld"  # after the sign of life was wiped
+
+
+def test_serve_hands_its_options_to_the_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = list[list[str]]()
+    monkeypatch.setattr(os, "execv", lambda path, command: commands.append(command))
+    for arguments in ([], ["--kv", "i8", "--threads=2", "--exact", "--idle-seconds", "5"]):
+        assert CliRunner().invoke(main, ["serve", *arguments]).exit_code == 0
+    plain, full = (command[len(COMMAND) :] for command in commands)
+    assert plain == []
+    assert sorted(full) == ["--exact", "--idle-seconds=5", "--kv=i8", "--threads=2"]
 
 
 def on_terminal(*arguments: str) -> str:

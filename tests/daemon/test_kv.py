@@ -43,12 +43,13 @@ def test_a_freed_block_is_empty_and_its_neighbours_are_not() -> None:
     assert kv.array[third].all()
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("f16", 2), ("f32", 4)])
-def test_a_block_holds_32_tokens_of_every_layer(dtype: Literal["f16", "f32"], size: int) -> None:
+@pytest.mark.parametrize(("dtype", "size", "scale"), [("f16", 2, 0), ("f32", 4, 0), ("i8", 1, 4)])
+def test_a_block_holds_32_tokens_of_every_layer(dtype: Literal["f16", "f32", "i8"], size: int, scale: int) -> None:
     kv = KvCache(TINY, dtype)
     padded = 32  # TINY's heads are 16 wide
-    assert kv.array.shape == (kv.capacity, TINY.layers, 2, TINY.kv_heads, 32 * padded)
-    assert kv.array[0].nbytes == kv.block_nbytes == TINY.layers * 2 * TINY.kv_heads * 32 * padded * size
+    assert kv.array.shape == (kv.capacity, TINY.layers, 2, TINY.kv_heads, 32 * (padded + scale // size))
+    assert kv.array.itemsize == size
+    assert kv.array[0].nbytes == kv.block_nbytes == TINY.layers * 2 * TINY.kv_heads * 32 * (padded * size + scale)
 
 
 @pytest.mark.parametrize(("context", "blocks"), [(32, 1), (33, 2), (512, 16)])

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from ebbflow.daemon.engine import engine as engine_module
 from ebbflow.daemon.engine.dense import DenseAttention, build_network
 from ebbflow.daemon.engine.serving import Inputs
+from ebbflow.daemon.engine.tokenizer import Tokenizer
+from ebbflow.daemon.settings import WorkerSettings
 from ebbflow.formats.architecture import Architecture
 from ebbflow.formats.blocks import rotate_rows, sum_blocks
 from ebbflow.formats.manifest import STACK
@@ -65,6 +68,26 @@ def test_serving_equals_the_dense_reading_at_every_depth(model: tuple[Path, Arch
         found = logits(resident, TOKENS, a, exact=True)
         np.testing.assert_allclose(found, expected, atol=2e-5 * float(np.abs(expected).max()))
         resident.close()
+
+
+def test_an_exact_engine_computes_with_floats(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the sampler is given is the dense reading's logits; from inputs in bytes it is further away."""
+    folder, found = write_planes_model(tmp_path / "model"), {}
+    blocks = len(read_stack(folder / STACK).blocks)
+    resident = load(folder, blocks)
+    for exact in (True, False):
+        given = list[np.ndarray]()
+        monkeypatch.setattr(engine_module, "sample", lambda logits, *_, given=given: given.append(logits.copy()) or 1)
+        monkeypatch.setattr(Tokenizer, "encode", lambda self, text: list(TOKENS))
+        engine = engine_of(folder, resident, settings=WorkerSettings(exact=exact))
+        answers = Answers()
+        answers.hear(engine.submit(Generate(id=1, model="m", prompt="x", sampling=Sampling(max_tokens=1))))
+        finish(engine, answers)
+        found[exact] = given[-1]
+    expected = dense_logits(folder, TINY, blocks)[-1]
+    error = {exact: np.abs(logits - expected).max() / np.abs(expected).max() for exact, logits in found.items()}
+    assert error[True] < 1e-3 < error[False] < 0.1  # keys and values are fp16
+    resident.close()
 
 
 def test_depths_differ(model: tuple[Path, Architecture]) -> None:

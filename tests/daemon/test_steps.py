@@ -14,6 +14,7 @@ from ebbflow.daemon.engine.batch import Batch
 from ebbflow.daemon.engine.kv import KvCache, blocks_for
 from ebbflow.daemon.engine.scheduler import Piece, Sequence
 from ebbflow.daemon.engine.serving import ServingNetwork
+from ebbflow.daemon.settings import KV_TYPES, KvType
 from ebbflow.daemon.worker.resident import Resident
 from ebbflow.formats.architecture import Architecture
 from ebbflow.formats.manifest import STACK
@@ -48,9 +49,9 @@ def network(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Architectur
 class Runs:
     """Two sequences, cut into steps: one in three pieces, the other beside its last two."""
 
-    def __init__(self, a: Architecture, resident: Resident, whole: bool) -> None:
+    def __init__(self, a: Architecture, resident: Resident, whole: bool, dtype: KvType = "f16") -> None:
         self._a, self._whole = a, whole
-        self._network, self._kv = ServingNetwork(a, resident, 2), KvCache(a)
+        self._network, self._kv = ServingNetwork(a, resident, 2), KvCache(a, dtype)
 
     def logits(self) -> np.ndarray:
         first, second = (Sequence(key, TOKENS, len(TOKENS), blocks=self._blocks()) for key in (1, 2))
@@ -78,13 +79,23 @@ def same(a: np.ndarray, b: np.ndarray) -> None:
     np.testing.assert_array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
-def test_a_compiled_step_is_its_operations(network: tuple[Architecture, Path]) -> None:
+@pytest.mark.parametrize("dtype", KV_TYPES)
+def test_a_compiled_step_is_its_operations(network: tuple[Architecture, Path], dtype: KvType) -> None:
     a, folder = network
     stack = read_stack(folder / STACK)
     resident = load(folder, len(stack.blocks))
     for blocks in (len(stack.blocks), stack.base, stack.base + 5):
         move(resident, blocks)
-        same(Runs(a, resident, whole=True).logits(), Runs(a, resident, whole=False).logits())
+        same(Runs(a, resident, True, dtype).logits(), Runs(a, resident, False, dtype).logits())
+    resident.close()
+
+
+def test_keys_and_values_in_bytes_are_close_to_fp16(tmp_path: Path) -> None:
+    folder = write_planes_model(tmp_path / "model")
+    resident = load(folder, len(read_stack(folder / STACK).blocks))
+    bytes_, halves = (Runs(TINY, resident, True, dtype).logits() for dtype in ("i8", "f16"))
+    error = np.abs(bytes_ - halves).max() / np.abs(halves).max()
+    assert 1e-5 < error < 0.02
     resident.close()
 
 

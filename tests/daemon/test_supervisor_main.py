@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from ebbflow.daemon.settings import WorkerSettings, parse_settings
 from ebbflow.daemon.supervisor.children import JOB, LOG_NBYTES, WORKER, CommandLauncher
 from ebbflow.daemon.supervisor.main import Options, default_reserve, main, parse
 from ebbflow.daemon.supervisor.runtime import locked, prepare
@@ -24,11 +25,14 @@ def test_options():
     assert parse([]) == Options()
     given = parse(["--idle-seconds", "5", "--reserve", "1GB", "--cap", "2GiB", "--log-level", "debug"])
     assert given == Options(5.0, 10**9, 2**31, "debug")
+    given = parse(["--kv", "i8", "--exact", "--threads=3"])
+    assert given == Options(worker=WorkerSettings("i8", exact=True, threads=3))
     with pytest.raises(InvalidSize):
         parse(["--cap", "much"])
-    for wrong in (["--log-level", "loud"], ["--idle-seconds=-1"], ["--idle-seconds=nan"]):
+    wrongs = ("--log-level=loud", "--idle-seconds=-1", "--idle-seconds=nan", "--kv=f32", "--threads=0", "--threads=2.5")
+    for wrong in wrongs:
         with pytest.raises(SystemExit) as left:
-            parse(wrong)
+            parse([wrong])
         assert left.value.code == 2
 
 
@@ -105,7 +109,8 @@ def test_the_real_commands_are_modules_of_ours():
 def test_children_get_their_arguments_and_their_last_words_are_kept(paths):
     prepare(paths)
     tell = (sys.executable, "-c", "import sys; print('\\n'.join(sys.argv[1:])); sys.exit(7)")
-    launcher = CommandLauncher(paths, tell, tell)
+    settings = WorkerSettings("i8", threads=2)
+    launcher = CommandLauncher(paths, tell, tell, settings)
     (paths.logs / "worker.log").write_text("of an earlier one\n" * LOG_NBYTES)
     worker = launcher.start_worker("worker-1")
     job = launcher.start_job("job-1", AddModel(id=3, source="/s", name="n"), 8_000_000_000)
@@ -115,8 +120,9 @@ def test_children_get_their_arguments_and_their_last_words_are_kept(paths):
         process.close()
         process.close()
     log = paths.logs / "worker.log"
-    assert log.read_text() == f"{paths.children}\nworker-1\n"
-    assert worker.last_words() == f"worker-1 (see {log})"
+    address, identity, *flags = log.read_text().splitlines()
+    assert (address, identity, parse_settings(flags)) == (paths.children, "worker-1", settings)
+    assert worker.last_words() == f"{flags[-1]} (see {log})"
     address, identity, library, cache, request = (paths.logs / "job.log").read_text().splitlines()
     assert (address, identity, library, cache) == (paths.children, "job-1", str(paths.library), str(paths.cache))
     assert '"source":"/s"' in request

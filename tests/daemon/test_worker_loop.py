@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ebbflow.daemon.settings import DEFAULTS, KV_TYPES, WorkerSettings
 from ebbflow.daemon.worker import loop as loop_module
 from ebbflow.daemon.worker.loop import IDLE_SECONDS, REPORT_SECONDS, Loop
 from ebbflow.daemon.worker.resident import Resident
@@ -80,9 +81,9 @@ def ask(key: int, prompt: str = PROMPT, model: str = "m", **sampling: Any) -> Ge
 class Worker:
     """A loop, what it heard and what it said."""
 
-    def __init__(self, tick: float = 0.0005) -> None:
+    def __init__(self, tick: float = 0.0005, settings: WorkerSettings = DEFAULTS) -> None:
         self.line, self.clock = FakeLine(), FakeClock(tick)
-        self.loop = Loop(self.line, 2, self.clock)
+        self.loop = Loop(self.line, 2, self.clock, settings)
         self.answers = Answers()
 
     def hear(self, *messages: ToWorker) -> list[Any]:
@@ -143,6 +144,19 @@ def test_a_model_is_loaded_and_reported_at_its_edge(folder: Path, edges: tuple[i
     assert (residency.nbytes, residency.total_nbytes) == (edges[30], edges[BLOCKS])
     assert (residency.base_nbytes, residency.target_nbytes) == (edges[BASE], edges[30] + 5)
     assert (residency.kv_nbytes, residency.running, residency.waiting) == (0, 0, 0)
+
+
+def test_settings_decide_what_keys_and_values_take(folder: Path) -> None:
+    held = {}
+    for kv in KV_TYPES:
+        worker = Worker(settings=WorkerSettings(kv))
+        worker.load(folder)
+        worker.hear(ask(1))
+        held[kv] = worker.residency().kv_nbytes
+        worker.settle()
+        assert isinstance(worker.answers.by_id[1].end, Finished)
+        worker.hear(Exit())
+    assert 0 < held["i8"] == held["f16"] * (32 + 4) // (32 * 2)
 
 
 def test_a_target_below_the_base_holds_the_base(folder: Path) -> None:

@@ -119,14 +119,16 @@ def test_a_row_taken_is_the_row_multiplied_with(levels: tuple[str, ...], n: int)
     np.testing.assert_array_equal(weight.times(unit).T, rows)  # a zero's sign is lost among the other products
 
 
-def attention_of(cuts: list[int], strangers: bool, window: int, threads: int, chunks: int, per_group: int = 2) -> F32:
+def attention_of(
+    dtype: str, cuts: list[int], strangers: bool, window: int, threads: int, chunks: int, per_group: int = 2
+) -> F32:
     """One sequence of 70 tokens through `attend`, in pieces; other sequences beside it or not."""
     tokens, groups, width = (40 if JIT_OFF else 70), 2, 20
     rng = np.random.default_rng(1)
     q = rng.standard_normal((tokens, groups * per_group, width)).astype(np.float32)
     k, v = (rng.standard_normal((tokens, groups, width)).astype(np.float32) for _ in "kv")
     numba.set_num_threads(threads)
-    kind = attention.KINDS["f16"]
+    kind = attention.KINDS[dtype]
     # NaN wherever nothing is stored
     kv = np.full((8, 2, 2, groups, attention.head_nbytes(kind, width)), 0xFF, np.uint8)
     tables = np.array([[5, 0, 3], [1, 2, 4]])
@@ -155,12 +157,13 @@ def attention_of(cuts: list[int], strangers: bool, window: int, threads: int, ch
     threads=st.integers(1, min(2, numba.config.NUMBA_NUM_THREADS)),
     chunks=st.integers(1, 5),
     per_group=st.sampled_from([1, 2, 9]),
+    dtype=st.sampled_from(["f16", "i8"]),
 )
 def test_attention_of_a_prompt_cut_anywhere_beside_anything(
-    cuts: set[int], strangers: bool, window: int, threads: int, chunks: int, per_group: int
+    cuts: set[int], strangers: bool, window: int, threads: int, chunks: int, per_group: int, dtype: str
 ) -> None:
-    alone = attention_of([], False, window, 1, 1, per_group)
-    same(attention_of(sorted(cuts), strangers, window, threads, chunks, per_group), alone)
+    alone = attention_of(dtype, [], False, window, 1, 1, per_group)
+    same(attention_of(dtype, sorted(cuts), strangers, window, threads, chunks, per_group), alone)
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "gated", "rotate", "add"])

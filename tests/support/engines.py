@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from ebbflow.daemon.engine.engine import Engine, EngineEvent
+from ebbflow.daemon.settings import DEFAULTS, WorkerSettings
 from ebbflow.daemon.worker.resident import Resident
 from ebbflow.formats.manifest import read_manifest
 from ebbflow.formats.messages import Chunk, Failed, Finished, Started
@@ -59,10 +60,12 @@ class Answers:
                 self.by_id[event.id].hear(event)
 
 
-def engine_of(folder: Path, resident: Resident, tick: float = 0.001, **manifest: Any) -> Engine:
+def engine_of(
+    folder: Path, resident: Resident, tick: float = 0.001, settings: WorkerSettings = DEFAULTS, **manifest: Any
+) -> Engine:
     """An engine for the model in `folder`, some of its manifest's fields replaced."""
     read = msgspec.structs.replace(read_manifest(folder), **manifest)
-    return Engine(folder, read, resident, 2, FakeClock(tick))
+    return Engine(folder, read, resident, 2, FakeClock(tick), settings)
 
 
 def finish(engine: Engine, answers: Answers, steps: int = 5000) -> None:
