@@ -20,6 +20,7 @@ from ebbflow.formats.stack import VERSION
 from ebbflow.kernels.cache import use_cache
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "tests"))  # for `support`: cgroups and the hog
 DEMO = ROOT / "examples" / "pystd-16m"
 CACHE = default_paths().cache / "bench"
 LIBRARY = CACHE / f"library-{VERSION}"  # models in another version of the format cannot be opened
@@ -69,17 +70,15 @@ def full_source() -> Path:
 
 
 @contextmanager
-def daemon(*models: Path) -> Iterator[Client]:
-    """A real daemon of its own that has these models; its kernels are compiled once for all benches."""
+def daemon(flags: tuple[str, ...] = (), prefix: tuple[str, ...] = ()) -> Iterator[Client]:
+    """A real daemon with LIBRARY's models, behind the command `prefix`; kernels are compiled once for all benches."""
     home = Path(tempfile.mkdtemp(prefix="ebb"))
     paths = home_paths(home)
-    paths.library.mkdir()
-    for model in models:
-        (paths.library / model.name).symlink_to(model)
+    paths.library.symlink_to(LIBRARY)
     (CACHE / "kernels").mkdir(parents=True, exist_ok=True)
     paths.cache.symlink_to(CACHE / "kernels")
     environment = os.environ | {"EBBFLOW_HOME": str(home)}
-    command = [sys.executable, "-P", "-m", "ebbflow.daemon.supervisor"]
+    command = [*prefix, sys.executable, "-P", "-m", "ebbflow.daemon.supervisor", *flags]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     try:
         with Client(paths.clients) as client:

@@ -146,7 +146,8 @@ def main() -> int:
     plain = read_gigabytes_per_second()
     report.note("plain read, one thread", f"{plain:.1f} GB/s", plain)
     began = time.monotonic()
-    with daemon(demo_model(), full_shape()) as client:
+    demo_model(), full_shape()
+    with daemon() as client:
         Ours(client, "pystd-16m").decode(8, 2)
         report.note(
             "from nothing to a first answer", f"{time.monotonic() - began:.1f} s, kernels compiled before or not"
