@@ -192,6 +192,13 @@ class Bytes:
         """`total` (i32) plus the products of four neighbouring bytes each."""
         raise NotImplementedError
 
+    def signs(self, pointer: Any) -> Any:
+        """Bits from memory, one a column -> 1 where set, -1 where not, with `flip`."""
+        b, size = self.builder, self.nbytes // 8
+        bits = shuffle(b, few := load(b, vector(i8, size), pointer), few, [j // 8 for j in range(self.nbytes)])
+        own = b.and_(bits, constant(i8, [1 << j % 8 for j in range(self.nbytes)]))
+        return b.select(b.icmp_unsigned("!=", own, self.zero), self.all(self.flip ^ 1), self.all(self.flip ^ 0xFF))
+
     def _repeated(self, pointer: Any, start: int, count: int) -> Any:
         """`count` bytes from `pointer + start`, again and again until a vector is full."""
         few = load(self.builder, vector(i8, count), self.builder.gep(pointer, [number(start)]))
@@ -225,6 +232,12 @@ class Avx512(Bytes):
             for k in range(0, len(table), 2)
         )
         return self.builder.select(self.builder.icmp_signed("<", index, self.zero), high[0], low) if high else low
+
+    def signs(self, pointer: Any) -> Any:
+        """64 bits are a mask."""
+        b = self.builder
+        mask = b.bitcast(load(b, i64, pointer), vector(ir.IntType(1), 64))
+        return b.select(mask, self.all(self.flip ^ 1), self.all(self.flip ^ 0xFF))
 
     def dot(self, total: Any, w: Any, x: Any) -> Any:
         """`w` unsigned, `x` signed; nothing saturates."""
