@@ -342,9 +342,7 @@ dot: Any = plain if JIT_OFF else intrinsic(_typed_dot)
 
 
 @njit(nogil=True)
-def _portable_decode(
-    stored: U8, planes: I64, words: int, levels: int, step: int, rows: int, w: U8, bits: U8
-) -> None:
+def _portable_decode(stored: U8, planes: I64, words: int, levels: int, step: int, rows: int, w: U8, bits: U8) -> None:
     """What `_typed_decode` documents, signed, one weight at a time; `bits [>= depth]` is scratch."""
     depth = planes.shape[0]
     for i in range(rows):

@@ -1,28 +1,28 @@
-"""`y[T, m] = x[T, n] @ W^T` in integers for weights that are a sum of blocks: signs of low rank, or anything else.
+"""`y[T, m] = x[T, n] @ W^T` in integers for weights that are a sum of blocks: signs of rank 1, or anything else.
 
-Method, for `signs` blocks of rank 1 (or little more): what one rank of one level adds to row i of y is
+Four rows of W at a time become bytes, which are multiplied with all tokens of the step by `planes.dot`.
 
-    U[i, r] * sum_j S[i, j] z[j],    z = V[r] * x,
+Method, for `signs` blocks of rank 1: row i of W is `sum_l S_l[i, j] U_l[i] V_l[j]`. The V's belong to the whole matrix.
+`prepare` makes them bytes, once for a resident prefix: `V_l[j] = v_l c[j] size_l[j] / 127`, where `c[j]` is the largest
+of column j over the levels, each by its mean. So rows need only their own factors `U_l[i] v_l` in bytes, whose sum is
+at most 254: two levels at a time, `+-factor * size` is one multiply-add of bytes, and the sum over levels is 16 bits of
+which the upper 8 are kept. The signs of four levels are interleaved as `planes.indices` does it, and an index looks up
+`+-factor`. A token is multiplied with c before it is made bytes.
 
-and V belongs to the whole matrix. So a token is made bytes once for each rank of each level (`fold_row`), and its
-product with +-1, made of the stored bits in registers, is that of `planes.emit_dot`. The work grows with ranks times
-tokens. Other blocks therefore go the plain way: four rows of W are decoded to floats (`rows`), rounded to bytes with a
-scale for each row, and multiplied with the token's own bytes, whatever the rank. A lone block of int8 is just copied.
+Other blocks go the plain way: rows of W are decoded to floats (`rows`), and rounded to bytes with a scale for each row.
+A lone block of int8 is just copied. Columns keep their order then.
 
-Columns keep their order. Of 512 columns, the 32 whose products meet in one of the 16 integer sums share a scale: fine
-scales, which inputs that were not rotated need, cost nothing there.
-
-Determinism is that of `planes`: integers are exact; floats are added in the order of columns, then ranks, then levels.
-Layouts are those of `formats/kinds`.
+Inputs are not rotated, but finely scaled: of 512 columns, the 32 whose products meet in one of the 16 integer sums.
+Determinism is that of `planes`. Layouts are those of `formats/kinds`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
 from numba import njit, prange, types
+from numba.core.cgutils import alloca_once
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -36,22 +36,40 @@ from .planes import (
     SETS,
     SUMS,
     TILES,
+    USABLE,
     VECTORS,
-    Fetch,
+    column_order,
     dot,
-    emit_dots,
+    indices,
+    padded,
     plain,
     pointer,
     portable_dot,
     width,
 )
 from .quantize import LARGEST, LEAST
-from .rows import I8, JIT_OFF, PLANE, ROWS, SIGNS, WORD, decode_rows, half_to_float
-from .vectors import Bytes, constant, f32, i8, i32, load, number, prefetch, shuffle, store, vector
+from .rows import I8, JIT_OFF, ROWS, SIGNS, WORD, decode_rows, half_to_float
+from .vectors import (
+    LANE,
+    Bytes,
+    cases,
+    constant,
+    f32,
+    i8,
+    i16,
+    i32,
+    load,
+    loop,
+    number,
+    prefetch,
+    shuffle,
+    store,
+    vector,
+)
 
-FOLDED_RANK: Final = 2  # of the blocks whose inputs are folded; above, decoding rows is less work from a few tokens on
-ROTATED: Final = -2  # forms of an input: what `planes` wants,
-PLAIN: Final = -1  # the same columns in bytes; or, from 0 on, times the row of V that begins at this uint16
+GROUPED: Final = 4  # levels decoded together
+MOST_LEVELS: Final = 100  # of which the factors' roundings cannot overflow
+_LARGEST_SUM: Final = 254  # of a row's factors: 254 * 127 are 15 bits
 _FLIPS: Final = np.array([SETS[code].flip if code in SETS else 0 for code in range(len(TILES))], np.uint8)
 _ROUND: Final = np.float32(12582912.0)  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits
 _ROUND_BITS: Final = int(_ROUND.view(np.int32))
@@ -65,22 +83,64 @@ U8 = NDArray[np.uint8]
 
 
 @njit(nogil=True)
-def folded(blocks: I64) -> bool:
-    """Whether inputs are folded for these blocks."""
+def integral(blocks: I64) -> bool:
+    """Whether `prepare` is wanted for these blocks."""
     for level in range(blocks.shape[0]):
-        if blocks[level, 0] != SIGNS or blocks[level, 2] > FOLDED_RANK:
+        if blocks[level, 0] != SIGNS or blocks[level, 2] != 1:
             return False
-    return blocks.shape[0] > 0
+    return 0 < blocks.shape[0] <= MOST_LEVELS
 
 
-def input_forms(blocks: I64, m: int, n: int) -> tuple[int, ...]:
-    """The forms in which a weight `[m, n]` of these blocks wants its input, in order."""
-    if len(blocks) and blocks[0, 0] >= PLANE:
-        return (ROTATED,)
-    if not folded(blocks):
-        return (PLAIN,)
-    before = m * -(-n // WORD) * (WORD // 16)
-    return tuple(int(at) // 2 + before + m * int(k) + r * n for _, at, k in blocks for r in range(k))
+@njit(nogil=True)
+def groups_of(levels: int) -> int:
+    """Groups of GROUPED levels, the last filled up with levels of nothing."""
+    return -(-levels // GROUPED)
+
+
+@njit(nogil=True)
+def made_places(levels: int, n: int) -> tuple[int, int, int, int]:
+    """Where units, flips and magnitudes begin in what `prepare` makes, and its end; multiples of 64."""
+    units = _line(4 * n)
+    flips = units + _line(4 * levels)
+    magnitudes = flips + _line(8 * -(-n // WORD) * GROUPED * groups_of(levels))
+    return units, flips, magnitudes, magnitudes + GROUPED * groups_of(levels) * padded(n)
+
+
+@njit(nogil=True)
+def _line(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64
+
+
+def prepare(stored: NDArray[np.uint16], blocks: I64, m: int, n: int) -> U8:
+    """What a weight `[m, n]` of `integral` blocks needs beside them, in one array of bytes.
+
+    First c `[n]`, then the units v `[levels]`, both float32; flips `[levels, words]`, 64-bit words with a bit wherever V
+    is negative; and magnitudes `[groups, blocks of 512 columns, 2 pairs of levels, 8 vectors, 2 halves, 4 lanes, 8
+    columns, 2 levels]`: bytes up to 127, columns in `planes.column_order`.
+    """
+    levels, words = len(blocks), -(-n // WORD)
+    starts = [int(at) // 2 + m * words * (WORD // 16) + m for _, at, _ in blocks]
+    v = np.stack([stored[start : start + n].view(np.float16) for start in starts]).astype(np.float32)
+    size = np.abs(v)
+    mean = size.mean(axis=1, dtype=np.float64).astype(np.float32)
+    relative = size / np.where(mean > 0, mean, np.float32(1))[:, None]
+    c = relative.max(axis=0)
+    full = GROUPED * groups_of(levels)
+    bytes_ = np.zeros((full, padded(n)), np.uint8)
+    bytes_[:levels, :n] = np.rint(relative / np.where(c > 0, c, np.float32(1)) * np.float32(LARGEST))
+    bits = np.zeros((full, words * WORD), np.uint8)
+    bits[:levels, :n] = v < 0
+    # [groups, pairs, levels, blocks, vectors, lanes, halves, columns]
+    ordered = bytes_.reshape(full, -1, COLUMNS)[:, :, column_order()].reshape(
+        -1, 2, 2, padded(n) // COLUMNS, 8, 4, 2, 8
+    )
+    places = made_places(levels, n)
+    made = np.zeros(places[-1], np.uint8)
+    parts = (c, mean, np.packbits(bits, axis=1, bitorder="little"), ordered.transpose(0, 3, 1, 4, 6, 5, 7, 2))
+    for start, part in zip((0, *places), parts, strict=False):
+        raw = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+        made[start : start + len(raw)] = raw
+    return made
 
 
 def _typed_round(typing: Any, row: Any, at: Any, q: Any, t: Any, scales: Any, corrections: Any) -> Any:
@@ -95,9 +155,7 @@ def _typed_round(typing: Any, row: Any, at: Any, q: Any, t: Any, scales: Any, co
             for k, value in ((0, row), (2, q), (4, scales), (5, corrections))
         )
         floats, integers = vector(f32, _WIDE), vector(i32, _WIDE)
-        values = [
-            load(b, floats, b.gep(rows.data, [b.add(at, number(_WIDE * v))]), 4) for v in range(VECTORS)
-        ]
+        values = [load(b, floats, b.gep(rows.data, [b.add(at, number(_WIDE * v))]), 4) for v in range(VECTORS)]
 
         def everywhere(value: int) -> Any:
             return constant(i32, [value] * _WIDE)
@@ -156,122 +214,188 @@ def _plain_round(row: F32, at: int, q: NDArray[np.int8], t: int, scales: F32, co
     corrections[t, places] = -128 * whole.sum((0, 2)).astype(np.int32)
 
 
-def _typed_dot_signs(
+def emit_decode_signs(
+    of: Bytes, base: Any, places: Any, sizes: tuple[Any, Any, Any], made: tuple[Any, Any, Any], out: Any, out_step: Any
+) -> None:
+    """Code that decodes rows of signs into bytes; `sizes` are rows, words of a row and groups of levels.
+
+    `places [4 groups]` are offsets from `base` of the first row's words, `made` points to the tables of the rows, and
+    to the flips and magnitudes that `prepare` documents.
+    """
+    b = of.builder
+    rows, words, groups = sizes
+    tables, flips, magnitudes = made
+    halves = vector(i16, of.nbytes // 2)
+    first = constant(i16, [128 + (of.flip << 8)] * (of.nbytes // 2))
+    row_nbytes, block_nbytes = b.mul(words, number(8)), 2 * 2 * COLUMNS
+    row, next_row, end_row = loop(b, rows)
+    here, there = b.gep(base, [b.mul(row, row_nbytes)]), b.gep(out, [b.mul(row, out_step)])
+    own = b.gep(tables, [b.mul(row, b.mul(groups, number(64)))])
+    word, next_word, end_word = loop(b, words, VECTORS)
+    for start in range(0, 4, of.lanes):
+        sums = [[alloca_once(b, halves) for _ in range(2)] for _ in range(VECTORS)]
+        for pair in sums:
+            for place in pair:
+                b.store(first, place)
+        group, next_group, end_group = loop(b, groups, unroll=False)
+        at, left = b.add(b.mul(word, number(8)), number(LANE * start)), b.sub(words, b.add(word, number(2 * start)))
+        planes = []
+        for level in range(GROUPED):
+            which = b.add(b.mul(group, number(GROUPED)), number(level))
+            stored = b.gep(here, [b.add(b.load(b.gep(places, [which])), at)])
+            if start == 0:
+                prefetch(b, b.gep(stored, [number(AHEAD)]))
+            flip = of.masked(b.gep(flips, [b.add(b.mul(which, row_nbytes), at)]), left)
+            planes.append(b.xor(of.masked(stored, left), flip))
+        table = b.gep(own, [b.mul(group, number(64))])
+        signed = [of.repeated(table, LANE * level, LANE) for level in range(GROUPED)]
+        blocks = b.sdiv(b.add(words, number(VECTORS - 1)), number(VECTORS))
+        block = b.add(b.mul(group, blocks), b.sdiv(word, number(VECTORS)))
+        sizes_at = b.gep(magnitudes, [b.add(b.mul(block, number(block_nbytes)), number(LANE * start))])
+        for v, index in enumerate(indices(of, planes)):
+            factors = [of.look_up([part], index, 4) for part in signed]
+            for pair in range(2):
+                for half in range(2):
+                    size = load(b, of.kind, b.gep(sizes_at, [number(64 * (2 * (8 * pair + v) + half))]))
+                    both = of.unpack(factors[2 * pair], factors[2 * pair + 1], 1, bool(half))
+                    place = sums[v][half]
+                    b.store(b.add(b.load(place), of.multiply_pairs(size, both)), place)
+        next_group()
+        end_group()
+        for v, (low, high) in enumerate(sums):
+            found = of.high_bytes(b.load(low), b.load(high))
+            store(b, found, b.gep(there, [b.add(b.mul(word, number(64)), number(64 * v + LANE * start))]))
+    next_word()
+    end_word()
+    next_row()
+    end_row()
+
+
+def _typed_decode(
     typing: Any,
     instructions: Any,
-    tokens: Any,
     stored: Any,
     places: Any,
+    groups: Any,
     words: Any,
-    tails: Any,
-    x: Any,
-    first: Any,
-    scales: Any,
-    corrections: Any,
-    out: Any,
+    rows: Any,
+    tables: Any,
+    made: Any,
+    flips: Any,
+    magnitudes: Any,
+    w: Any,
 ) -> Any:
-    """`planes.dot` of ROWS rows of signs, whose words begin at the bytes `places [ROWS]`; what is left of them after the
-    last whole COLUMNS is in `tails [ROWS, >= 64]`.
-    """
-    signature = types.void(
-        types.int64, types.int64, stored, places, types.int64, tails, x, types.int64, scales, corrections, out
-    )
+    """`rows` rows of signs into `w [ROWS, stride]`; flips and magnitudes begin at these bytes of `made`."""
+    signature = types.void(types.int64, stored, places, *[types.int64] * 3, tables, made, types.int64, types.int64, w)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        instructions, tokens, stored, places, words, tails, *rest = args
-        b = builder
-        base, tail = (pointer(context, b, sig.args[k], value) for k, value in ((2, stored), (5, tails)))
-        starts = context.make_array(sig.args[3])(context, b, places).data
-        step = width(context, b, sig.args[5], tails)
+        instructions, stored, places, groups, words, rows, tables, made, flips, magnitudes, w = args
+        base, table, prepared, out = (
+            pointer(context, builder, sig.args[k], value) for k, value in ((1, stored), (6, tables), (7, made), (10, w))
+        )
+        offsets = context.make_array(sig.args[2])(context, builder, places).data
+        step = width(context, builder, sig.args[10], w)
+        parts = (table, builder.gep(prepared, [flips]), builder.gep(prepared, [magnitudes]))
 
-        def rows(of: Bytes) -> Callable[[Any], Fetch]:
-            begin = [b.gep(base, [b.load(b.gep(starts, [number(i)]))]) for i in range(ROWS)]
-            ends = [b.gep(tail, [b.mul(step, number(i))]) for i in range(ROWS)]
+        def for_set(code: int) -> None:
+            emit_decode_signs(SETS[code](builder), base, offsets, (rows, words, groups), parts, out, step)
 
-            def block(j: Any) -> Fetch:
-                at = b.sdiv(j, number(8))
-                whole = b.icmp_signed("<=", b.add(at, number(COLUMNS // 8)), b.mul(words, number(8)))
-                found = [b.select(whole, b.gep(begin[i], [at]), ends[i]) for i in range(ROWS)]
-                for here in found:
-                    prefetch(b, b.gep(here, [number(AHEAD)]))
-                return lambda i, offset: of.signs(b.gep(found[i], [number(offset // 8)]))
-
-            return block
-
-        arrays = tuple(zip(sig.args[6:], rest, strict=True))
-        emit_dots(context, b, instructions, tokens, arrays, rows)
+        cases(builder, instructions, {code: lambda code=code: for_set(code) for code in USABLE})
         return context.get_dummy_value()
 
     return signature, codegen
 
 
 _round: Any = _plain_round if JIT_OFF else intrinsic(_typed_round)
-_dot_signs: Any = plain if JIT_OFF else intrinsic(_typed_dot_signs)
+_decode: Any = plain if JIT_OFF else intrinsic(_typed_decode)
 
 
 @njit(nogil=True)
-def fold_row(
-    x: F32,
-    stored: NDArray[np.uint16],
-    form: int,
-    row: F32,
-    t: int,
-    q: NDArray[np.int8],
-    scales: F32,
-    corrections: NDArray[np.int32],
+def round_row(
+    x: F32, c: F32, row: F32, t: int, q: NDArray[np.int8], scales: F32, corrections: NDArray[np.int32]
 ) -> None:
-    """Row t of what `fold_inputs` documents, from `x [n]`, in one form; `row [padded(n)]` is scratch, zero past n."""
+    """Token t of what `round_inputs` documents, from `x [n]`; `row [padded(n)]` is scratch."""
     n = x.shape[0]
-    if form >= 0:
-        for j in range(n):
-            row[j] = x[j] * half_to_float(stored[form + j])
+    if c.shape[0]:
+        for start in range(0, q.shape[1], 8):
+            lane, rest = start // 16 % 4, start % 16 // 8
+            v = start % COLUMNS // 64
+            first = start // COLUMNS * COLUMNS + 128 * lane + 32 * (v // 2) + 16 * rest + 8 * (v % 2)
+            for k in range(8):
+                row[start + k] = x[first + k] * c[first + k] if first + k < n else np.float32(0)
     else:
-        for j in range(n):
-            row[j] = x[j]
+        row[:n] = x
+        row[n:] = 0
     for at in range(0, q.shape[1], COLUMNS):
         _round(row, at, q, t, scales, corrections)
 
 
-@njit("void(f4[:,::1],u2[::1],i8[::1],i1[:,::1],f4[:,::1],i4[:,::1])", nogil=True, cache=True)
-def fold_inputs(
-    x: F32,
-    stored: NDArray[np.uint16],
-    forms: I64,
-    q: NDArray[np.int8],
-    scales: F32,
-    corrections: NDArray[np.int32],
-) -> None:
-    """`x [T, n]` in bytes, in each of `forms` (not ROTATED): `q [forms * T, planes.padded(n)]`, form by form.
+@njit("void(f4[:,::1],f4[::1],i1[:,::1],f4[:,::1],i4[:,::1])", nogil=True, cache=True)
+def round_inputs(x: F32, c: F32, q: NDArray[np.int8], scales: F32, corrections: NDArray[np.int32]) -> None:
+    """`x [T, n]` in bytes `q [T, planes.padded(n)]`, columns in their order; or times `c [n]`, if that is not empty,
+    and in `planes.column_order`.
 
-    `scale * q` is the value, of columns in their order. `scales` and `corrections` `[forms * T, padded(n) / 32]` are as
-    in `quantize.quantize_inputs`, but of the 32 columns `512 b + 64 v + 4 s + (0 to 3)`, v from 0 to 7, of each sum s.
+    `scale * q` is the value. `scales` and `corrections` `[T, padded(n) / 32]` are as in `quantize.quantize_inputs`, but
+    each sum of 512 bytes has its own scale, of its 32 bytes `64 v + 4 s + (0 to 3)`.
     """
     row = np.zeros(q.shape[1], np.float32)
-    for f in range(forms.shape[0]):
-        for t in range(x.shape[0]):
-            fold_row(x[t], stored, forms[f], row, f * x.shape[0] + t, q, scales, corrections)
+    for t in range(x.shape[0]):
+        round_row(x[t], c, row, t, q, scales, corrections)
 
 
 @njit(nogil=True)
-def _find_signs(stored: U8, start: int, words: int, rows: int, places: I64, w: U8) -> None:
-    """Places of ROWS rows of signs, the missing ones like the last, and the tails of all of them into `w`."""
-    left = words % VECTORS * 8
-    for i in range(ROWS):
-        places[i] = start + 8 * words * min(i, rows - 1)
-        if left:
-            tail = places[i] + 8 * words - left
-            for byte in range(WORD):
-                w[i, byte] = stored[tail + byte] if byte < left else 0
+def _factor_rows(
+    halves: NDArray[np.uint16], blocks: I64, at: int, first: int, rows: int, units: F32, tables: U8, scales: F32
+) -> None:
+    """Of each row and level, 16 bytes: the factor in bytes, minus it where the level's bit of the index is not set.
+
+    U begins `at` uint16 after its block does. `tables [ROWS * groups * 64]`; what a row's bytes stand for, without c,
+    is `scales` times them.
+    """
+    levels, groups = blocks.shape[0], groups_of(blocks.shape[0])
+    for i in range(rows):
+        total, largest = np.float32(0), np.float32(0)
+        for level in range(levels):
+            size = abs(half_to_float(halves[blocks[level, 1] // 2 + at + first + i]) * units[level])
+            total, largest = np.float32(total + size), max(largest, size)
+        unit = max(total / np.float32(_LARGEST_SUM - levels), largest / np.float32(LARGEST))
+        by = np.float32(1) / unit if unit > np.float32(LEAST) else np.float32(0)
+        scales[i] = unit * np.float32(256 / LARGEST) if unit > np.float32(LEAST) else np.float32(0)
+        for level in range(GROUPED * groups):
+            factor = 0
+            if level < levels:
+                value = half_to_float(halves[blocks[level, 1] // 2 + at + first + i]) * units[level]
+                factor = int(np.rint(value * by))
+            start = 16 * (i * groups * GROUPED + level)
+            for index in range(16):
+                positive = index >> (GROUPED - 1 - level % GROUPED) & 1
+                tables[start + index] = (factor if positive else -factor) & 0xFF
 
 
 @njit(nogil=True)
-def _portable_signs(stored: U8, places: I64, words: int, w: U8) -> None:
-    """The bytes of ROWS rows of signs, as `planes.portable_dot` wants them."""
-    for i in range(ROWS):
-        w[i] = 0
-        for byte in range(8 * words):
-            for bit in range(8):
-                w[i, 8 * byte + bit] = 1 if stored[places[i] + byte] >> bit & 1 else 255
+def _portable_decode(
+    stored: U8, places: I64, levels: int, words: int, rows: int, tables: U8, made: U8, flips: int, sizes: int, w: U8
+) -> None:
+    """What `_typed_decode` documents, signed, one weight at a time."""
+    groups, blocks = groups_of(levels), -(-words // VECTORS)
+    factors = tables.view(np.int8)
+    for i in range(rows):
+        for place in range(blocks * COLUMNS):
+            block, v, lane = place // COLUMNS, place // 64 % 8, place // 16 % 4
+            half, k = place // 8 % 2, place % 8
+            column = block * COLUMNS + 128 * lane + 32 * (v // 2) + 16 * half + 8 * (v % 2) + k
+            total = 128
+            if column < words * WORD:
+                for level in range(levels):
+                    byte = level * words * 8 + column // 8
+                    bits = stored[places[level] + i * words * 8 + column // 8] ^ made[flips + byte]
+                    group, pair = level // GROUPED, level // 2 % 2
+                    at = ((group * blocks + block) * 2 + pair) * 1024 + 64 * (2 * v + half) + 16 * lane
+                    factor = int(factors[16 * (i * groups * GROUPED + level) + 15])
+                    total += int(made[sizes + at + 2 * k + level % 2]) * (
+                        factor if bits >> (column % 8) & 1 else -factor
+                    )
+            w[i, place] = (total >> 8) & 0xFF
 
 
 @njit(nogil=True)
@@ -327,17 +451,19 @@ def multiply_sum_rows(
     instructions: int,
     stored: U8,
     blocks: I64,
+    made: U8,
     m: int,
     n: int,
     first: int,
     stop: int,
-    tokens: int,
     x: NDArray[np.int8],
     scales: F32,
     corrections: NDArray[np.int32],
     w: U8,
     singles: F32,
     factors: F32,
+    tables: U8,
+    places: I64,
     floats: F32,
     integers: I64,
     bias: F32,
@@ -348,50 +474,38 @@ def multiply_sum_rows(
     """Rows `[first, stop)` of what `multiply_sum` documents, W `[m, n]`, into `y [T, at + row]`, or added to it.
 
     `bias` is `[m]` or empty. Scratch is as in `planes.multiply_rows`, and `singles [ROWS, >= n]`, `factors [ROWS, >=
-    rank]`. Nothing is allocated.
+    rank]`, `tables [>= ROWS * 64 * groups]`, `places [>= GROUPED * groups]`. Nothing is allocated.
     """
-    words, tile, fold, flip = -(-n // WORD), TILES[instructions], folded(blocks), _FLIPS[instructions]
-    halves = stored.view(np.uint16)
-    size = MOST_TOKENS * ROWS
-    out, totals, partials = floats[:size], floats[size : 2 * size], floats[2 * size :]
-    places, sums = integers[:ROWS], integers[16:].view(np.int32)
+    words, tile, whole, flip = -(-n // WORD), TILES[instructions], integral(blocks), _FLIPS[instructions]
+    levels, halves, after = blocks.shape[0], stored.view(np.uint16), m * -(-n // WORD) * (WORD // 16)
+    out, partials = floats[: MOST_TOKENS * ROWS], floats[FLOATS - SUMS :]
+    by, sums = floats[MOST_TOKENS * ROWS :], integers[16:].view(np.int32)
+    at_units, at_flips, at_sizes, _ = made_places(levels, n)
     for begin in range(first, stop, ROWS):
         rows = min(ROWS, stop - begin)
-        if not fold:
-            _decode_bytes(stored, blocks, m, n, begin, rows, flip, factors, singles, w, partials)
-            for i in range(rows):
-                totals[i] = partials[i]  # `partials` is used again
+        if whole:
+            units = made[at_units : at_units + 4 * levels].view(np.float32)
+            _factor_rows(halves, blocks, after, begin, rows, units, tables, by)
+            for level in range(GROUPED * groups_of(levels)):
+                places[level] = blocks[level if level < levels else 0, 1] + 8 * words * begin
+            if instructions == PORTABLE:
+                _portable_decode(stored, places, levels, words, rows, tables, made, at_flips, at_sizes, w)
+            else:
+                _decode(
+                    instructions, stored, places, groups_of(levels), words, rows, tables, made, at_flips, at_sizes, w
+                )
+        else:
+            _decode_bytes(stored, blocks, m, n, begin, rows, flip, factors, singles, w, by)
         t = 0
-        while t < tokens:
-            count = tile if t + tile <= tokens else 1
-            if fold:
-                totals[: count * ROWS] = 0
-                part = t
-                for level in range(blocks.shape[0]):
-                    start, k = blocks[level, 1], blocks[level, 2]
-                    factor = start // 2 + m * words * (WORD // 16) + begin * k
-                    _find_signs(stored, start + 8 * words * begin, words, rows, places, w)
-                    if instructions == PORTABLE:
-                        _portable_signs(stored, places, words, w)
-                    for r in range(k):
-                        if instructions == PORTABLE:
-                            portable_dot(w, x, part, scales, sums, partials, out)
-                        else:
-                            _dot_signs(
-                                instructions, count, stored, places, words, w, x, part, scales, corrections, out
-                            )
-                        for i in range(rows):
-                            u = half_to_float(halves[factor + i * k + r])
-                            for s in range(count):
-                                totals[s * ROWS + i] += out[s * ROWS + i] * u
-                        part += tokens
-            elif instructions == PORTABLE:
+        while t < x.shape[0]:
+            count = tile if t + tile <= x.shape[0] else 1
+            if instructions == PORTABLE:
                 portable_dot(w, x, t, scales, sums, partials, out)
             else:
                 dot(instructions, count, w, x, t, scales, corrections, out)
             for i in range(rows):
                 for s in range(count):
-                    value = totals[s * ROWS + i] if fold else out[s * ROWS + i] * totals[i]
+                    value = out[s * ROWS + i] * by[i]
                     if bias.shape[0]:
                         value += bias[begin + i]
                     y[t + s, at + begin + i] = y[t + s, at + begin + i] + value if add else value
@@ -399,7 +513,7 @@ def multiply_sum_rows(
 
 
 @njit(
-    "void(i8,u1[::1],i8[:,::1],i8,i1[:,::1],f4[:,::1],i4[:,::1],u1[:,:,::1],f4[:,:,::1],f4[:,::1])",
+    "void(i8,u1[::1],i8[:,::1],u1[::1],i8,i1[:,::1],f4[:,::1],i4[:,::1],u1[:,:,::1],f4[:,:,::1],f4[:,::1])",
     nogil=True,
     parallel=True,
     cache=True,
@@ -408,6 +522,7 @@ def multiply_sum(
     instructions: int,
     stored: U8,
     blocks: I64,
+    made: U8,
     n: int,
     x: NDArray[np.int8],
     scales: F32,
@@ -418,32 +533,36 @@ def multiply_sum(
 ) -> None:
     """`y [T, m] = x @ W^T`, W `[m, n]` being the sum of `blocks [levels, 3]`, which are as in `rows.decode_rows`.
 
-    `instructions` is the code of a set that `instructions.compiled` names. `x`, `scales` and `corrections` are what
-    `fold_inputs` writes for the forms that `input_forms` names. `scratch [chunks, ROWS, level_stride(n)]` and `singles
-    [chunks, ROWS, >= n]` are overwritten; rows are shared out over their chunks.
+    `instructions` is the code of a set that `instructions.compiled` names. If the blocks are `integral`, `made` is what
+    `prepare` gives, and its c was used in `round_inputs`, which gives `x`, `scales` and `corrections`. `scratch [chunks,
+    ROWS, level_stride(n)]` and `singles [chunks, ROWS, >= n]` are overwritten; rows are shared out over their chunks.
     """
     m, chunks = y.shape[1], scratch.shape[0]
     share = -(-m // (chunks * ROWS)) * ROWS
     none = np.empty(0, np.float32)
     rank = max(1, blocks[:, 2].max()) if blocks.shape[0] else 1
-    factors = np.empty((chunks, ROWS, rank), np.float32)
+    groups = groups_of(blocks.shape[0])
+    factors, tables = np.empty((chunks, ROWS, rank), np.float32), np.empty((chunks, ROWS * 64 * groups), np.uint8)
     floats, integers = np.empty((chunks, FLOATS), np.float32), np.empty((chunks, INTEGERS), np.int64)
+    places = np.empty((chunks, GROUPED * groups), np.int64)
     for chunk in prange(chunks):
         multiply_sum_rows(
             instructions,
             stored,
             blocks,
+            made,
             m,
             n,
             chunk * share,
             min(m, (chunk + 1) * share),
-            y.shape[0],
             x,
             scales,
             corrections,
             scratch[chunk],
             singles[chunk],
             factors[chunk],
+            tables[chunk],
+            places[chunk],
             floats[chunk],
             integers[chunk],
             none,
