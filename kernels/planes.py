@@ -239,6 +239,7 @@ def pointer(context: Any, builder: Any, kind: Any, array: Any) -> Any:
 
 
 def width(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+    """Columns of an array of rows."""
     return builder.extract_value(context.make_array(kind)(context, builder, array).shape, 1)
 
 
@@ -334,6 +335,7 @@ def _typed_dot(
 
 
 def plain(*arguments: Any) -> None:
+    """In the place of an intrinsic."""
     raise AssertionError("there are no vectors without the compiler")
 
 

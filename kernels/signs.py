@@ -70,6 +70,11 @@ from .vectors import (
 GROUPED: Final = 4  # levels decoded together
 MOST_LEVELS: Final = 100  # of which the factors' roundings cannot overflow
 _LARGEST_SUM: Final = 254  # of a row's factors: 254 * 127 are 15 bits
+_EACH: Final = np.uint64(0x0101010101010101)
+# of the bytes of an index's table, those where a level's bit is set, as two 64-bit words: [level, half]
+_POSITIVE: Final = np.array(
+    [[0xFF * ((index >> (GROUPED - 1 - level)) & 1) for index in range(16)] for level in range(GROUPED)], np.uint8
+).view("<u8")
 _FLIPS: Final = np.array([SETS[code].flip if code in SETS else 0 for code in range(len(TILES))], np.uint8)
 _ROUND: Final = np.float32(12582912.0)  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits
 _ROUND_BITS: Final = int(_ROUND.view(np.int32))
@@ -98,6 +103,15 @@ def groups_of(levels: int) -> int:
 
 
 @njit(nogil=True)
+def table_nbytes(blocks: I64) -> int:
+    """Scratch for the factors of ROWS rows; a multiple of 64."""
+    rank = 1
+    for level in range(blocks.shape[0]):
+        rank = max(rank, blocks[level, 2])
+    return max(_line(4 * ROWS * rank), _line(GROUPED * groups_of(blocks.shape[0]) * (8 + 16 * ROWS)))
+
+
+@njit(nogil=True)
 def made_places(levels: int, n: int) -> tuple[int, int, int, int]:
     """Where units, flips and magnitudes begin in what `prepare` makes, and its end; multiples of 64."""
     units = _line(4 * n)
@@ -114,8 +128,8 @@ def _line(nbytes: int) -> int:
 def prepare(stored: NDArray[np.uint16], blocks: I64, m: int, n: int) -> U8:
     """What a weight `[m, n]` of `integral` blocks needs beside them, in one array of bytes.
 
-    First c `[n]`, then the units v `[levels]`, both float32; flips `[levels, words]`, 64-bit words with a bit wherever V
-    is negative; and magnitudes `[groups, blocks of 512 columns, 2 pairs of levels, 8 vectors, 2 halves, 4 lanes, 8
+    First c `[n]`, then the units v `[levels]`, both float32; flips `[levels, words]`, 64-bit words with a bit wherever
+    V is negative; and magnitudes `[groups, blocks of 512 columns, 2 pairs of levels, 8 vectors, 2 halves, 4 lanes, 8
     columns, 2 levels]`: bytes up to 127, columns in `planes.column_order`.
     """
     levels, words = len(blocks), -(-n // WORD)
@@ -349,10 +363,10 @@ def _factor_rows(
 ) -> None:
     """Of each row and level, 16 bytes: the factor in bytes, minus it where the level's bit of the index is not set.
 
-    U begins `at` uint16 after its block does. `tables [ROWS * groups * 64]`; what a row's bytes stand for, without c,
-    is `scales` times them.
+    U begins `at` uint16 after its block does. `tables [>= ROWS * groups * 64]`; what a row's bytes stand for, without
+    c, is `scales` times them.
     """
-    levels, groups = blocks.shape[0], groups_of(blocks.shape[0])
+    levels, groups, words = blocks.shape[0], groups_of(blocks.shape[0]), tables.view(np.uint64)
     for i in range(rows):
         total, largest = np.float32(0), np.float32(0)
         for level in range(levels):
@@ -362,14 +376,14 @@ def _factor_rows(
         by = np.float32(1) / unit if unit > np.float32(LEAST) else np.float32(0)
         scales[i] = unit * np.float32(256 / LARGEST) if unit > np.float32(LEAST) else np.float32(0)
         for level in range(GROUPED * groups):
-            factor = 0
+            factor = np.int32(0)
             if level < levels:
                 value = half_to_float(halves[blocks[level, 1] // 2 + at + first + i]) * units[level]
-                factor = int(np.rint(value * by))
-            start = 16 * (i * groups * GROUPED + level)
-            for index in range(16):
-                positive = index >> (GROUPED - 1 - level % GROUPED) & 1
-                tables[start + index] = (factor if positive else -factor) & 0xFF
+                factor = np.float32(value * by + _ROUND).view(np.int32) - np.int32(_ROUND_BITS)
+            plus, minus = np.uint64(factor & 0xFF) * _EACH, np.uint64(-factor & 0xFF) * _EACH
+            for half in range(2):
+                positive = _POSITIVE[level % GROUPED, half]
+                words[2 * (i * groups * GROUPED + level) + half] = plus & positive | minus & ~positive
 
 
 @njit(nogil=True)
@@ -461,9 +475,7 @@ def multiply_sum_rows(
     corrections: NDArray[np.int32],
     w: U8,
     singles: F32,
-    factors: F32,
     tables: U8,
-    places: I64,
     floats: F32,
     integers: I64,
     bias: F32,
@@ -473,26 +485,29 @@ def multiply_sum_rows(
 ) -> None:
     """Rows `[first, stop)` of what `multiply_sum` documents, W `[m, n]`, into `y [T, at + row]`, or added to it.
 
-    `bias` is `[m]` or empty. Scratch is as in `planes.multiply_rows`, and `singles [ROWS, >= n]`, `factors [ROWS, >=
-    rank]`, `tables [>= ROWS * 64 * groups]`, `places [>= GROUPED * groups]`. Nothing is allocated.
+    `bias` is `[m]` or empty. Scratch is as in `planes.multiply_rows`, and `singles [ROWS, >= n]`, `tables [>=
+    table_nbytes]`. Nothing is allocated.
     """
     words, tile, whole, flip = -(-n // WORD), TILES[instructions], integral(blocks), _FLIPS[instructions]
     levels, halves, after = blocks.shape[0], stored.view(np.uint16), m * -(-n // WORD) * (WORD // 16)
     out, partials = floats[: MOST_TOKENS * ROWS], floats[FLOATS - SUMS :]
     by, sums = floats[MOST_TOKENS * ROWS :], integers[16:].view(np.int32)
     at_units, at_flips, at_sizes, _ = made_places(levels, n)
+    most = GROUPED * groups_of(levels)
+    places, patterns = tables[: 8 * most].view(np.int64), tables[8 * most :]
+    factors = tables[: tables.shape[0] // 16 * 16].view(np.float32).reshape(ROWS, -1)
     for begin in range(first, stop, ROWS):
         rows = min(ROWS, stop - begin)
         if whole:
             units = made[at_units : at_units + 4 * levels].view(np.float32)
-            _factor_rows(halves, blocks, after, begin, rows, units, tables, by)
-            for level in range(GROUPED * groups_of(levels)):
+            _factor_rows(halves, blocks, after, begin, rows, units, patterns, by)
+            for level in range(most):
                 places[level] = blocks[level if level < levels else 0, 1] + 8 * words * begin
             if instructions == PORTABLE:
-                _portable_decode(stored, places, levels, words, rows, tables, made, at_flips, at_sizes, w)
+                _portable_decode(stored, places, levels, words, rows, patterns, made, at_flips, at_sizes, w)
             else:
                 _decode(
-                    instructions, stored, places, groups_of(levels), words, rows, tables, made, at_flips, at_sizes, w
+                    instructions, stored, places, groups_of(levels), words, rows, patterns, made, at_flips, at_sizes, w
                 )
         else:
             _decode_bytes(stored, blocks, m, n, begin, rows, flip, factors, singles, w, by)
@@ -534,17 +549,14 @@ def multiply_sum(
     """`y [T, m] = x @ W^T`, W `[m, n]` being the sum of `blocks [levels, 3]`, which are as in `rows.decode_rows`.
 
     `instructions` is the code of a set that `instructions.compiled` names. If the blocks are `integral`, `made` is what
-    `prepare` gives, and its c was used in `round_inputs`, which gives `x`, `scales` and `corrections`. `scratch [chunks,
-    ROWS, level_stride(n)]` and `singles [chunks, ROWS, >= n]` are overwritten; rows are shared out over their chunks.
+    `prepare` gives, and its c was used in `round_inputs`, which gives `x`, `scales` and `corrections`. `scratch
+    [chunks, ROWS, level_stride(n)]` and `singles [chunks, ROWS, >= n]` are overwritten; rows are shared out over their chunks.
     """
     m, chunks = y.shape[1], scratch.shape[0]
     share = -(-m // (chunks * ROWS)) * ROWS
     none = np.empty(0, np.float32)
-    rank = max(1, blocks[:, 2].max()) if blocks.shape[0] else 1
-    groups = groups_of(blocks.shape[0])
-    factors, tables = np.empty((chunks, ROWS, rank), np.float32), np.empty((chunks, ROWS * 64 * groups), np.uint8)
+    tables = np.empty((chunks, table_nbytes(blocks)), np.uint8)
     floats, integers = np.empty((chunks, FLOATS), np.float32), np.empty((chunks, INTEGERS), np.int64)
-    places = np.empty((chunks, GROUPED * groups), np.int64)
     for chunk in prange(chunks):
         multiply_sum_rows(
             instructions,
@@ -560,9 +572,7 @@ def multiply_sum(
             corrections,
             scratch[chunk],
             singles[chunk],
-            factors[chunk],
             tables[chunk],
-            places[chunk],
             floats[chunk],
             integers[chunk],
             none,
