@@ -549,8 +549,9 @@ def multiply_sum(
     """`y [T, m] = x @ W^T`, W `[m, n]` being the sum of `blocks [levels, 3]`, which are as in `rows.decode_rows`.
 
     `instructions` is the code of a set that `instructions.compiled` names. If the blocks are `integral`, `made` is what
-    `prepare` gives, and its c was used in `round_inputs`, which gives `x`, `scales` and `corrections`. `scratch
-    [chunks, ROWS, level_stride(n)]` and `singles [chunks, ROWS, >= n]` are overwritten; rows are shared out over their chunks.
+    `prepare` gives, and its c was used in `round_inputs`, which gives `x`, `scales` and `corrections`; else `made` is
+    not looked at. `scratch [chunks, ROWS, level_stride(n)]` and `singles [chunks, ROWS, >= n]` are overwritten; rows
+    are shared out over their chunks.
     """
     m, chunks = y.shape[1], scratch.shape[0]
     share = -(-m // (chunks * ROWS)) * ROWS
