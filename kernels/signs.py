@@ -357,6 +357,20 @@ def round_inputs(x: F32, c: F32, q: NDArray[np.int8], scales: F32, corrections: 
         round_row(x[t], c, row, t, q, scales, corrections)
 
 
+def reference_round_inputs(x: F32, c: F32, q: NDArray[np.int8], scales: F32, corrections: NDArray[np.int32]) -> None:
+    """By the columns of each sum."""
+    tokens, p = q.shape
+    wide = np.zeros((tokens, p), np.float32)
+    wide[:, : x.shape[1]] = x * c if len(c) else x
+    order = column_order() if len(c) else np.arange(COLUMNS)
+    sums = wide.reshape(tokens, -1, COLUMNS)[:, :, order].reshape(tokens, -1, VECTORS, SUMS, 4)
+    largest = np.abs(sums).max((2, 4), keepdims=True)
+    scale = np.where(largest < LEAST, 0, largest / LARGEST)
+    whole = np.rint(sums / np.where(scale > 0, scale, 1) * (scale > 0))
+    q[:], scales[:] = whole.reshape(q.shape), scale.reshape(scales.shape)
+    corrections[:] = -128 * whole.sum((2, 4)).reshape(corrections.shape)
+
+
 @njit(nogil=True)
 def _factor_rows(
     halves: NDArray[np.uint16], blocks: I64, at: int, first: int, rows: int, units: F32, tables: U8, scales: F32

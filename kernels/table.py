@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from . import attention, elementwise, hadamard, instructions, matmul, nested, planes, quantize, reference, rows
+from . import attention, elementwise, hadamard, instructions, matmul, nested, planes, quantize, reference, rows, signs
 from .attention import BLOCK_TOKENS
 
 Array = NDArray[Any]
@@ -180,6 +180,52 @@ def _quantize_inputs(draw: Draw, *, tokens: int, n: int) -> Arguments:
     return [x, signs, sizes, np.full((tokens, p), 7, np.int8), scales, corrections]
 
 
+def multiply_sum_arguments(
+    draw: Draw, *, m: int, n: int, tokens: int, levels: tuple[str, ...], chunks: int = 2, instructions: str = "portable"
+) -> Arguments:
+    """Inputs of `multiply_sum`, its output last."""
+    stored, table = store_levels(draw, levels, m, n)
+    made = signs.prepare(stored, table, m, n) if signs.integral(table) else np.zeros(0, np.uint8)
+    p, c = planes.padded(n), made[: 4 * n].view(np.float32)
+    q = np.zeros((tokens, p), np.int8)
+    scales, corrections = np.zeros((tokens, p // 32), np.float32), np.zeros((tokens, p // 32), np.int32)
+    signs.round_inputs(draw.singles(tokens, n), c, q, scales, corrections)
+    scratch = np.zeros((chunks, rows.ROWS, planes.level_stride(n)), np.uint8)
+    singles, y = np.zeros((chunks, rows.ROWS, n), np.float32), np.full((tokens, m), np.nan, np.float32)
+    code = _INSTRUCTIONS[instructions]
+    return [code, stored.view(np.uint8), table, made, n, q, scales, corrections, scratch, singles, y]
+
+
+def _multiply_sum_magnitude(
+    instructions: int, stored: Array, table: Array, made: Array, n: int, x: Array, scales: Array, *rest: Array
+) -> Array:
+    """How far rounding W may take the result: in each column, of c times the row's sum of factors, or of its largest."""
+    m, inputs = rest[-1].shape[1], np.abs(reference.reference_sum_inputs(table, made, n, x, scales))
+    if len(table) == 1 and table[0, 0] == rows.I8:
+        return inputs @ _level_magnitudes(stored.view(np.uint16), table, m, n).T * 2.0**-17
+    if not len(made):
+        weight = sum(reference.reference_levels(stored.view(np.uint16), table, m, n), np.zeros((m, n)))
+        largest: Array = inputs.sum(1)[:, None] * np.abs(weight).max(1)
+        return largest
+    c = made[: 4 * n].view(np.float32).astype(np.float64)
+    parts = [
+        np.abs(part).max(1, where=c > 0, initial=0.0, keepdims=False)
+        for part in (
+            np.divide(level, c, out=np.zeros((m, n)), where=c > 0)
+            for level in reference.reference_levels(stored.view(np.uint16), table, m, n)
+        )
+    ]
+    found: Array = (inputs @ c)[:, None] * sum(parts, np.zeros(m)) * (1 + len(table) / 4)
+    return found
+
+
+def _round_inputs(draw: Draw, *, tokens: int, n: int, scaled: bool) -> Arguments:
+    p = planes.padded(n)
+    scales, corrections = np.full((tokens, p // 32), np.nan, np.float32), np.full((tokens, p // 32), 7, np.int32)
+    c = np.abs(draw.singles(n if scaled else 0))
+    return [draw.singles(tokens, n), c, np.full((tokens, p), 7, np.int8), scales, corrections]
+
+
 def _take_rows(draw: Draw, *, m: int, n: int, tokens: int, levels: tuple[str, ...]) -> Arguments:
     stored, table = store_levels(draw, levels, m, n)
     wanted = draw.rng.integers(0, m, tokens)
@@ -323,7 +369,25 @@ TABLE: Final = (
         _multiply_planes_magnitude,
         100,
     ),
+    # W is rounded to bytes: a share of its largest, 2^16 roundings being 1/256
+    Entry(
+        "multiply_sum",
+        signs.multiply_sum,
+        reference.reference_multiply_sum,
+        multiply_sum_arguments,
+        _multiply_sum_magnitude,
+        2**16,
+    ),
     # where two values lie beside a half, the bytes may differ by one
+    Entry(
+        "round_inputs",
+        signs.round_inputs,
+        signs.reference_round_inputs,
+        _round_inputs,
+        lambda *_: 2.0**24,
+        1,
+        output=2,
+    ),
     Entry(
         "quantize_inputs",
         quantize.quantize_inputs,
