@@ -4,7 +4,7 @@ Four rows of W at a time become bytes, which are multiplied with all tokens of t
 
 Method, for `signs` blocks of rank 1: row i of W is `sum_l S_l[i, j] U_l[i] V_l[j]`. The V's belong to the whole matrix.
 `prepare` makes them bytes, once for a resident prefix: `V_l[j] = v_l c[j] size_l[j] / 127`, where `c[j]` is the largest
-of column j over the levels, each by its mean. So rows need only their own factors `U_l[i] v_l` in bytes, whose sum is
+of column j over the levels, each by its median. So rows need only their own factors `U_l[i] v_l` in bytes, whose sum is
 at most 254: two levels at a time, `+-factor * size` is one multiply-add of bytes, and the sum over levels is 16 bits of
 which the upper 8 are kept. The signs of four levels are interleaved as `planes.indices` does it, and an index looks up
 `+-factor`. A token is multiplied with c before it is made bytes.
@@ -136,8 +136,9 @@ def prepare(stored: NDArray[np.uint16], blocks: I64, m: int, n: int) -> U8:
     starts = [int(at) // 2 + m * words * (WORD // 16) + m for _, at, _ in blocks]
     v = np.stack([stored[start : start + n].view(np.float16) for start in starts]).astype(np.float32)
     size = np.abs(v)
-    mean = size.mean(axis=1, dtype=np.float64).astype(np.float32)
-    relative = size / np.where(mean > 0, mean, np.float32(1))[:, None]
+    unit = np.median(size, axis=1)  # not the mean, which one large column moves
+    unit = np.where(unit > 0, unit, np.maximum(size.max(axis=1), np.float32(LEAST)))
+    relative = size / unit[:, None]
     c = relative.max(axis=0)
     full = GROUPED * groups_of(levels)
     bytes_ = np.zeros((full, padded(n)), np.uint8)
@@ -150,7 +151,7 @@ def prepare(stored: NDArray[np.uint16], blocks: I64, m: int, n: int) -> U8:
     )
     places = made_places(levels, n)
     made = np.zeros(places[-1], np.uint8)
-    parts = (c, mean, np.packbits(bits, axis=1, bitorder="little"), ordered.transpose(0, 3, 1, 4, 6, 5, 7, 2))
+    parts = (c, unit, np.packbits(bits, axis=1, bitorder="little"), ordered.transpose(0, 3, 1, 4, 6, 5, 7, 2))
     for start, part in zip((0, *places), parts, strict=False):
         raw = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
         made[start : start + len(raw)] = raw

@@ -199,10 +199,10 @@ def multiply_sum_arguments(
 def _multiply_sum_magnitude(
     instructions: int, stored: Array, table: Array, made: Array, n: int, x: Array, scales: Array, *rest: Array
 ) -> Array:
-    """How far rounding W may take the result: in each column, of c times the row's sum of factors, or of its largest."""
+    """What W is rounded by a share of: in each column, c times the row's sum of factors; or the row's largest."""
     m, inputs = rest[-1].shape[1], np.abs(reference.reference_sum_inputs(table, made, n, x, scales))
     if len(table) == 1 and table[0, 0] == rows.I8:
-        return inputs @ _level_magnitudes(stored.view(np.uint16), table, m, n).T * 2.0**-17
+        return inputs @ _level_magnitudes(stored.view(np.uint16), table, m, n).T * 2.0**-10
     if not len(made):
         weight = sum(reference.reference_levels(stored.view(np.uint16), table, m, n), np.zeros((m, n)))
         largest: Array = inputs.sum(1)[:, None] * np.abs(weight).max(1)
