@@ -93,7 +93,7 @@ def integral(blocks: I64) -> bool:
     for level in range(blocks.shape[0]):
         if blocks[level, 0] != SIGNS or blocks[level, 2] != 1:
             return False
-    return 0 < blocks.shape[0] <= MOST_LEVELS
+    return bool(0 < blocks.shape[0] <= MOST_LEVELS)
 
 
 @njit(nogil=True)
@@ -249,9 +249,8 @@ def emit_decode_signs(
     word, next_word, end_word = loop(b, words, VECTORS)
     for start in range(0, 4, of.lanes):
         sums = [[alloca_once(b, halves) for _ in range(2)] for _ in range(VECTORS)]
-        for pair in sums:
-            for place in pair:
-                b.store(first, place)
+        for total in (total for halved in sums for total in halved):
+            b.store(first, total)
         group, next_group, end_group = loop(b, groups, unroll=False)
         at, left = b.add(b.mul(word, number(8)), number(LANE * start)), b.sub(words, b.add(word, number(2 * start)))
         planes = []
@@ -273,8 +272,8 @@ def emit_decode_signs(
                 for half in range(2):
                     size = load(b, of.kind, b.gep(sizes_at, [number(64 * (2 * (8 * pair + v) + half))]))
                     both = of.unpack(factors[2 * pair], factors[2 * pair + 1], 1, bool(half))
-                    place = sums[v][half]
-                    b.store(b.add(b.load(place), of.multiply_pairs(size, both)), place)
+                    total = sums[v][half]
+                    b.store(b.add(b.load(total), of.multiply_pairs(size, both)), total)
         next_group()
         end_group()
         for v, (low, high) in enumerate(sums):
