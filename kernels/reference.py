@@ -82,10 +82,10 @@ def reference_sum_inputs(
     blocks: NDArray[np.int64], made: NDArray[np.uint8], n: int, x: NDArray[np.int8], scales: NDArray[np.float32]
 ) -> F64:
     """The values that bytes `x [T, p]` of `signs.round_inputs` stand for, divided by c again, `[T, n]`."""
-    grouped = x.reshape(len(x), -1, COLUMNS // SUMS // 4, SUMS, 4) * scales.astype(np.float64).reshape(
-        len(x), -1, 1, SUMS, 1
-    )
-    columns = grouped.reshape(len(x), -1, COLUMNS).copy()
+    tokens, count = len(x), x.shape[1] // COLUMNS
+    scale = scales.astype(np.float64).reshape(tokens, count, 1, SUMS, 1)
+    grouped = x.reshape(tokens, count, COLUMNS // SUMS // 4, SUMS, 4) * scale
+    columns = grouped.reshape(tokens, count, COLUMNS).copy()
     if not len(made):
         return columns.reshape(x.shape)[:, :n]
     columns[:, :, column_order()] = grouped.reshape(columns.shape)
