@@ -5,17 +5,20 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
+import llvmlite.binding
 import numba
 import numpy as np
 import pytest
+from llvmlite import ir
 from numpy.typing import NDArray
 
 from ebbflow.kernels import signs
 from ebbflow.kernels.instructions import available
 from ebbflow.kernels.reference import reference_levels
 from ebbflow.kernels.rows import JIT_OFF
-from ebbflow.kernels.signs import integral, multiply_sum, prepare, round_inputs
+from ebbflow.kernels.signs import emit_decode_signs, integral, multiply_sum, prepare, round_inputs
 from ebbflow.kernels.table import Draw, multiply_sum_arguments, store_levels
+from ebbflow.kernels.vectors import Neon
 
 LEVELS = (*(("signs:1",) * count for count in (1, 4, 5, 9)), ("i8",), ("signs:3", "f16"))
 
@@ -96,3 +99,23 @@ def test_what_is_not_a_number_shows_in_the_scale(bad: float) -> None:
     round_inputs(x, np.zeros(0, np.float32), q, scales, corrections)
     assert np.isnan(scales[0]).tolist() == [s == 1 for s in range(16)]  # columns 4 to 7 of every 64
     assert np.isfinite(scales[1]).all()
+
+
+def test_the_arm_kernel_is_made_of_the_instructions_it_is_meant_for() -> None:
+    """LLVM compiles it for a processor that is not here; it never ran."""
+    module = ir.Module()
+    module.triple = "aarch64-unknown-linux-gnu"
+    pointer, whole = ir.IntType(8).as_pointer(), ir.IntType(64)
+    kind = ir.FunctionType(ir.VoidType(), [pointer, whole.as_pointer(), whole, whole, whole, pointer, pointer])
+    function = ir.Function(module, kind, "decode")
+    builder = ir.IRBuilder(function.append_basic_block())
+    base, places, rows, words, groups, made, out = function.args
+    emit_decode_signs(Neon(builder), base, places, (rows, words, groups), (made, made, made), out, words)
+    builder.ret_void()
+    llvmlite.binding.initialize_all_targets()
+    llvmlite.binding.initialize_all_asmprinters()
+    target = llvmlite.binding.Target.from_triple(module.triple)
+    machine = target.create_target_machine(features="+neon,+dotprod", opt=2)
+    code = machine.emit_assembly(llvmlite.binding.parse_assembly(str(module)))
+    for name in ("smull", "smull2", "addp", "tbl", "zip1"):
+        assert f"\t{name}\t" in code, name
