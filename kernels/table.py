@@ -199,23 +199,23 @@ def multiply_sum_arguments(
 def _multiply_sum_magnitude(
     instructions: int, stored: Array, table: Array, made: Array, n: int, x: Array, scales: Array, *rest: Array
 ) -> Array:
-    """What W is rounded by a share of: in each column, c times the row's sum of factors; or the row's largest."""
+    """What W may be rounded by a 256th of: in each column, c times the row's factors; or the row's largest."""
     m, inputs = rest[-1].shape[1], np.abs(reference.reference_sum_inputs(table, made, n, x, scales))
-    if len(table) == 1 and table[0, 0] == rows.I8:
-        return inputs @ _level_magnitudes(stored.view(np.uint16), table, m, n).T * 2.0**-10
+    halves, levels = stored.view(np.uint16), len(table)
     if not len(made):
-        weight = sum(reference.reference_levels(stored.view(np.uint16), table, m, n), np.zeros((m, n)))
-        largest: Array = inputs.sum(1)[:, None] * np.abs(weight).max(1)
+        if levels == 1 and table[0, 0] == rows.I8:  # nothing is rounded
+            return inputs @ _level_magnitudes(halves, table, m, n).T * 2.0**-10
+        weight = sum(reference.reference_levels(halves, table, m, n), np.zeros((m, n)))
+        largest: Array = inputs.sum(1)[:, None] * np.maximum(np.abs(weight).max(1), 256 * quantize.LEAST)
         return largest
-    c = made[: 4 * n].view(np.float32).astype(np.float64)
-    parts = [
-        np.abs(part).max(1, where=c > 0, initial=0.0, keepdims=False)
-        for part in (
-            np.divide(level, c, out=np.zeros((m, n)), where=c > 0)
-            for level in reference.reference_levels(stored.view(np.uint16), table, m, n)
-        )
-    ]
-    found: Array = (inputs @ c)[:, None] * sum(parts, np.zeros(m)) * (1 + len(table) / 4)
+    units = made[signs.made_places(levels, n)[0] :][: 4 * levels].view("<f4").astype(np.float64)
+    starts = table[:, 1] // 2 + m * -(-n // 64) * 4
+    u = np.array([halves[start : start + m].view(np.float16) for start in starts], np.float64)
+    factors = (np.abs(u) * units[:, None]).sum(0)
+    # of its sum: 2 for the weight, 1 for the magnitudes, and 1 for each of the factors
+    found: Array = (inputs @ made[: 4 * n].view("<f4").astype(np.float64))[:, None] * (
+        (3 + levels) * factors + 256 * quantize.LEAST
+    )
     return found
 
 

@@ -22,7 +22,7 @@ from ...kernels.matmul import matmul, row_stride, take_rows
 from ...kernels.planes import level_stride, multiply_planes
 from ...kernels.planes import padded as padded_bytes
 from ...kernels.quantize import quantize_inputs
-from ...kernels.rows import PLANE, ROWS
+from ...kernels.rows import I8, PLANE, ROWS, SIGNS
 from ...kernels.signs import integral, multiply_sum, prepare, round_inputs
 from .batch import CHUNKS_PER_THREAD, Batch
 from .network import Linear, Network, build_layer
@@ -155,7 +155,7 @@ class ResidentLinear:
         if _rotated(table) and not self._shared.exact:
             t = inputs.quantized(x)
             multiply_planes(code, raw, table, self._n, t.q, t.scales, t.corrections, inputs.levels, y)
-        elif not self._shared.exact:
+        elif _coarse(table) and not self._shared.exact:
             made = self._prepare(table)
             t = inputs.rounded(x, made[: 4 * self._n].view(np.float32))
             multiply_sum(code, raw, table, made, self._n, t.q, t.scales, t.corrections, inputs.levels, inputs.rows, y)
@@ -183,11 +183,16 @@ def _rotated(table: I64) -> bool:
     return len(table) > 0 and bool(table[0, 0] >= PLANE)
 
 
+def _coarse(table: I64) -> bool:
+    """Whether rounding to bytes loses nothing worth keeping: not of numbers stored as floats."""
+    return all(kind in (I8, SIGNS) or kind >= PLANE for kind in table[:, 0])
+
+
 class ServingNetwork:
     """The forward pass over resident blocks; the base of the stack must be resident already.
 
-    Weights are multiplied in integers, a whole step in one compiled program. If `exact`, floats are, and operations run
-    one by one.
+    Weights are multiplied in integers, a whole step in one compiled program. Where matrices are stored as floats, or if
+    `exact`, floats are, and operations run one by one.
     """
 
     def __init__(self, a: Architecture, weights: Weights, threads: int, exact: bool = False) -> None:
@@ -201,8 +206,10 @@ class ServingNetwork:
             final_norm=self._vector("final_norm"),
             head=self._linear("embed" if a.tied else "head", None),
         )
+        matrices = [name for name, shape in self._shapes.items() if len(shape) > 1]
+        whole = not exact and all(_coarse(weights.table(name)) for name in matrices)
         self._steps = (
-            None if exact else Steps(a, build_program(a, self._vector), weights, threads, self._shared.instructions)
+            Steps(a, build_program(a, self._vector), weights, threads, self._shared.instructions) if whole else None
         )
 
     def logits(self, batch: Batch, rows: list[int]) -> F32:
