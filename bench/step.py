@@ -1,8 +1,8 @@
 """Where the time of one step goes: the 1.1 B shape at several sizes, decoding at two contexts and reading a prompt.
 
 A step is a program of phases (`kernels/step`); the cost of a part is the whole program's time less that of the program
-without it. In one process, no daemon: what a client sees is `speed.py`'s. The least of rounds in turn, because what
-others do on the machine only ever adds.
+without it, products with the rounding of their inputs. In one process, no daemon: what a client sees is `speed.py`'s.
+The least of rounds in turn, because what others do on the machine only ever adds.
 
 Run: .venv/bin/python bench/step.py [--json FILE]
 """
@@ -50,6 +50,13 @@ def _multiply(phases: NDArray[np.int64], target: int) -> NDArray[np.bool_]:
     return (phases[:, 0] == step.MULTIPLY) & (phases[:, 3] == target)
 
 
+def without(phases: NDArray[np.int64], chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """A program that leaves these phases out; of a product only its matrices, and so their inputs' rounding too."""
+    left = phases.copy()
+    left[chosen & (phases[:, 0] == step.MULTIPLY), 2] = 0
+    return np.ascontiguousarray(left[~chosen | (phases[:, 0] == step.MULTIPLY)])
+
+
 def milliseconds(works: dict[str, Callable[[], object]]) -> dict[str, float]:
     """The least of ROUNDS runs of each, in turn."""
     times = dict.fromkeys(works, float("inf"))
@@ -87,7 +94,7 @@ def main() -> int:
             return Steps(a, program, resident, threads, choose())
 
         programs = {"all": steps(whole)} | {
-            name: steps(replace(whole, phases=np.ascontiguousarray(whole.phases[~chosen(whole.phases)])))
+            name: steps(replace(whole, phases=without(whole.phases, chosen(whole.phases))))
             for name, chosen in PARTS.items()
         }
         network = ServingNetwork(a, resident, threads)
@@ -105,7 +112,7 @@ def main() -> int:
             )
             times = milliseconds(works)
             costs = {name: times["all"] - times[name] for name in PARTS}
-            costs["rounding, waiting"] = times["all"] - sum(costs.values())
+            costs["norms, waiting"] = times["all"] - sum(costs.values())
             costs["embedding"] = times["and outside"] - times["all"]
             total = times["and outside"]
             title = f"{resident.nbytes / 1e6:.0f} MB, {tokens} tokens at {context}"

@@ -5,7 +5,7 @@ A process of its own, because the compiler leaves about 100 MB behind in whoever
 
 from __future__ import annotations
 
-from . import attention, elementwise, hadamard, matmul, planes, quantize, step
+from . import attention, elementwise, hadamard, matmul, planes, quantize, signs, step
 
 KERNEL_FILES = (
     attention,
@@ -14,5 +14,6 @@ KERNEL_FILES = (
     matmul,
     planes,
     quantize,
+    signs,
     step,
 )  # explicit signatures: importing them compiled them

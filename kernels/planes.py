@@ -18,6 +18,7 @@ Layouts are those of `formats/kinds`. Levels are in [-127, 127].
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Final
 
@@ -56,10 +57,13 @@ VECTORS: Final = COLUMNS // 64  # of 64 bytes, from the 64 bytes of each plane
 AHEAD: Final = 4096  # bytes of each plane asked for ahead of time: took one core from 10 to 34 GB/s (AMD EPYC)
 DEPTHS: Final = tuple(range(BASE_PLANES, 9))
 
-_SETS: Final[dict[int, type[Bytes]]] = {AVX512: Avx512, AVX2: Avx2, NEON: Neon}
-_TILES: Final = {AVX512: 4, AVX2: 2, NEON: 2, PORTABLE: 1}  # tokens multiplied together with ROWS rows
-_USABLE: Final = tuple(NAMES[name] for name in compiled() if NAMES[name] in _SETS)
-TILES: Final = np.array([_TILES[code] for code in range(len(_TILES))])
+SETS: Final[dict[int, type[Bytes]]] = {AVX512: Avx512, AVX2: Avx2, NEON: Neon}
+TILE_SIZES: Final = {AVX512: 4, AVX2: 2, NEON: 2, PORTABLE: 1}  # tokens multiplied together with ROWS rows
+USABLE: Final = tuple(NAMES[name] for name in compiled() if NAMES[name] in SETS)
+MOST_TOKENS: Final = max(TILE_SIZES.values())
+FLOATS: Final = 2 * MOST_TOKENS * ROWS + SUMS  # scratch of one thread: results of a tile twice, partials
+INTEGERS: Final = 16 + SUMS // 2  # places of planes or rows, sums
+TILES: Final = np.array([TILE_SIZES[code] for code in range(len(TILE_SIZES))])
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -153,10 +157,34 @@ def emit_decode(
     end_row()
 
 
+Fetch = Callable[[int, int], Any]
+
+
+def stored_bytes(of: Bytes, w: Any, w_step: Any) -> Callable[[Any], Fetch]:
+    """What `emit_dot` wants of rows whose bytes lie `w_step` apart."""
+    b = of.builder
+
+    def block(j: Any) -> Fetch:
+        starts = [b.gep(w, [b.add(b.mul(w_step, number(i)), j)]) for i in range(ROWS)]
+        return lambda i, offset: load(b, of.kind, b.gep(starts[i], [number(offset)]))
+
+    return block
+
+
 def emit_dot(
-    of: Bytes, w: Any, w_step: Any, x: Any, x_step: Any, scales: Any, corrections: Any, tokens: int, out: Any
+    of: Bytes,
+    rows: Callable[[Any], Fetch],
+    x: Any,
+    x_step: Any,
+    scales: Any,
+    corrections: Any,
+    tokens: int,
+    out: Any,
 ) -> None:
-    """Code that multiplies ROWS rows with `tokens` tokens, into `out [tokens * ROWS]` floats."""
+    """Code that multiplies ROWS rows with `tokens` tokens, into `out [tokens * ROWS]` floats.
+
+    `rows(j)(i, offset)` is the vector of row i at column `j + offset`, j being a multiple of COLUMNS.
+    """
     b, parts = of.builder, 4 // of.lanes
     width = 4 * of.lanes
     sums, partial = vector(i32, width), vector(f32, width)
@@ -166,6 +194,7 @@ def emit_dot(
     for total in totals:
         b.store(ir.Constant(partial, [0.0] * width), total)
     j, following, end = loop(b, x_step, COLUMNS)
+    fetch = rows(j)
     for part in range(parts):
         group = b.add(b.sdiv(j, number(COLUMNS // SUMS)), number(width * part))
         places = [b.add(b.mul(group_step, number(t)), group) for t in range(tokens)]
@@ -175,9 +204,10 @@ def emit_dot(
         ]
         found = [first[t] for t in range(tokens) for _ in range(ROWS)]
         for v in range(VECTORS):
-            at = b.add(j, number(64 * v + of.nbytes * part))
+            offset = 64 * v + of.nbytes * part
+            at = b.add(j, number(offset))
             xs = [load(b, of.kind, b.gep(x, [b.add(b.mul(x_step, number(t)), at)])) for t in range(tokens)]
-            ws = [load(b, of.kind, b.gep(w, [b.add(b.mul(w_step, number(i)), at)])) for i in range(ROWS)]
+            ws = [fetch(i, offset) for i in range(ROWS)]
             found = [of.dot(found[t * ROWS + i], ws[i], xs[t]) for t in range(tokens) for i in range(ROWS)]
         scale = [load(b, partial, b.gep(scales, [place]), 4) for place in places]
         for k, whole in enumerate(found):
@@ -203,12 +233,13 @@ def _halves(size: int) -> tuple[range, range]:
     return range(size), range(size, 2 * size)
 
 
-def _pointer(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+def pointer(context: Any, builder: Any, kind: Any, array: Any) -> Any:
     """To an array's bytes."""
     return builder.bitcast(context.make_array(kind)(context, builder, array).data, i8.as_pointer())
 
 
-def _width(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+def width(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+    """Columns of an array of rows."""
     return builder.extract_value(context.make_array(kind)(context, builder, array).shape, 1)
 
 
@@ -232,9 +263,9 @@ def _typed_decode(
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         instructions, stored, planes, depth, words, levels, step, rows, w = args
-        base, out = (_pointer(context, builder, sig.args[k], value) for k, value in ((1, stored), (8, w)))
+        base, out = (pointer(context, builder, sig.args[k], value) for k, value in ((1, stored), (8, w)))
         offsets = context.make_array(sig.args[2])(context, builder, planes).data
-        strides = (words, step, _width(context, builder, sig.args[8], w))
+        strides = (words, step, width(context, builder, sig.args[8], w))
 
         def for_set(kind: type[Bytes]) -> None:
             of = kind(builder)
@@ -245,10 +276,45 @@ def _typed_decode(
                 {d: lambda d=d: emit_decode(of, base, offsets, d, rows, strides, at, out) for d in DEPTHS},
             )
 
-        cases(builder, instructions, {code: lambda code=code: for_set(_SETS[code]) for code in _USABLE})
+        cases(builder, instructions, {code: lambda code=code: for_set(SETS[code]) for code in USABLE})
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+def emit_dots(
+    context: Any,
+    builder: Any,
+    instructions: Any,
+    tokens: Any,
+    arrays: tuple[tuple[Any, Any], ...],
+    rows: Callable[[Bytes], Callable[[Any], Fetch]],
+) -> None:
+    """`emit_dot` for every instruction set and number of tokens; `arrays` are the types and values of `x`, the first of
+    the tokens, `scales`, `corrections` and `out`.
+    """
+    (x_kind, x), (_, first), scale_kind, correction_kind, (out_kind, out) = arrays
+    x_step = width(context, builder, x_kind, x)
+    inputs = builder.gep(pointer(context, builder, x_kind, x), [builder.mul(first, x_step)])
+    group = builder.mul(first, builder.sdiv(x_step, number(COLUMNS // SUMS)))
+    scale, correction = (
+        builder.gep(context.make_array(kind)(context, builder, value).data, [group])
+        for kind, value in (scale_kind, correction_kind)
+    )
+    results = context.make_array(out_kind)(context, builder, out).data
+
+    def for_set(code: int) -> None:
+        of = SETS[code](builder)
+        cases(
+            builder,
+            tokens,
+            {
+                count: lambda count=count: emit_dot(of, rows(of), inputs, x_step, scale, correction, count, results)
+                for count in (1, TILE_SIZES[code])
+            },
+        )
+
+    cases(builder, instructions, {code: lambda code=code: for_set(code) for code in USABLE})
 
 
 def _typed_dot(
@@ -259,48 +325,28 @@ def _typed_dot(
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         instructions, tokens, w, x, first, scales, corrections, out = args
-        step, x_step = (_width(context, builder, sig.args[k], value) for k, value in ((2, w), (3, x)))
-        rows = _pointer(context, builder, sig.args[2], w)
-        inputs = builder.gep(_pointer(context, builder, sig.args[3], x), [builder.mul(first, x_step)])
-        group = builder.mul(first, builder.sdiv(x_step, number(COLUMNS // SUMS)))
-        scale, correction = (
-            builder.gep(context.make_array(sig.args[k])(context, builder, value).data, [group])
-            for k, value in ((5, scales), (6, corrections))
-        )
-        results = context.make_array(sig.args[7])(context, builder, out).data
-
-        def for_set(code: int) -> None:
-            of = _SETS[code](builder)
-            cases(
-                builder,
-                tokens,
-                {
-                    count: lambda count=count: emit_dot(
-                        of, rows, step, inputs, x_step, scale, correction, count, results
-                    )
-                    for count in (1, _TILES[code])
-                },
-            )
-
-        cases(builder, instructions, {code: lambda code=code: for_set(code) for code in _USABLE})
+        step = width(context, builder, sig.args[2], w)
+        w_data = pointer(context, builder, sig.args[2], w)
+        arrays = tuple(zip(sig.args[3:], (x, first, scales, corrections, out), strict=True))
+        emit_dots(context, builder, instructions, tokens, arrays, lambda of: stored_bytes(of, w_data, step))
         return context.get_dummy_value()
 
     return signature, codegen
 
 
-def _plain(*arguments: Any) -> None:
+def plain(*arguments: Any) -> None:
+    """In the place of an intrinsic."""
     raise AssertionError("there are no vectors without the compiler")
 
 
-_decode: Any = _plain if JIT_OFF else intrinsic(_typed_decode)
-_dot: Any = _plain if JIT_OFF else intrinsic(_typed_dot)
+_decode: Any = plain if JIT_OFF else intrinsic(_typed_decode)
+dot: Any = plain if JIT_OFF else intrinsic(_typed_dot)
 
 
 @njit(nogil=True)
-def _portable_decode(stored: U8, planes: I64, words: int, levels: int, step: int, rows: int, w: U8) -> None:
-    """What `_typed_decode` documents, signed, one weight at a time."""
+def _portable_decode(stored: U8, planes: I64, words: int, levels: int, step: int, rows: int, w: U8, bits: U8) -> None:
+    """What `_typed_decode` documents, signed, one weight at a time; `bits [>= depth]` is scratch."""
     depth = planes.shape[0]
-    bits = np.empty(depth, np.uint8)
     for i in range(rows):
         table = levels + i * step
         for byte in range(-(-words // WORDS) * 64):
@@ -316,7 +362,7 @@ def _portable_decode(stored: U8, planes: I64, words: int, levels: int, step: int
 
 
 @njit(nogil=True)
-def _portable_dot(
+def portable_dot(
     w: U8,
     x: NDArray[np.int8],
     token: int,
@@ -357,6 +403,8 @@ def multiply_rows(
     scales: F32,
     corrections: NDArray[np.int32],
     w: U8,
+    floats: F32,
+    integers: I64,
     bias: F32,
     y: F32,
     at: int,
@@ -364,31 +412,32 @@ def multiply_rows(
 ) -> None:
     """Rows `[first, stop)` of what `multiply_planes` documents, W `[m, n]`, into `y [T, at + row]`, or added to it.
 
-    `bias` is `[m]` or empty; `w [ROWS, level_stride(n)]` is scratch.
+    `bias` is `[m]` or empty; `w [ROWS, level_stride(n)]`, `floats [FLOATS]` and `integers [INTEGERS]` are scratch.
+    Nothing is allocated, for a thread that fails would leave the others of its team waiting.
     """
     words, depth = -(-n // 64), blocks.shape[0] + BASE_PLANES - 1
     tile = TILES[instructions]
     kind, last = blocks[-1, 0], blocks[-1, 1] + 8 * m * words * (BASE_PLANES if blocks.shape[0] == 1 else 1)
     halves = stored.view(np.uint16)
     step = (1 << depth) if kind == PLANE else 0
-    out, sums, partials = np.empty(4 * ROWS, np.float32), np.empty(SUMS, np.int32), np.empty(SUMS, np.float32)
-    planes = np.empty(depth, np.int64)
+    out, partials = floats[: MOST_TOKENS * ROWS], floats[FLOATS - SUMS :]
+    planes, sums, bits = integers[:depth], integers[16:].view(np.int32), integers[8:9].view(np.uint8)
     for begin in range(first, stop, ROWS):
         rows = min(ROWS, stop - begin)
         for p in range(depth):
             planes[p] = blocks[max(0, p - 1), 1] + 8 * words * (begin + (m if p == 1 else 0))
         levels = last + 2 * m + begin * step
         if instructions == PORTABLE:
-            _portable_decode(stored, planes, words, levels, step, rows, w)
+            _portable_decode(stored, planes, words, levels, step, rows, w, bits)
         else:
             _decode(instructions, stored, planes, depth, words, levels, step, rows, w)
         t = 0
         while t < x.shape[0]:
             count = tile if t + tile <= x.shape[0] else 1
             if instructions == PORTABLE:
-                _portable_dot(w, x, t, scales, sums, partials, out)
+                portable_dot(w, x, t, scales, sums, partials, out)
             else:
-                _dot(instructions, count, w, x, t, scales, corrections, out)
+                dot(instructions, count, w, x, t, scales, corrections, out)
             for i in range(rows):
                 scale = bf16_to_float(halves[last // 2 + begin + i])
                 for s in range(count):
@@ -426,6 +475,24 @@ def multiply_planes(
     m, chunks = y.shape[1], scratch.shape[0]
     share = -(-m // (chunks * ROWS)) * ROWS
     none = np.empty(0, np.float32)
+    floats, integers = np.empty((chunks, FLOATS), np.float32), np.empty((chunks, INTEGERS), np.int64)
     for chunk in prange(chunks):
-        first, stop, w = chunk * share, min(m, (chunk + 1) * share), scratch[chunk]
-        multiply_rows(instructions, stored, blocks, m, n, first, stop, x, scales, corrections, w, none, y, 0, False)
+        multiply_rows(
+            instructions,
+            stored,
+            blocks,
+            m,
+            n,
+            chunk * share,
+            min(m, (chunk + 1) * share),
+            x,
+            scales,
+            corrections,
+            scratch[chunk],
+            floats[chunk],
+            integers[chunk],
+            none,
+            y,
+            0,
+            False,
+        )

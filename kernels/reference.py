@@ -60,6 +60,39 @@ def reference_multiply_planes(
     y[:] = reference_inputs(x, scales)[:, :n] @ weight.T
 
 
+def reference_multiply_sum(
+    instructions: int,
+    stored: NDArray[np.uint8],
+    blocks: NDArray[np.int64],
+    made: NDArray[np.uint8],
+    n: int,
+    x: NDArray[np.int8],
+    scales: NDArray[np.float32],
+    corrections: NDArray[np.int32],
+    scratch: NDArray[np.uint8],
+    singles: NDArray[np.float32],
+    y: NDArray[np.float32],
+) -> None:
+    """What the bytes stand for, times the weight that is stored: nothing of it is rounded."""
+    weight = sum(reference_levels(stored.view(np.uint16), blocks, y.shape[1], n), np.zeros((y.shape[1], n)))
+    y[:] = reference_sum_inputs(blocks, made, n, x, scales) @ weight.T
+
+
+def reference_sum_inputs(
+    blocks: NDArray[np.int64], made: NDArray[np.uint8], n: int, x: NDArray[np.int8], scales: NDArray[np.float32]
+) -> F64:
+    """The values that bytes `x [T, p]` of `signs.round_inputs` stand for, divided by c again, `[T, n]`."""
+    tokens, count = len(x), x.shape[1] // COLUMNS
+    scale = scales.astype(np.float64).reshape(tokens, count, 1, SUMS, 1)
+    grouped = x.reshape(tokens, count, COLUMNS // SUMS // 4, SUMS, 4) * scale
+    columns = grouped.reshape(tokens, count, COLUMNS).copy()
+    if not len(made):
+        return columns.reshape(x.shape)[:, :n]
+    columns[:, :, column_order()] = grouped.reshape(columns.shape)
+    c = made[: 4 * n].view("<f4").astype(np.float64)
+    return np.divide(columns.reshape(x.shape)[:, :n], c, out=np.zeros((len(x), n)), where=c > 0)
+
+
 def reference_inputs(x: NDArray[np.int8], scales: NDArray[np.float32]) -> F64:
     """The rotated values that bytes `x [T, p]` and their scales stand for, `[T, p]`."""
     columns = np.empty((len(x), x.shape[1] // COLUMNS, COLUMNS))

@@ -1,4 +1,4 @@
-"""A whole step of a network made of planes, in one parallel region: from embedded tokens to logits.
+"""A whole step of a network, in one parallel region: from embedded tokens to logits.
 
 A step is a program of phases, one row of integers each, that `daemon/engine/program` makes of a network's description;
 what a phase does is below. Threads claim shares of a phase and wait for each other at its end (`team`): a parallel
@@ -20,14 +20,16 @@ from .attention import attend_unit, cut_units, store_token
 from .elementwise import gate_row, norm_row, turn_head
 from .planes import level_stride, multiply_rows, padded
 from .quantize import quantize_row
-from .rows import ROWS
+from .rows import PLANE, ROWS
+from .signs import integral, multiply_sum_rows, round_row
 from .team import claim, finish
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
 
-# What a phase does with its fields. `width` numbers the network's input widths: 0 hidden, 1 heads * e, 2 intermediate.
+# What a phase does with its fields. The first three round their values for the matrices of the MULTIPLY that follows,
+# in the form that each wants. `width` numbers the network's input widths: 0 hidden, 1 heads * e, 2 intermediate.
 NORM: Final = 0  # rounds the norm (field 1: where its weight begins) of the hidden states, of width 0
 MIX: Final = 1  # rounds what attention gave, of width 1
 GATE: Final = 2  # rounds silu(gate) * up, of width 2
@@ -60,6 +62,7 @@ def _work(
     stored: U8,
     shapes: I64,
     blocks: I64,
+    made: U8,
     vectors: F32,
     signs: F32,
     sizes: I64,
@@ -82,6 +85,9 @@ def _work(
     sine: F32,
     levels: U8,
     rows: F32,
+    floats: F32,
+    integers: I64,
+    patterns: U8,
     units: F32,
     counters: I64,
 ) -> None:
@@ -92,25 +98,27 @@ def _work(
     per_group = query_width // e // groups
     key_at, value_at = query_width, query_width + groups * e
     by_head = heads.reshape(heads.shape[0], heads.shape[1] // e, e)  # queries, then keys, then values
-    normed = rows[thread, 0]
+    normed, scratch, singles = rows[thread, 0], rows[thread, 1], rows[thread, 2:]
+    nothing = vectors[:0]
     tokens, width, p = 0, 0, 0
     for phase in range(program.shape[0]):
         op = program[phase, 0]
         if op <= GATE:
             width = op
-            n = shapes[program[phase, 2], 1]
+            first, count = program[phase + 1, 1], program[phase + 1, 2]
+            n = shapes[first, 1]
             p = padded(n)
             tokens = wanted.shape[0] if program[phase, 4] else hidden.shape[0]
-            bytes_ = q[: tokens * p].reshape(tokens, p)
-            scale = scales[: tokens * p // 32].reshape(tokens, p // 32)
-            correction = corrections[: tokens * p // 32].reshape(tokens, p // 32)
             used = 0
             while used < sizes.shape[1] and sizes[width, used] > 0:
                 used += 1
-            scratch = rows[thread, 1]
-            scratch[n:p] = 0
-            t = claim(counters, phase)
-            while t < tokens:
+            share = claim(counters, phase)
+            while share < tokens * count:
+                t, matrix = share // count, first + share % count
+                share = claim(counters, phase)
+                slot = shapes[matrix, 5]
+                if matrix > first and slot <= shapes[matrix - 1, 5]:
+                    continue  # rounded for another one
                 if op == NORM:
                     at = wanted[t] if program[phase, 4] else t
                     weight = vectors[program[phase, 1] : program[phase, 1] + n]
@@ -121,13 +129,23 @@ def _work(
                 else:
                     source = normed[:n]
                     gate_row(wide[t, :n], wide[t, n:], source, 0, n)
-                quantize_row(source, signs[width, :n], sizes[width, :used], scratch[:p], t, bytes_, scale, correction)
-                t = claim(counters, phase)
+                begin = slot * tokens * p
+                bytes_ = q[begin : begin + tokens * p].reshape(tokens, p)
+                begin, size = begin // 32, tokens * p // 32
+                scale = scales[begin : begin + size].reshape(tokens, p // 32)
+                correction = corrections[begin : begin + size].reshape(tokens, p // 32)
+                resident = blocks[matrix, : shapes[matrix, 2]]
+                if resident[0, 0] >= PLANE:
+                    scratch[n:p] = 0
+                    quantize_row(
+                        source, signs[width, :n], sizes[width, :used], scratch[:p], t, bytes_, scale, correction
+                    )
+                else:
+                    at = shapes[matrix, 6]
+                    c = made[at : at + 4 * n].view(np.float32) if integral(resident) else nothing
+                    round_row(source, c, scratch[:p], t, bytes_, scale, correction)
         elif op == MULTIPLY:
             first, count, target = program[phase, 1], program[phase, 2], program[phase, 3]
-            bytes_ = q[: tokens * p].reshape(tokens, p)
-            scale = scales[: tokens * p // 32].reshape(tokens, p // 32)
-            correction = corrections[: tokens * p // 32].reshape(tokens, p // 32)
             stride = level_stride(shapes[first, 1])
             w = levels[thread, : ROWS * stride].reshape(ROWS, stride)
             y = hidden
@@ -145,23 +163,56 @@ def _work(
                 size = -(-m // (threads * SHARES * ROWS)) * ROWS
                 start, stop = part * size, min(m, (part + 1) * size)
                 if start < stop:
-                    multiply_rows(
-                        instructions,
-                        stored,
-                        blocks[matrix, : shapes[matrix, 2]],
-                        m,
-                        n,
-                        start,
-                        stop,
-                        bytes_,
-                        scale,
-                        correction,
-                        w,
-                        _bias(vectors, shapes[matrix, 3], m),
-                        y,
-                        shapes[matrix, 4],
-                        target == TARGET_HIDDEN,
-                    )
+                    begin = shapes[matrix, 5] * tokens * p
+                    bytes_ = q[begin : begin + tokens * p].reshape(tokens, p)
+                    begin, length = begin // 32, tokens * p // 32
+                    scale = scales[begin : begin + length].reshape(tokens, p // 32)
+                    correction = corrections[begin : begin + length].reshape(tokens, p // 32)
+                    resident = blocks[matrix, : shapes[matrix, 2]]
+                    bias = _bias(vectors, shapes[matrix, 3], m)
+                    if resident[0, 0] >= PLANE:
+                        multiply_rows(
+                            instructions,
+                            stored,
+                            resident,
+                            m,
+                            n,
+                            start,
+                            stop,
+                            bytes_,
+                            scale,
+                            correction,
+                            w,
+                            floats[thread],
+                            integers[thread],
+                            bias,
+                            y,
+                            shapes[matrix, 4],
+                            target == TARGET_HIDDEN,
+                        )
+                    else:
+                        multiply_sum_rows(
+                            instructions,
+                            stored,
+                            resident,
+                            made[shapes[matrix, 6] :],
+                            m,
+                            n,
+                            start,
+                            stop,
+                            bytes_,
+                            scale,
+                            correction,
+                            w,
+                            singles,
+                            patterns[thread],
+                            floats[thread],
+                            integers[thread],
+                            bias,
+                            y,
+                            shapes[matrix, 4],
+                            target == TARGET_HIDDEN,
+                        )
                 share = claim(counters, phase)
         elif op == HEADS:
             t = claim(counters, phase)
@@ -198,9 +249,9 @@ def _work(
 
 
 @njit(
-    "void(i8,i8,i8[:,::1],f8,i8,u1[::1],i8[:,::1],i8[:,:,::1],f4[::1],f4[:,::1],i8[:,::1],f4[:,::1],f4[:,::1],f4[:,::1],"
+    "void(i8,i8,i8[:,::1],f8,i8,u1[::1],i8[:,::1],i8[:,:,::1],u1[::1],f4[::1],f4[:,::1],i8[:,::1],f4[:,::1],f4[:,::1],f4[:,::1],"
     "f4[:,::1],f4[:,::1],i8[::1],i1[::1],f4[::1],i4[::1],i8,u1[:,:,:,:,::1],i8[:,::1],i8[::1],i8[::1],f4[:,::1],f4[:,::1],"
-    "u1[:,::1],f4[:,:,::1],f4[:,::1],i8[::1])",
+    "u1[:,::1],f4[:,:,::1],f4[:,::1],i8[:,::1],u1[:,::1],f4[:,::1],i8[::1])",
     nogil=True,
     parallel=True,
     cache=True,
@@ -214,6 +265,7 @@ def run_step(
     stored: U8,
     shapes: I64,
     blocks: I64,
+    made: U8,
     vectors: F32,
     signs: F32,
     sizes: I64,
@@ -235,21 +287,27 @@ def run_step(
     sine: F32,
     levels: U8,
     rows: F32,
+    floats: F32,
+    integers: I64,
+    patterns: U8,
     units: F32,
     counters: I64,
 ) -> None:
     """Embedded tokens `hidden [T, d]` -> `logits [len(wanted), v]` of the tokens `wanted`; `hidden` is used up.
 
     `threads` is what `threads.thread_count` gives, here and now: more would wait for each other for ever. `program
-    [phases, FIELDS]`. Of matrix i, `shapes [matrices, 5]` holds m, n, how many of its `blocks [matrices, levels, 3]`
-    are resident, where its bias begins in `vectors` (or -1), and its first column in the target. `signs [3, >= width]`
+    [phases, FIELDS]`. Of matrix i, `shapes [matrices, 7]` holds m, n, how many of its `blocks [matrices, levels, 3]`
+    are resident (one at least), where its bias begins in `vectors` (or -1), its first column in the target, in which of
+    the forms of its phase's input it is multiplied (numbered in the order of matrices), and where in `made` lies what
+    `signs.prepare` made. `signs [3, >= width]`
     and `sizes [3, blocks]` (0 past the last) are the rotations of the three widths. `cosine`, `sine [T, e / 2]` are the
     tokens' own; `kind`, `kv`, `tables`, `sequence` and `positions` as in `attention.store_kv`.
 
     Work space: `heads [T, (h + 2 g) e]`, `mixed [T, h e]`, `wide [T, 2 f]`; `q` for T tokens of the greatest padded
-    width, `scales` and `corrections` a 32nd of it; for each thread there may be, `levels [threads, ROWS *
-    level_stride]`, `rows [threads, 2, padded width]` and `units [threads, attention.unit_floats]`; `counters` as
-    `team.counters_for`, zero.
+    width in all forms of a phase, `scales` and `corrections` a 32nd of it; for each thread there may be, `levels
+    [threads, ROWS * level_stride]`, `rows [threads, 2 + ROWS, padded width]`, `floats [threads, planes.FLOATS]`,
+    `integers [threads, planes.INTEGERS]`, `patterns [threads, signs.table_nbytes]` and `units [threads,
+    attention.unit_floats]`; `counters` as `team.counters_for`, zero.
     """
     # here, because a thread that found no memory for it would leave the others waiting for ever
     starts = cut_units(sequence, positions, mixed.shape[1] // (2 * cosine.shape[1]) // kv.shape[3])
@@ -264,6 +322,7 @@ def run_step(
             stored,
             shapes,
             blocks,
+            made,
             vectors,
             signs,
             sizes,
@@ -286,6 +345,9 @@ def run_step(
             sine,
             levels,
             rows,
+            floats,
+            integers,
+            patterns,
             units,
             counters,
         )

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from . import attention, elementwise, hadamard, instructions, matmul, nested, planes, quantize, reference, rows
+from . import attention, elementwise, hadamard, instructions, matmul, nested, planes, quantize, reference, rows, signs
 from .attention import BLOCK_TOKENS
 
 Array = NDArray[Any]
@@ -180,6 +180,52 @@ def _quantize_inputs(draw: Draw, *, tokens: int, n: int) -> Arguments:
     return [x, signs, sizes, np.full((tokens, p), 7, np.int8), scales, corrections]
 
 
+def multiply_sum_arguments(
+    draw: Draw, *, m: int, n: int, tokens: int, levels: tuple[str, ...], chunks: int = 2, instructions: str = "portable"
+) -> Arguments:
+    """Inputs of `multiply_sum`, its output last."""
+    stored, table = store_levels(draw, levels, m, n)
+    made = signs.prepare(stored, table, m, n) if signs.integral(table) else np.zeros(0, np.uint8)
+    p, c = planes.padded(n), made[: 4 * n].view(np.float32)
+    q = np.zeros((tokens, p), np.int8)
+    scales, corrections = np.zeros((tokens, p // 32), np.float32), np.zeros((tokens, p // 32), np.int32)
+    signs.round_inputs(draw.singles(tokens, n), c, q, scales, corrections)
+    scratch = np.zeros((chunks, rows.ROWS, planes.level_stride(n)), np.uint8)
+    singles, y = np.zeros((chunks, rows.ROWS, n), np.float32), np.full((tokens, m), np.nan, np.float32)
+    code = _INSTRUCTIONS[instructions]
+    return [code, stored.view(np.uint8), table, made, n, q, scales, corrections, scratch, singles, y]
+
+
+def _multiply_sum_magnitude(
+    instructions: int, stored: Array, table: Array, made: Array, n: int, x: Array, scales: Array, *rest: Array
+) -> Array:
+    """What W may be rounded by a 256th of: in each column, c times the row's factors; or the row's largest."""
+    m, inputs = rest[-1].shape[1], np.abs(reference.reference_sum_inputs(table, made, n, x, scales))
+    halves, levels = stored.view(np.uint16), len(table)
+    if not len(made):
+        if levels == 1 and table[0, 0] == rows.I8:  # nothing is rounded
+            return inputs @ _level_magnitudes(halves, table, m, n).T * 2.0**-10
+        weight = sum(reference.reference_levels(halves, table, m, n), np.zeros((m, n)))
+        largest: Array = inputs.sum(1)[:, None] * np.maximum(np.abs(weight).max(1), 256 * quantize.LEAST)
+        return largest
+    units = made[signs.made_places(levels, n)[0] :][: 4 * levels].view("<f4").astype(np.float64)
+    starts = table[:, 1] // 2 + m * -(-n // 64) * 4
+    u = np.array([halves[start : start + m].view(np.float16) for start in starts], np.float64)
+    factors = (np.abs(u) * units[:, None]).sum(0)
+    # of its sum: 2 for the weight, 1 for the magnitudes, and 1 for each of the factors
+    found: Array = (inputs @ made[: 4 * n].view("<f4").astype(np.float64))[:, None] * (
+        (3 + levels) * factors + 256 * quantize.LEAST
+    )
+    return found
+
+
+def _round_inputs(draw: Draw, *, tokens: int, n: int, scaled: bool) -> Arguments:
+    p = planes.padded(n)
+    scales, corrections = np.full((tokens, p // 32), np.nan, np.float32), np.full((tokens, p // 32), 7, np.int32)
+    c = np.abs(draw.singles(n if scaled else 0))
+    return [draw.singles(tokens, n), c, np.full((tokens, p), 7, np.int8), scales, corrections]
+
+
 def _take_rows(draw: Draw, *, m: int, n: int, tokens: int, levels: tuple[str, ...]) -> Arguments:
     stored, table = store_levels(draw, levels, m, n)
     wanted = draw.rng.integers(0, m, tokens)
@@ -330,7 +376,25 @@ TABLE: Final = (
         _multiply_planes_magnitude,
         100,
     ),
+    # W is rounded to bytes: a share of its largest, 2^16 roundings being 1/256
+    Entry(
+        "multiply_sum",
+        signs.multiply_sum,
+        reference.reference_multiply_sum,
+        multiply_sum_arguments,
+        _multiply_sum_magnitude,
+        2**16,
+    ),
     # where two values lie beside a half, the bytes may differ by one
+    Entry(
+        "round_inputs",
+        signs.round_inputs,
+        signs.reference_round_inputs,
+        _round_inputs,
+        lambda *_: 2.0**24,
+        1,
+        output=2,
+    ),
     Entry(
         "quantize_inputs",
         quantize.quantize_inputs,

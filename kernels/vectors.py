@@ -192,7 +192,22 @@ class Bytes:
         """`total` (i32) plus the products of four neighbouring bytes each."""
         raise NotImplementedError
 
-    def _repeated(self, pointer: Any, start: int, count: int) -> Any:
+    def multiply_pairs(self, x: Any, y: Any) -> Any:
+        """Two neighbouring products each, added up to 16 bits: `x` in [0, 127], `y` in [-127, 127]."""
+        raise NotImplementedError
+
+    def high_bytes(self, low: Any, high: Any) -> Any:
+        """The upper bytes of 16-bit numbers: in each lane those of `low`, then those of `high`."""
+        places = [
+            LANE * lane + 2 * k + 1 + part * self.nbytes
+            for lane in range(self.lanes)
+            for part in (0, 1)
+            for k in range(8)
+        ]
+        x, y = (self.builder.bitcast(value, self.kind) for value in (low, high))
+        return shuffle(self.builder, x, y, places)
+
+    def repeated(self, pointer: Any, start: int, count: int) -> Any:
         """`count` bytes from `pointer + start`, again and again until a vector is full."""
         few = load(self.builder, vector(i8, count), self.builder.gep(pointer, [number(start)]))
         return shuffle(self.builder, few, few, [place % count for place in range(self.nbytes)])
@@ -213,7 +228,7 @@ class Avx512(Bytes):
     def table(self, pointer: Any, depth: int) -> list[Any]:
         """One, two or four vectors of 64, as unsigned numbers."""
         count = min(64, 1 << depth)
-        parts = [self._repeated(pointer, start, count) for start in range(0, 1 << depth, count)]
+        parts = [self.repeated(pointer, start, count) for start in range(0, 1 << depth, count)]
         return [self.builder.xor(part, self.all(self.flip)) for part in parts]
 
     def look_up(self, table: list[Any], index: Any, depth: int) -> Any:
@@ -225,6 +240,10 @@ class Avx512(Bytes):
             for k in range(0, len(table), 2)
         )
         return self.builder.select(self.builder.icmp_signed("<", index, self.zero), high[0], low) if high else low
+
+    def multiply_pairs(self, x: Any, y: Any) -> Any:
+        """Nothing saturates."""
+        return call(self.builder, "llvm.x86.avx512.pmaddubs.w.512", vector(i16, 32), [x, y])
 
     def dot(self, total: Any, w: Any, x: Any) -> Any:
         """`w` unsigned, `x` signed; nothing saturates."""
@@ -241,7 +260,7 @@ class Avx2(Bytes):
     def table(self, pointer: Any, depth: int) -> list[Any]:
         """Vectors of 16 levels, the same in both lanes."""
         count = min(LANE, 1 << depth)
-        return [self._repeated(pointer, start, count) for start in range(0, 1 << depth, count)]
+        return [self.repeated(pointer, start, count) for start in range(0, 1 << depth, count)]
 
     def look_up(self, table: list[Any], index: Any, depth: int) -> Any:
         """`vpshufb` heeds 4 bits, and wants the top one clear."""
@@ -252,6 +271,10 @@ class Avx2(Bytes):
             odd = b.icmp_signed("<", self.left(index, 7 - bit), self.zero)
             found = [b.select(odd, found[k + 1], found[k]) for k in range(0, len(found), 2)]
         return found[0]
+
+    def multiply_pairs(self, x: Any, y: Any) -> Any:
+        """Nothing saturates."""
+        return call(self.builder, "llvm.x86.avx2.pmadd.ub.sw", vector(i16, 16), [x, y])
 
     def dot(self, total: Any, w: Any, x: Any) -> Any:
         """Exact: a pair of products is at most 2 * 127 * 127."""
@@ -272,7 +295,7 @@ class Neon(Bytes):
     def table(self, pointer: Any, depth: int) -> list[Any]:
         """Vectors of 16 levels."""
         count = min(LANE, 1 << depth)
-        return [self._repeated(pointer, start, count) for start in range(0, 1 << depth, count)]
+        return [self.repeated(pointer, start, count) for start in range(0, 1 << depth, count)]
 
     def look_up(self, table: list[Any], index: Any, depth: int) -> Any:
         """`tbl` gives 0 for an index beyond its (at most four) vectors, so parts of the table add up."""
@@ -287,6 +310,13 @@ class Neon(Bytes):
             moved = b.sub(index, self.all(LANE * start)) if start else index
             found = b.or_(found, call(b, f"llvm.aarch64.neon.tbl{len(part)}.v16i8", self.kind, [*part, moved]))
         return found
+
+    def multiply_pairs(self, x: Any, y: Any) -> Any:
+        """Both signed, half by half."""
+        b, wide = self.builder, vector(i16, 8)
+        halves = [[shuffle(b, part, part, range(first, first + 8)) for part in (x, y)] for first in (0, 8)]
+        products = [call(b, "llvm.aarch64.neon.smull.v8i16", wide, pair) for pair in halves]
+        return call(b, "llvm.aarch64.neon.addp.v8i16", wide, products)
 
     def dot(self, total: Any, w: Any, x: Any) -> Any:
         """Both signed."""

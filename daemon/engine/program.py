@@ -24,7 +24,8 @@ I64 = NDArray[np.int64]
 class Program:
     """What `step.run_step` wants to know of a network, but for the blocks that are resident.
 
-    `names` are the matrices' tensors, in the order of `shapes [matrices, 5]`, whose column of resident blocks is 0.
+    `names` are the matrices' tensors, in the order of `shapes [matrices, 7]`, whose columns that depend on resident
+    blocks are 0.
     """
 
     phases: I64
@@ -103,7 +104,7 @@ class _Builder:
         column = 0
         for name, (m, n), bias in matrices:
             self._names.append(name)
-            self._shapes.append((m, n, 0, self._keep(bias) if bias else -1, column))
+            self._shapes.append((m, n, 0, self._keep(bias) if bias else -1, column, 0, 0))
             column += m
 
     def _keep(self, name: str) -> int:

@@ -22,7 +22,8 @@ from ...kernels.matmul import matmul, row_stride, take_rows
 from ...kernels.planes import level_stride, multiply_planes
 from ...kernels.planes import padded as padded_bytes
 from ...kernels.quantize import quantize_inputs
-from ...kernels.rows import PLANE, ROWS
+from ...kernels.rows import I8, PLANE, ROWS, SIGNS
+from ...kernels.signs import integral, multiply_sum, prepare, round_inputs
 from .batch import CHUNKS_PER_THREAD, Batch
 from .network import Linear, Network, build_layer
 from .program import build_program
@@ -95,17 +96,20 @@ class Inputs:
     def quantized(self, x: F32) -> Quantized:
         """`x [T, n]` rotated and in bytes. `x` must not change while it is in use."""
         if self._of is not x or not isinstance(self._as, Quantized):
-            tokens, p = x.shape[0], padded_bytes(self._n)
-            self._of, self._as = (
-                x,
-                Quantized(
-                    lines((tokens, p), np.int8),
-                    lines((tokens, p // 32), np.float32),
-                    lines((tokens, p // 32), np.int32),
-                ),
-            )
+            self._of, self._as = x, self._space(x)
             quantize_inputs(x, self._signs, self._sizes, self._as.q, self._as.scales, self._as.corrections)
         return self._as
+
+    def rounded(self, x: F32, c: F32) -> Quantized:
+        """`x [T, n]` in bytes, as `signs.round_inputs` does it."""
+        t = self._space(x)
+        round_inputs(x, c, t.q, t.scales, t.corrections)
+        return t
+
+    def _space(self, x: F32) -> Quantized:
+        tokens, p = x.shape[0], padded_bytes(self._n)
+        shape = (tokens, p // 32)
+        return Quantized(lines((tokens, p), np.int8), lines(shape, np.float32), lines(shape, np.int32))
 
     def rotated(self, x: F32) -> F32:
         """`x [T, n]` rotated, `[T, padded_width(n)]`, zero past n. `x` must not change while it is in use."""
@@ -140,18 +144,21 @@ class ResidentLinear:
     def __init__(self, weights: Weights, name: str, shape: tuple[int, int], bias: F32 | None, shared: Shared) -> None:
         self._weights, self._name, self._bias, self._shared = weights, name, bias, shared
         self._m, self._n = shape
+        self._made, self._made_of = np.zeros(0, np.uint8), 0
 
     def __call__(self, x: F32) -> F32:
         """`x [T, n] -> [T, m]`."""
         table, stored = self._weights.table(self._name), self._weights.stored
         inputs = self._shared.inputs(self._n)
         y = np.empty((x.shape[0], self._m), np.float32)
+        code, raw = self._shared.instructions, stored.view(np.uint8)
         if _rotated(table) and not self._shared.exact:
             t = inputs.quantized(x)
-            raw = stored.view(np.uint8)
-            multiply_planes(
-                self._shared.instructions, raw, table, self._n, t.q, t.scales, t.corrections, inputs.levels, y
-            )
+            multiply_planes(code, raw, table, self._n, t.q, t.scales, t.corrections, inputs.levels, y)
+        elif _coarse(table) and not self._shared.exact:
+            made = self._prepare(table)
+            t = inputs.rounded(x, made[: 4 * self._n].view(np.float32))
+            multiply_sum(code, raw, table, made, self._n, t.q, t.scales, t.corrections, inputs.levels, inputs.rows, y)
         else:
             if _rotated(table):
                 x = inputs.rotated(x)
@@ -162,17 +169,30 @@ class ResidentLinear:
             add(y, self._bias[None], y)
         return y
 
+    def _prepare(self, table: I64) -> NDArray[np.uint8]:
+        """What `signs.prepare` makes of the resident blocks, if it is wanted."""
+        if self._made_of != len(table):
+            self._made_of = len(table)
+            wanted = integral(table)
+            self._made = prepare(self._weights.stored, table, self._m, self._n) if wanted else np.zeros(0, np.uint8)
+        return self._made
+
 
 def _rotated(table: I64) -> bool:
     """Whether a tensor is made of planes, which are stored rotated."""
     return len(table) > 0 and bool(table[0, 0] >= PLANE)
 
 
+def _coarse(table: I64) -> bool:
+    """Whether rounding to bytes loses nothing worth keeping: not of numbers stored as floats."""
+    return all(kind in (I8, SIGNS) or kind >= PLANE for kind in table[:, 0])
+
+
 class ServingNetwork:
     """The forward pass over resident blocks; the base of the stack must be resident already.
 
-    Planes are multiplied with inputs rounded to bytes, a whole step in one compiled program. Where there are others
-    than planes, or if `exact` (inputs stay floats), operations run one by one.
+    Weights are multiplied in integers, a whole step in one compiled program. Where matrices are stored as floats, or if
+    `exact`, floats are, and operations run one by one.
     """
 
     def __init__(self, a: Architecture, weights: Weights, threads: int, exact: bool = False) -> None:
@@ -187,7 +207,7 @@ class ServingNetwork:
             head=self._linear("embed" if a.tied else "head", None),
         )
         matrices = [name for name, shape in self._shapes.items() if len(shape) > 1]
-        whole = not exact and all(_rotated(weights.table(name)) for name in matrices)
+        whole = not exact and all(_coarse(weights.table(name)) for name in matrices)
         self._steps = (
             Steps(a, build_program(a, self._vector), weights, threads, self._shared.instructions) if whole else None
         )

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...formats.architecture import Architecture
-from ...formats.kinds import BASE_PLANES, MAX_DEPTH
 from ...kernels.attention import unit_floats
-from ...kernels.planes import level_stride
+from ...kernels.planes import FLOATS, INTEGERS, level_stride
 from ...kernels.planes import padded as padded_bytes
-from ...kernels.rows import ROWS
-from ...kernels.step import run_step
+from ...kernels.rows import PLANE, ROWS
+from ...kernels.signs import integral, prepare, table_nbytes
+from ...kernels.step import MULTIPLY, run_step
 from ...kernels.team import counters_for
 from ...kernels.threads import thread_count
 from .batch import Batch
@@ -32,12 +32,16 @@ class Steps:
     def __init__(self, a: Architecture, program: Program, weights: Weights, threads: int, instructions: int) -> None:
         self._a, self._program, self._weights, self._instructions = a, program, weights, instructions
         self._shapes = program.shapes.copy()
-        self._blocks = np.zeros((len(program.names), MAX_DEPTH - BASE_PLANES + 1, 3), np.int64)
-        self._edge = -1
+        self._blocks = np.zeros((len(program.names), 0, 3), np.int64)
+        self._prepared: dict[int, NDArray[np.uint8]] = {}
+        self._made = np.zeros(0, np.uint8)
+        self._edge, self._forms = -1, 1
         widest = int(program.shapes[:, 1].max())
         self._padded = padded_bytes(widest)
         self._levels = lines((threads, ROWS * level_stride(widest)), np.uint8)
-        self._rows = lines((threads, 2, self._padded), np.float32)
+        self._rows = lines((threads, 2 + ROWS, self._padded), np.float32)
+        self._floats, self._integers = lines((threads, FLOATS), np.float32), lines((threads, INTEGERS), np.int64)
+        self._tables = lines((threads, 0), np.uint8)
         self._units = lines((threads, unit_floats(a.heads // a.kv_heads, a.head_dim)), np.float32)
         self._counters = counters_for(len(program.phases))
         self._space: tuple[NDArray[Any], ...] = ()
@@ -51,8 +55,8 @@ class Steps:
             wide, narrow = a.heads * a.head_dim, a.kv_heads * a.head_dim
             self._space = (
                 *(lines((tokens, n), np.float32) for n in (wide + 2 * narrow, wide, 2 * a.intermediate)),
-                lines((tokens * self._padded,), np.int8),
-                *(lines((tokens * self._padded // 32,), kind) for kind in (np.float32, np.int32)),
+                lines((self._forms * tokens * self._padded,), np.int8),
+                *(lines((self._forms * tokens * self._padded // 32,), kind) for kind in (np.float32, np.int32)),
             )
         heads, mixed, gates, q, scales, corrections = self._space
         logits = np.empty((len(wanted), a.vocab), np.float32)
@@ -66,6 +70,7 @@ class Steps:
             self._weights.stored.view(np.uint8),
             self._shapes,
             self._blocks,
+            self._made,
             self._program.vectors,
             self._program.signs,
             self._program.sizes,
@@ -87,6 +92,9 @@ class Steps:
             batch.sine,
             self._levels,
             self._rows,
+            self._floats,
+            self._integers,
+            self._tables,
             self._units,
             self._counters,
         )
@@ -95,8 +103,42 @@ class Steps:
     def _follow_edge(self) -> None:
         if self._edge == self._weights.blocks:
             return
-        for place, name in enumerate(self._program.names):
-            table = self._weights.table(name)
+        tables = [self._weights.table(name) for name in self._program.names]
+        self._blocks = np.zeros((len(tables), max(map(len, tables)), 3), np.int64)
+        for place, table in enumerate(tables):
+            if len(table) != self._shapes[place, 2] and integral(table):
+                m, n = self._shapes[place, :2]
+                self._prepared[place] = prepare(self._weights.stored, table, int(m), int(n))
+            elif not integral(table):
+                self._prepared.pop(place, None)
             self._shapes[place, 2] = len(table)
             self._blocks[place, : len(table)] = table
+        self._gather_prepared()
+        self._number_forms()
+        nbytes = max(map(table_nbytes, tables))
+        if nbytes > self._tables.shape[1]:
+            self._tables = lines((len(self._levels), nbytes), np.uint8)
         self._edge = self._weights.blocks
+
+    def _gather_prepared(self) -> None:
+        """One array of all that was prepared, each part at a cache line."""
+        self._made = lines((sum(map(len, self._prepared.values())),), np.uint8)
+        at = 0
+        for place, made in self._prepared.items():
+            self._made[at : at + len(made)], self._shapes[place, 6] = made, at
+            self._prepared[place] = self._made[at : at + len(made)]
+            at += len(made)
+
+    def _number_forms(self) -> None:
+        """In which form of its phase's input each matrix is multiplied: neighbours that want the same share it."""
+        most = 1
+        for phase in self._program.phases[self._program.phases[:, 0] == MULTIPLY]:
+            form, before = -1, ""
+            for place in range(phase[1], phase[1] + phase[2]):
+                planes = self._blocks[place, 0, 0] >= PLANE
+                wanted = "rotated" if planes else f"times {place}" if place in self._prepared else "plain"
+                form, before = form + (wanted != before), wanted
+                self._shapes[place, 5] = form
+            most = max(most, form + 1)
+        if most > self._forms:
+            self._forms, self._space = most, ()

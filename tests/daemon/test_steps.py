@@ -123,8 +123,15 @@ def test_threads_do_not_show(tmp_path: Path) -> None:
     resident.close()
 
 
-def test_other_blocks_than_planes_run_operation_by_operation(tmp_path: Path) -> None:
-    folder = write_signs_model(tmp_path / "model")
-    resident = load(folder, len(read_stack(folder / STACK).blocks))
-    same(Runs(TINY, resident, whole=True).logits(), Runs(TINY, resident, whole=False).logits())
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("name", ["odd", "tied, windowed", "biases"])
+def test_a_compiled_step_of_signs_is_its_operations(name: str, rank: int, tmp_path: Path) -> None:
+    """Embedding and head are int8."""
+    a = NETWORKS[name]
+    folder = write_signs_model(tmp_path / "model", a, levels=6, rank=rank)
+    stack = read_stack(folder / STACK)
+    resident = load(folder, len(stack.blocks))
+    for blocks in (len(stack.blocks), stack.base, stack.base + 5, len(stack.blocks)):
+        move(resident, blocks)
+        same(Runs(a, resident, whole=True).logits(), Runs(a, resident, whole=False).logits())
     resident.close()

@@ -41,6 +41,13 @@ PLANES = (
     ("shared_plane", "plane"),
     *(("plane",) * 2 + ("shared_plane",) * more for more in range(6)),
 )
+SUMS = (
+    ("i8",),
+    ("f32",),
+    ("signs:2",),
+    ("i8", "signs:1", "f16", "signs:3", "bf16"),
+    *(("signs:1",) * count for count in (1, 2, 3, 4, 5, 9)),
+)
 # plain Python takes microseconds for each multiplication
 COLUMNS = (1, 65) if JIT_OFF else (1, 63, 64, 65, 172, 576)
 WIDE = (65,) if JIT_OFF else (1, 65, 172, 512, 576)
@@ -65,6 +72,8 @@ SHAPES: dict[str, list[Shape]] = {
     "matmul": WEIGHTS,
     "take_rows": WEIGHTS,
     "multiply_planes": each(instructions=available(), levels=PLANES, n=WIDE),
+    "multiply_sum": each(instructions=available(), levels=SUMS, n=WIDE),
+    "round_inputs": each(tokens=FEW, n=WIDE, scaled=(False, True)),
     "quantize_inputs": each(tokens=FEW, n=WIDE),
     "store_kv": each(dtype=KV, groups=(1, 2), width=HEADS, tokens=(1, 5), context=CONTEXTS, sequences=(1, 2)),
     "attend": each(dtype=KV, width=HEADS, per_group=PER_GROUP, tokens=(1, 3), context=CONTEXTS, window=(0, 1, 7))
@@ -83,7 +92,7 @@ SHAPES: dict[str, list[Shape]] = {
 
 def inner(name: str, shape: Shape) -> Iterator[Shape]:
     """Rows and tokens are cheap to vary within one test; the rest names it."""
-    if name not in ("matmul", "take_rows", "multiply_planes"):
+    if name not in ("matmul", "take_rows", "multiply_planes", "multiply_sum"):
         yield shape
         return
     for rows, tokens in product(ROWS, TOKENS):
@@ -109,6 +118,8 @@ def scratch(entry: Entry) -> tuple[int, ...]:
     return {
         "matmul": (4,),
         "multiply_planes": (7,),
+        "multiply_sum": (8, 9),
+        "round_inputs": (3, 4),
         "quantize_inputs": (4, 5),
         "attend": (8,),
         "feedback": (0,),

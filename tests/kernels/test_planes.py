@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ebbflow.kernels import instructions, planes, quantize
 from ebbflow.kernels.instructions import NAMES, available
-from ebbflow.kernels.planes import column_order, emit_decode, emit_dot, multiply_planes, padded
+from ebbflow.kernels.planes import column_order, emit_decode, emit_dot, multiply_planes, padded, stored_bytes
 from ebbflow.kernels.table import Draw, multiply_planes_arguments
 from ebbflow.kernels.vectors import Neon, number
 
@@ -138,7 +138,8 @@ def test_the_arm_kernel_is_made_of_the_instructions_it_is_meant_for() -> None:
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [pointer, pointer, whole, floats, sums]), "dot")
     builder = ir.IRBuilder(function.append_basic_block())
     w, x, step, scales, corrections = function.args
-    emit_dot(Neon(builder), w, step, x, step, scales, corrections, 1, scales)
+    of = Neon(builder)
+    emit_dot(of, stored_bytes(of, w, step), x, step, scales, corrections, 1, scales)
     builder.ret_void()
     llvmlite.binding.initialize_all_targets()
     llvmlite.binding.initialize_all_asmprinters()
