@@ -102,7 +102,7 @@ def test_the_counts_are_right(alone: dict[Any, Answer], prompt: str) -> None:
 
 def test_text_comes_as_it_is_made(folder: Path, resident: Resident) -> None:
     found = answer(engine_of(folder, resident), request(max_tokens=30, temperature=1.0))
-    assert found.chunks > 10
+    assert found.chunks > 5  # random bytes: some wait for the rest of a letter
 
 
 def test_the_end_token_ends_and_is_not_counted_or_shown(folder: Path, resident: Resident) -> None:
