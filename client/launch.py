@@ -74,6 +74,7 @@ def _spawn(paths: Paths, command: Sequence[str]) -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
     if "EBBFLOW_HOME" in environment:
         environment["EBBFLOW_HOME"] = str(Path(environment["EBBFLOW_HOME"]).absolute())
+    environment.setdefault("EBBFLOW_LOG_FILE", str(paths.log))  # the daemon itself rotates it
     try:
         paths.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
         with paths.log.open("ab") as log:

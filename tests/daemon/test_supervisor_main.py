@@ -8,28 +8,16 @@ import sys
 import pytest
 
 from ebbflow.daemon.supervisor.children import JOB, LOG_NBYTES, WORKER, CommandLauncher
-from ebbflow.daemon.supervisor.main import Options, default_reserve, main, parse
+from ebbflow.daemon.supervisor.main import default_reserve, main
 from ebbflow.daemon.supervisor.runtime import locked, prepare
 from ebbflow.formats.errors import AlreadyRunning, DaemonFailed, InvalidSize
 from ebbflow.formats.messages import AddModel
-from ebbflow.formats.paths import Paths
+from ebbflow.formats.paths import home_paths
 
 
 @pytest.fixture
 def paths(tmp_path):
-    return Paths(tmp_path / "run", tmp_path / "library", tmp_path / "cache", tmp_path / "logs")
-
-
-def test_options():
-    assert parse([]) == Options()
-    given = parse(["--idle-seconds", "5", "--reserve", "1GB", "--cap", "2GiB", "--log-level", "debug"])
-    assert given == Options(5.0, 10**9, 2**31, "debug")
-    with pytest.raises(InvalidSize):
-        parse(["--cap", "much"])
-    for wrong in (["--log-level", "loud"], ["--idle-seconds=-1"], ["--idle-seconds=nan"]):
-        with pytest.raises(SystemExit) as left:
-            parse(wrong)
-        assert left.value.code == 2
+    return home_paths(tmp_path)
 
 
 @pytest.mark.parametrize(("total", "reserve"), [(2**30, 256 * 10**6), (10**10, 5 * 10**8), (2**36, 10**9)])
