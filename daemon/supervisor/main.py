@@ -17,6 +17,7 @@ from ...formats.paths import Paths, default_paths
 from ...formats.units import format_size
 from ..channel import Hub, Limits
 from .children import CommandLauncher, Launcher
+from .door import listen
 from .library import Library
 from .logs import Logs
 from .notify import Notifier, forget
@@ -111,6 +112,8 @@ def _outside(options: Options, paths: Paths, launcher: Launcher) -> Iterator[Out
         contextlib.closing(Hub(paths.children, from_child_decoder, CHILD_LIMITS, explain=False)) as children,
         contextlib.closing(Hub(paths.clients, request_decoder)) as clients,
     ):
+        if options.listen is not None:
+            listen(clients, options.listen, paths)
         yield Outside(clients, children, launcher, Sensor(cap=options.cap))
 
 
