@@ -19,6 +19,7 @@ from .ps import ps
 from .resize import resize
 from .run import run
 from .serve import serve, status, stop
+from .service import service
 from .standard import give_up, open_missing
 
 EPILOG = """\b
@@ -84,7 +85,7 @@ def main() -> None:
     """Runs local language models inside whatever memory the machine can spare right now."""
 
 
-for command in (serve, stop, status, add, list_models, show, rm, run, ps, resize, keys):
+for command in (serve, stop, status, add, list_models, show, rm, run, ps, resize, keys, service):
     main.add_command(command)
 
 if __name__ == "__main__":
