@@ -21,6 +21,7 @@ from .run import run
 from .serve import serve, status, stop
 from .service import service
 from .standard import give_up, open_missing
+from .top import top
 
 EPILOG = """\b
 Exit codes:
@@ -85,7 +86,7 @@ def main() -> None:
     """Runs local language models inside whatever memory the machine can spare right now."""
 
 
-for command in (serve, stop, status, add, list_models, show, rm, run, ps, resize, keys, service):
+for command in (serve, stop, status, add, list_models, show, rm, run, ps, top, resize, keys, service):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -332,4 +332,5 @@ class Server:
             models=self.worker.residencies(),
             processes=tuple(self._processes()),
             adding=self.adding.names,
+            total_nbytes=self._sensor.total(),
         )
