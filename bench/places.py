@@ -45,6 +45,14 @@ def full_source() -> Path:
     return folder
 
 
+def _link(source: str, target: str) -> None:
+    """A second name for a file, or a copy of it on another disk; the library takes no symbolic links."""
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 @contextmanager
 def daemon(*models: Path) -> Iterator[Client]:
     """A real daemon of its own that has these models; its kernels are compiled once for all benches."""
@@ -52,7 +60,7 @@ def daemon(*models: Path) -> Iterator[Client]:
     paths = home_paths(home)
     paths.library.mkdir()
     for model in models:
-        (paths.library / model.name).symlink_to(model)
+        shutil.copytree(model, paths.library / model.name, copy_function=_link)
     (CACHE / "kernels").mkdir(parents=True, exist_ok=True)
     paths.cache.symlink_to(CACHE / "kernels")
     environment = os.environ | {"EBBFLOW_HOME": str(home)}

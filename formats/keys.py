@@ -7,7 +7,6 @@ A key is 40 letters of Z85. `<config>/keys` has `daemon` and `client`, a pair ea
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import os
 import re
 import stat
@@ -85,6 +84,8 @@ def write_allowed(path: Path, allowed: dict[str, str]) -> None:
 
 def is_loopback(address: str) -> bool:
     """Whether `tcp://HOST:PORT` is reachable from this machine only; anything unclear is not."""
+    import ipaddress  # only who uses tcp waits for it
+
     host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
     if host == "localhost":
         return True
