@@ -87,8 +87,8 @@ class _Gate:
 
     def answer(self) -> None:
         while self.socket.poll(0):
-            version, number, *_, mechanism, key = self.socket.recv_multipart()
-            allowed = mechanism == b"CURVE" and self._may_enter(z85.encode(key).decode())
+            version, number, _domain, _address, _identity, mechanism, *credentials = self.socket.recv_multipart()
+            allowed = mechanism == b"CURVE" and self._may_enter(z85.encode(credentials[0]).decode())
             if not allowed:
                 log.warning("a client with another key than those allowed was turned away")
             self.socket.send_multipart([version, number, b"200" if allowed else b"400", b"", b"", b""])

@@ -22,7 +22,9 @@ from .output import harmless
 from .quality import quality_at
 
 BAR: Final = 48  # letters
+MARGIN: Final = 10  # letters before a bar, or as many as the longest name wants
 EDGES: Final = 60  # pictures that the line of past edges goes back
+MOVING: Final = 0.03  # of the stack; nearer than that, the next block does not fit
 BASE, HELD, FREE, TARGET = "▓", "█", "░", "┃"
 _HEIGHTS: Final = "▁▂▃▄▅▆▇█"
 
@@ -42,25 +44,26 @@ def frame(view: View) -> RenderableType:
     if view.status is None:
         return Text.assemble(("ebbflow  ", "bold"), ("no daemon ", "bold red"), harmless(view.trouble))
     status = view.status
-    parts: list[RenderableType] = [_head(status), _machine(status), Text()]
+    margin = max([MARGIN, *(len(model.model) + 1 for model in status.models)])
+    parts: list[RenderableType] = [_head(status, margin), _machine(status, margin), Text()]
     for model in status.models:
-        parts += [*_model(model, view), Text()]
+        parts += [*_model(model, view, margin), Text()]
     if not status.models:
         parts += [Text("no model is in memory", "dim"), Text()]
     if status.adding:
-        parts.append(Text(f"adding    {harmless(', '.join(status.adding))}"))
-    parts.append(_processes(status))
+        parts.append(Text("adding".ljust(margin) + harmless(", ".join(status.adding))))
+    parts.append(_processes(status, margin))
     return Group(*parts)
 
 
-def _head(status: Status) -> Text:
+def _head(status: Status, margin: int) -> Text:
     running, waiting = (sum(getattr(model, name) for model in status.models) for name in ("running", "waiting"))
     speed = sum(model.tokens_per_second for model in status.models)
     text = f"up {format_seconds(status.uptime_seconds)}   {running} running, {waiting} waiting   {speed:.1f} tokens/s"
-    return Text.assemble(("ebbflow   ", "bold"), text)
+    return Text.assemble(("ebbflow".ljust(margin), "bold"), text)
 
 
-def _machine(status: Status) -> Text:
+def _machine(status: Status, margin: int) -> Text:
     """All memory: what is used, what we may still take, and what is left alone."""
     spare = max(0, status.available_nbytes - status.reserve_nbytes)
     reserve = status.available_nbytes - spare
@@ -70,17 +73,22 @@ def _machine(status: Status) -> Text:
     left = f"{format_size(status.reserve_nbytes)} left to everything else"
     words = f"  {available} ({harmless(status.available_source)}), {left}"
     return Text.assemble(
-        ("memory    ", "bold"), (HELD * cells[0], "yellow"), (FREE * cells[1], "green"), (BASE * cells[2], "dim"), words
+        ("memory".ljust(margin), "bold"),
+        (HELD * cells[0], "yellow"),
+        (FREE * cells[1], "green"),
+        (BASE * cells[2], "dim"),
+        words,
     )
 
 
-def _model(model: Residency, view: View) -> list[RenderableType]:
-    name = Text.assemble((f"{harmless(model.model):<9} ", "bold"), *_stack(model))
+def _model(model: Residency, view: View, margin: int) -> list[RenderableType]:
+    name = Text.assemble((harmless(model.model).ljust(margin), "bold"), *_stack(model))
     share = model.nbytes / max(model.total_nbytes, 1)
     sizes = f"  {format_size(model.nbytes)} of {format_size(model.total_nbytes)} ({share:.0%})"
     name.append(sizes)
-    if model.target_nbytes != model.nbytes:
-        name.append(f" -> {format_size(min(model.target_nbytes, model.total_nbytes))}", "cyan")
+    target = min(model.target_nbytes, model.total_nbytes)
+    if abs(target - model.nbytes) > MOVING * model.total_nbytes:
+        name.append(f" -> {format_size(target)}", "cyan")
     quality = quality_at(view.curves.get(model.model, ()), model.nbytes)
     facts = [
         str(quality) if quality else "quality not measured",
@@ -88,10 +96,10 @@ def _model(model: Residency, view: View) -> list[RenderableType]:
         f"{model.running} running, {model.waiting} waiting",
         f"{model.tokens_per_second:.1f} tokens/s",
     ]
-    lines: list[RenderableType] = [name, Text(" " * 10 + "   ".join(facts))]
+    lines: list[RenderableType] = [name, Text(" " * margin + "   ".join(facts))]
     past = _past(view.edges.get(model.model, ()), model.total_nbytes)
     wish = f"{model.wish}: {harmless(model.reason)}" if model.reason else str(model.wish)
-    lines.append(Text.assemble(" " * 10, (past, "green"), "  " if past else "", (wish, "dim")))
+    lines.append(Text.assemble(" " * margin, (past, "green"), "  " if past else "", (wish, "dim")))
     return lines
 
 
@@ -123,9 +131,9 @@ def _past(edges: Sequence[int], whole: int) -> str:
     return "".join(_HEIGHTS[min(top, round(top * edge / max(whole, 1)))] for edge in edges)
 
 
-def _processes(status: Status) -> Text:
+def _processes(status: Status, margin: int) -> Text:
     words = []
     for process in status.processes:
         swapped = f" (and {format_size(process.swapped_nbytes)} swapped out)" if process.swapped_nbytes else ""
         words.append(f"{process.role} {format_size(process.private_nbytes)}{swapped}")
-    return Text(f"processes {', '.join(words) or 'unknown'}")
+    return Text("processes".ljust(margin) + (", ".join(words) or "unknown"))

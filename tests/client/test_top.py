@@ -86,6 +86,19 @@ def test_the_bar_shows_base_edge_and_target():
     assert bar == BASE * eighth + HELD * 3 * eighth + FREE * 2 * eighth + TARGET + FREE * (2 * eighth - 1)
 
 
+def test_an_edge_that_cannot_come_nearer_is_not_shown_as_moving():
+    near = msgspec.structs.replace(MODEL, target_nbytes=12_300_000)
+    text = drawn(View(msgspec.structs.replace(STATUS, models=(near,))))
+    assert "12.0 MB of 24.0 MB (50%)\n" in text
+
+
+def test_long_names_keep_the_bars_in_line():
+    long = msgspec.structs.replace(MODEL, model="a-model-with-a-long-name")
+    lines = drawn(View(msgspec.structs.replace(STATUS, models=(MODEL, long)))).splitlines()
+    starts = {min(line.index(letter) for letter in (BASE, HELD) if letter in line) for line in lines if BASE in line}
+    assert starts == {len("a-model-with-a-long-name ")}
+
+
 @pytest.mark.parametrize(
     "changed",
     [

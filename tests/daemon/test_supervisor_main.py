@@ -10,7 +10,7 @@ import pytest
 from ebbflow.daemon.supervisor.children import JOB, LOG_NBYTES, WORKER, CommandLauncher
 from ebbflow.daemon.supervisor.main import default_reserve, main
 from ebbflow.daemon.supervisor.runtime import locked, prepare
-from ebbflow.formats.errors import AlreadyRunning, DaemonFailed, InvalidSize
+from ebbflow.formats.errors import AlreadyRunning, DaemonFailed, InvalidConfig, InvalidSize
 from ebbflow.formats.messages import AddModel
 from ebbflow.formats.paths import home_paths
 
@@ -83,6 +83,21 @@ def test_main_turns_errors_into_exit_codes(monkeypatch, tmp_path, capsys):
     assert main([]) == DaemonFailed.exit_code
     assert "EBBFLOW_HOME" in capsys.readouterr().err
     assert main(["--reserve", "?"]) == InvalidSize.exit_code
+
+
+def test_it_does_not_start_where_strangers_could_come_in(monkeypatch, tmp_path_factory, capsys):
+    home = tmp_path_factory.mktemp("m")
+    monkeypatch.setenv("EBBFLOW_HOME", str(home))
+    for _ in range(2):  # and leaves nothing behind that would keep the next one out
+        assert main(["--listen", "tcp://0.0.0.0:5555"]) == InvalidConfig.exit_code
+        assert "no key is allowed" in capsys.readouterr().err
+    (home / "config.toml").write_text("idel_seconds = 5")
+    assert main([]) == InvalidConfig.exit_code
+    assert "'idel_seconds' cannot be set" in capsys.readouterr().err
+    assert main(["--log-file", str(home / "no" / "log")]) == InvalidConfig.exit_code
+    (home / "config.toml").unlink()
+    assert main(["--log-file", str(home / "no" / "log")]) == DaemonFailed.exit_code
+    assert "cannot be written: No such file" in capsys.readouterr().err
 
 
 def test_the_real_commands_are_modules_of_ours():
