@@ -96,10 +96,11 @@ class _Gate:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much may wait for one peer that does not read."""
+    """How much may wait for one peer that does not read, and how much of what it says, while we do not."""
 
     nbytes: int = 4_000_000
     messages: int = 4_000
+    unheard: int = 32  # messages that ZeroMQ takes from one peer before we have heard them; then the peer waits
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ class Hub(Generic[M]):
         self._socket.linger = LINGER_MS
         self._socket.maxmsgsize = MAX_MESSAGE
         self._socket.sndhwm = PIPE_MESSAGES
+        self._socket.rcvhwm = limits.unheard
         self._outboxes: dict[bytes, _Outbox] = {}
         self._lost: dict[bytes, Lost] = {}
         if address.startswith("ipc://"):
@@ -168,8 +170,11 @@ class Hub(Generic[M]):
             self._socket.curve_server = True
             self._socket.curve_publickey = curve.pair.public.encode()
             self._socket.curve_secretkey = curve.pair.secret.encode()
-            self._socket.zap_domain = b"ebbflow"  # with a domain, nobody enters when the gate does not answer
+            # No `zap_domain`: it cannot be taken back, and what is bound later would ask the gate too. It would only
+            # matter without a gate, which is there as long as the socket is.
         self._bind(address)
+        if curve:  # an address keeps what held when it was bound; what is bound later is plain again
+            self._socket.curve_server = False
 
     def _bind(self, address: str) -> None:
         try:

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 RESERVE_FRACTION: Final = 0.05
 RESERVE_LEAST: Final = 256_000_000
 RESERVE_MOST: Final = 1_000_000_000
-CHILD_LIMITS: Final = Limits(nbytes=64_000_000, messages=20_000)
+CHILD_LIMITS: Final = Limits(nbytes=64_000_000, messages=20_000, unheard=1_000)
 
 
 def default_reserve(total: int) -> int:

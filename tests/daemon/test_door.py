@@ -120,6 +120,22 @@ def test_by_tcp_only_allowed_keys_come_in(paths):
             client.ping()
 
 
+def test_what_is_bound_after_the_encrypted_port_is_plain(paths):
+    address = f"tcp://127.0.0.1:{free_port()}"
+    write_allowed(paths.keys / "allowed", {own_pair(paths.keys / "client", new_pair).public: ""})
+    answering = Answering(paths)
+    listen(answering.hub, address, paths)
+    answering.hub._bind(f"{paths.clients}.again")
+    server = own_pair(paths.keys / "daemon", new_pair).public
+    with answering:
+        for client in (
+            Client(f"{paths.clients}.again", lease=PATIENT),
+            Client(address, server_key=server, lease=PATIENT),
+        ):
+            with client:
+                client.ping()
+
+
 def test_the_environment_says_where_the_daemon_is(paths, monkeypatch):
     address = f"tcp://127.0.0.1:{free_port()}"
     client_key = own_pair(paths.keys / "client", new_pair).public
