@@ -43,16 +43,22 @@ def default_reserve(total: int) -> int:
 class Daemon:
     """One daemon's life after it holds the lock. `reread` gives the options anew; it may raise `EbbflowError`."""
 
-    def __init__(self, options: Options, outside: Outside, library: Library, reread: Callable[[], Options]) -> None:
+    def __init__(
+        self,
+        options: Options,
+        outside: Outside,
+        library: Library,
+        reread: Callable[[], Options],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._options = options
         self._outside = outside
         self._reread = reread
+        self._clock = clock
         self._reloads = hangup_means_reload()
         self._notifier = Notifier()
         forget()
-        self._server = Server(
-            outside, library, reserve=self._reserve(), idle_seconds=options.idle_seconds, now=time.monotonic()
-        )
+        self._server = Server(outside, library, reserve=self._reserve(), idle_seconds=options.idle_seconds, now=clock())
 
     def run(self) -> None:
         """Serve until told to end."""
@@ -62,7 +68,7 @@ class Daemon:
                 self._server.sleep([inbox.descriptor], self._notifier.watchdog_seconds)
                 for number in inbox.take():
                     self._obey(number)
-                now = time.monotonic()
+                now = self._clock()
                 self._server.turn(now)
                 self._notifier.feed(now)
 
@@ -72,11 +78,11 @@ class Daemon:
             return
         log.info("told to end by signal %d", number)
         self._notifier.stopping(self._options.drain_seconds + 10)
-        self._server.drain(time.monotonic(), self._options.drain_seconds)
+        self._server.drain(self._clock(), self._options.drain_seconds)
 
     def _reload(self) -> None:
         """Take the settings anew; with a mistake in them, everything stays as it is."""
-        self._notifier.reloading(time.monotonic())
+        self._notifier.reloading(time.monotonic())  # systemd's clock, whatever ours is
         try:
             options = self._reread()
         except EbbflowError as error:
