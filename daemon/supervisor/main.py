@@ -62,8 +62,8 @@ class Daemon:
 
     def run(self) -> None:
         """Serve until told to end."""
-        self._notifier.ready(f"leaving {format_size(self._reserve())} to everything else")
         with caught() as inbox:
+            self._notifier.ready(f"leaving {format_size(self._reserve())} to everything else")
             while not self._server.finished:
                 self._server.sleep([inbox.descriptor], self._notifier.watchdog_seconds)
                 for number in inbox.take():
