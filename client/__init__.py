@@ -10,6 +10,7 @@
             print(piece, end="")
 """
 
+from ..formats.keys import KeyPair
 from ..formats.messages import (
     ChatMessage,
     Finished,
@@ -38,6 +39,7 @@ __all__ = [
     "ChatMessage",
     "Client",
     "Finished",
+    "KeyPair",
     "Lease",
     "ModelDetail",
     "ModelSummary",

@@ -11,10 +11,11 @@ from types import TracebackType
 from typing import Generic, Self, Unpack
 
 from ..formats.errors import DaemonGone
+from ..formats.keys import KeyPair
 from ..formats.messages import Finished, ModelDetail, ModelSummary, Progress, Resized, Status
-from ..formats.paths import default_paths
 from ..formats.units import SizeWish
 from . import asks
+from .address import open_channel
 from .asks import AddOptions, Ask, Piece, Reader, Result, SamplingOptions, Turn
 from .channel import Channel
 from .exchange import Lease, Reply, Sink
@@ -115,12 +116,22 @@ class AsyncProgressStream(AsyncStream[Progress, ModelSummary]):
 class AsyncClient:
     """A connection to the daemon at `address` (default: this user's). Streams belong to the loop that made them.
 
+    Without `address` that is what EBBFLOW_HOST says, or else this user's own. A daemon on another machine is known by
+    its `server_key` (or EBBFLOW_SERVER_KEY) and knows us by our `keys` (by default those of `ebb keys show`).
+
     Connects when first asked something; `launch.ensure_daemon` starts a daemon. Methods raise the typed errors of
     `ebbflow.client.errors`: `InvalidRequest` before anything is sent, `DaemonGone` when nobody answers.
     """
 
-    def __init__(self, address: str | None = None, *, lease: Lease | None = None) -> None:
-        self._channel = Channel(address or default_paths().clients, lease or Lease())
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        lease: Lease | None = None,
+        server_key: str | None = None,
+        keys: KeyPair | None = None,
+    ) -> None:
+        self._channel = open_channel(address, lease, server_key, keys)
         self._finalizer = weakref.finalize(self, self._channel.close)
 
     async def __aenter__(self) -> Self:

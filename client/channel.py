@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Final, TypeAlias
 
@@ -20,6 +21,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from ..formats.errors import Cancelled, InvalidRequest
+from ..formats.keys import KeyPair
 from ..formats.messages import MAX_MESSAGE, Request, failure
 from .exchange import Exchange, Frames, Lease, Sink, Watch
 
@@ -30,16 +32,32 @@ BATCH: Final = 256  # messages read before callers' commands are looked at again
 _HEARD: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED
 _REFUSED: Final = zmq.EVENT_CONNECT_RETRIED
 _LOST: Final = zmq.EVENT_DISCONNECTED
-_WATCHED: Final = _HEARD | _REFUSED | _LOST
+_BARRED: Final = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+_HUNG_UP: Final = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_WATCHED: Final = _HEARD | _REFUSED | _LOST | _BARRED | _HUNG_UP
 
 _Socket: TypeAlias = "zmq.Socket[bytes]"
 _Command = Callable[[float], None]
 
 
+@dataclass(frozen=True)
+class Curve:
+    """An encrypted line: the daemon's public key, and who we are."""
+
+    server: str
+    pair: KeyPair
+
+
+def new_pair() -> KeyPair:
+    """A pair of keys that nobody had before."""
+    public, secret = zmq.curve_keypair()
+    return KeyPair(public.decode(), secret.decode())
+
+
 class Line:
     """One socket with its monitor, for one connection."""
 
-    def __init__(self, context: zmq.Context[_Socket], address: str, number: int) -> None:
+    def __init__(self, context: zmq.Context[_Socket], address: str, number: int, curve: Curve | None = None) -> None:
         self.number = number
         self.socket: _Socket = context.socket(zmq.DEALER)
         self.monitor: _Socket = self.socket.get_monitor_socket(_WATCHED)
@@ -47,6 +65,10 @@ class Line:
         self.socket.maxmsgsize = MAX_MESSAGE
         self.socket.sndhwm = 0  # bounded by what callers ask; the thread must never wait
         self.socket.reconnect_ivl = RECONNECT_MS
+        if curve:
+            self.socket.curve_serverkey = curve.server.encode()
+            self.socket.curve_publickey = curve.pair.public.encode()
+            self.socket.curve_secretkey = curve.pair.secret.encode()
         try:
             self.socket.connect(address)
         except zmq.ZMQError:
@@ -83,10 +105,11 @@ class Line:
 class Channel:
     """A conversation with the daemon at `address`, from any thread. Raises `InvalidRequest` for a bad address."""
 
-    def __init__(self, address: str, lease: Lease) -> None:
+    def __init__(self, address: str, lease: Lease, curve: Curve | None = None) -> None:
         if not address.startswith(("ipc://", "tcp://")):
             raise InvalidRequest(f"{address!r} is not an address; it begins with ipc:// or tcp://")
         self._address = address
+        self._curve = curve
         self._exchange = Exchange(address, lease)
         self._commands: SimpleQueue[_Command] = SimpleQueue()
         self._asleep, self._alarm = socket.socketpair()
@@ -178,7 +201,7 @@ class Channel:
 
     def _connect(self, context: zmq.Context[_Socket], number: int) -> Line | None:
         try:
-            return Line(context, self._address, number)
+            return Line(context, self._address, number, self._curve)
         except zmq.ZMQError as error:  # not an address that ZeroMQ takes, or no file descriptor left
             self._exchange.unreachable(str(error))
             return None
@@ -203,6 +226,12 @@ class Channel:
         for event in events:
             if event == _LOST:
                 self._exchange.lost()
+                return
+            if event & _BARRED:
+                self._exchange.barred()
+                return
+            if event == _HUNG_UP:
+                self._exchange.unreachable("it hung up on us; another user's daemon, a wrong key, or it is ending")
                 return
             if event == _REFUSED:
                 self._exchange.refused()

@@ -10,12 +10,12 @@ from types import TracebackType
 from typing import Self, Unpack
 
 from ..formats.errors import DaemonGone
+from ..formats.keys import KeyPair
 from ..formats.messages import ModelDetail, ModelSummary, Resized, Status
-from ..formats.paths import default_paths
 from ..formats.units import SizeWish
 from . import asks
+from .address import open_channel
 from .asks import AddOptions, SamplingOptions, Turn
-from .channel import Channel
 from .exchange import Lease
 from .stream import ProgressStream, Stream, TextStream, answer
 
@@ -23,12 +23,22 @@ from .stream import ProgressStream, Stream, TextStream, answer
 class Client:
     """A connection to the daemon at `address` (default: this user's). Any thread may use it.
 
+    Without `address` that is what EBBFLOW_HOST says, or else this user's own. A daemon on another machine is known by
+    its `server_key` (or EBBFLOW_SERVER_KEY) and knows us by our `keys` (by default those of `ebb keys show`).
+
     Connects when first asked something; `launch.ensure_daemon` starts a daemon. Methods raise the typed errors of
     `ebbflow.client.errors`: `InvalidRequest` before anything is sent, `DaemonGone` when nobody answers.
     """
 
-    def __init__(self, address: str | None = None, *, lease: Lease | None = None) -> None:
-        self._channel = Channel(address or default_paths().clients, lease or Lease())
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        lease: Lease | None = None,
+        server_key: str | None = None,
+        keys: KeyPair | None = None,
+    ) -> None:
+        self._channel = open_channel(address, lease, server_key, keys)
         self._finalizer = weakref.finalize(self, self._channel.close)
 
     def __enter__(self) -> Self:

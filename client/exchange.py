@@ -18,7 +18,15 @@ from typing import Final
 
 import msgspec
 
-from ..formats.errors import Cancelled, DaemonGone, EbbflowError, InvalidRequest, NotRunning, UnsupportedVersion
+from ..formats.errors import (
+    Cancelled,
+    DaemonGone,
+    EbbflowError,
+    InvalidRequest,
+    NotAllowed,
+    NotRunning,
+    UnsupportedVersion,
+)
 from ..formats.messages import (
     LEASE_SECONDS,
     PING_SECONDS,
@@ -157,6 +165,15 @@ class Exchange:
         self._connected = True
         self._since = now
 
+    def barred(self) -> None:
+        """Somebody is there and does not let us in."""
+        self._gone(
+            NotAllowed(
+                f"the daemon at {self._address} does not let us in: by tcp it wants its own key (EBBFLOW_SERVER_KEY) "
+                "and yours allowed (`ebb keys`)"
+            )
+        )
+
     def unreachable(self, reason: str) -> None:
         """No attempt to connect can be made."""
         self._gone(DaemonGone(f"cannot connect to {self._address}: {reason}"))
@@ -222,7 +239,7 @@ class Exchange:
             if isinstance(entry.request, Ping):
                 self._end(id_, Done(id=id_))
 
-    def _gone(self, error: DaemonGone) -> None:
+    def _gone(self, error: DaemonGone | NotAllowed) -> None:
         self._connection = None
         self._connected = False
         self._refusals = 0

@@ -14,6 +14,7 @@ from typing import Final
 
 from ..formats.errors import AlreadyRunning, DaemonFailed, DaemonGone
 from ..formats.paths import Paths, default_paths
+from .address import elsewhere
 from .client import Client
 
 # -P: the daemon must not import from the folder the user happens to stand in.
@@ -24,12 +25,18 @@ LOG_NBYTES: Final = 1_000_000  # a log larger than this is set aside when the ne
 
 
 def ensure_daemon(*, seconds: float = START_SECONDS, command: Sequence[str] = COMMAND) -> bool:
-    """Return when this user's daemon answers; start it in the background, with `command`, if none does.
+    """Return when the daemon answers; start this user's in the background, with `command`, if none does.
+
+    One that EBBFLOW_HOST names is never started, only asked: then this raises `NotRunning` or `DaemonGone`.
 
     Gives whether this call started it: any number of processes may do this at once, and one daemon wins.
     Raises `DaemonFailed`, with the last lines of its log, when it exits or does not answer within `seconds`; it is
     left running in the second case.
     """
+    if elsewhere():
+        with Client() as client:
+            client.ping()
+        return False
     paths = default_paths()
     with Client(paths.clients) as client:
         if answers(client):
@@ -74,6 +81,7 @@ def _spawn(paths: Paths, command: Sequence[str]) -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
     if "EBBFLOW_HOME" in environment:
         environment["EBBFLOW_HOME"] = str(Path(environment["EBBFLOW_HOME"]).absolute())
+    environment.setdefault("EBBFLOW_LOG_FILE", str(paths.log))  # the daemon itself rotates it
     try:
         paths.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
         with paths.log.open("ab") as log:

@@ -7,15 +7,18 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, Literal, TypeVar
 
 import msgspec
 import zmq
+from zmq.utils import z85
 
 from ..formats.errors import DaemonFailed, InvalidRequest, Unsupported
+from ..formats.keys import KeyPair
 from ..formats.messages import MAX_MESSAGE, Message, ToWorker, decode, encode, failure, to_worker_decoder
 
 log = logging.getLogger(__name__)
@@ -24,6 +27,7 @@ LINGER_MS: Final = 500
 FRAMES: Final = 3  # sender, header, body; what a longer message has more is read and dropped
 PIPE_MESSAGES: Final = 100  # what ZeroMQ itself may hold for one peer; the rest waits in an outbox that we can count
 RETRY_SECONDS: Final = 0.02
+ZAP: Final = "inproc://zeromq.zap.01"  # where ZeroMQ asks who may enter (RFC 27)
 
 M = TypeVar("M")
 
@@ -59,11 +63,44 @@ class Child:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """An encrypted door: who we are, and whether the owner of a public key may enter."""
+
+    pair: KeyPair
+    may_enter: Callable[[str], bool]
+
+
+def new_pair() -> KeyPair:
+    """A pair of keys that nobody had before."""
+    public, secret = zmq.curve_keypair()
+    return KeyPair(public.decode(), secret.decode())
+
+
+class _Gate:
+    """Answers ZeroMQ's question whether a connection may come in; without an answer none does."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], may_enter: Callable[[str], bool]) -> None:
+        self._may_enter = may_enter
+        self.socket = context.socket(zmq.REP)
+        self.socket.linger = 0
+        self.socket.bind(ZAP)
+
+    def answer(self) -> None:
+        while self.socket.poll(0):
+            version, number, _domain, _address, _identity, mechanism, *credentials = self.socket.recv_multipart()
+            allowed = mechanism == b"CURVE" and self._may_enter(z85.encode(credentials[0]).decode())
+            if not allowed:
+                log.warning("a client with another key than those allowed was turned away")
+            self.socket.send_multipart([version, number, b"200" if allowed else b"400", b"", b"", b""])
+
+
+@dataclass(frozen=True)
 class Limits:
-    """How much may wait for one peer that does not read."""
+    """How much may wait for one peer that does not read, and how much of what it says, while we do not."""
 
     nbytes: int = 4_000_000
     messages: int = 4_000
+    unheard: int = 32  # messages that ZeroMQ takes from one peer before we have heard them; then the peer waits
 
 
 @dataclass(frozen=True)
@@ -108,23 +145,48 @@ class Hub(Generic[M]):
         self._limits = limits
         self._explain = explain
         self._own_context = None if context else zmq.Context()
-        self._socket = (context or self._own_context or zmq.Context.instance()).socket(zmq.ROUTER)
+        self._context = context or self._own_context or zmq.Context.instance()
+        self._gate: _Gate | None = None
+        self._socket = self._context.socket(zmq.ROUTER)
         self._socket.router_mandatory = True
         self._socket.linger = LINGER_MS
         self._socket.maxmsgsize = MAX_MESSAGE
         self._socket.sndhwm = PIPE_MESSAGES
+        self._socket.rcvhwm = limits.unheard
+        self._outboxes: dict[bytes, _Outbox] = {}
+        self._lost: dict[bytes, Lost] = {}
+        if address.startswith("ipc://"):
+            # The kernel says who is at the other end; anybody else is cut off before a word is read.
+            self._socket.setsockopt(zmq.IPC_FILTER_UID, os.geteuid())
+        self._bind(address)
+
+    def listen(self, address: str, curve: Curve | None) -> None:
+        """Serve another address too, once; with `curve` only to those who may enter, and encrypted.
+
+        Raises `DaemonFailed` when it cannot be bound.
+        """
+        if curve:
+            self._gate = _Gate(self._context, curve.may_enter)
+            self._socket.curve_server = True
+            self._socket.curve_publickey = curve.pair.public.encode()
+            self._socket.curve_secretkey = curve.pair.secret.encode()
+            # No `zap_domain`: it cannot be taken back, and what is bound later would ask the gate too. It would only
+            # matter without a gate, which is there as long as the socket is.
+        self._bind(address)
+        if curve:  # an address keeps what held when it was bound; what is bound later is plain again
+            self._socket.curve_server = False
+
+    def _bind(self, address: str) -> None:
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
             self.close()
             raise DaemonFailed(f"{address} cannot be bound: {error.strerror}") from error
-        self._outboxes: dict[bytes, _Outbox] = {}
-        self._lost: dict[bytes, Lost] = {}
 
     @property
-    def socket(self) -> zmq.Socket[bytes]:
+    def sockets(self) -> list[zmq.Socket[bytes]]:
         """For `wait`."""
-        return self._socket
+        return [self._socket, self._gate.socket] if self._gate else [self._socket]
 
     @property
     def pending(self) -> bool:
@@ -136,6 +198,8 @@ class Hub(Generic[M]):
 
         A sender whose message cannot be understood gets `Failed` with id 0 instead, if this hub explains.
         """
+        if self._gate:
+            self._gate.answer()
         messages: list[tuple[bytes, M]] = []
         for _ in range(limit):
             frames = self._read()
@@ -184,6 +248,8 @@ class Hub(Generic[M]):
     def close(self) -> None:
         """Send what ZeroMQ holds (at most `LINGER_MS`) and close."""
         self._socket.close()
+        if self._gate:
+            self._gate.socket.close()
         if self._own_context:
             self._own_context.term()
 
@@ -219,7 +285,8 @@ def wait(hubs: Iterable[Hub[Any]], descriptors: Iterable[int], timeout_seconds: 
     """Sleep until a hub has a message, a descriptor is readable, an outbox is due again, or the time is over."""
     poller = zmq.Poller()
     for hub in hubs:
-        poller.register(hub.socket, zmq.POLLIN)
+        for socket in hub.sockets:
+            poller.register(socket, zmq.POLLIN)
         if hub.pending:
             timeout_seconds = RETRY_SECONDS if timeout_seconds is None else min(timeout_seconds, RETRY_SECONDS)
     for descriptor in descriptors:

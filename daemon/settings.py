@@ -1,4 +1,4 @@
-"""How a worker computes, as the daemon's command line says it and the worker's repeats it. Pure."""
+"""How a worker computes, as the daemon's options say it and the worker's command line repeats it. Pure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class WorkerSettings:
     threads: int | None = None
 
     def flags(self) -> tuple[str, ...]:
-        """What `add_options` reads."""
+        """What `parse_settings` reads."""
         exact = ("--exact",) if self.exact else ()
         threads = () if self.threads is None else (f"--threads={self.threads}",)
         return (f"--kv={self.kv}", *exact, *threads)
@@ -31,26 +31,11 @@ class WorkerSettings:
 DEFAULTS: Final = WorkerSettings()
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that `settings_from` wants."""
-    parser.add_argument("--kv", choices=KV_TYPES, default="f16", help="how keys and values are kept: i8 halves them")
-    parser.add_argument("--exact", action="store_true", help="never round activations: slow, for comparisons")
-    parser.add_argument("--threads", type=_count, metavar="N", help="threads that compute (one for each core we have)")
-
-
-def settings_from(given: argparse.Namespace) -> WorkerSettings:
-    """Of a parsed command line."""
-    return WorkerSettings(given.kv, given.exact, given.threads)
-
-
 def parse_settings(arguments: list[str]) -> WorkerSettings:
-    """Of flags alone; leaves with exit code 2 when they are wrong."""
+    """Of a worker's command line; leaves with exit code 2 when it is wrong."""
     parser = argparse.ArgumentParser("ebbflow-worker")
-    add_options(parser)
-    return settings_from(parser.parse_args(arguments))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, not {text!r}")
-    return int(text)
+    parser.add_argument("--kv", choices=KV_TYPES, default="f16")
+    parser.add_argument("--exact", action="store_true")
+    parser.add_argument("--threads", type=int)
+    given = parser.parse_args(arguments)
+    return WorkerSettings(given.kv, given.exact, given.threads)

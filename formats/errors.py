@@ -6,6 +6,7 @@
     ├── InvalidRequest            what was asked cannot be asked
     │   ├── InvalidName
     │   ├── InvalidSize
+    │   ├── InvalidConfig
     │   ├── UnknownModel
     │   ├── ModelExists
     │   ├── ModelBusy
@@ -23,6 +24,7 @@
     │   ├── CorruptManifest
     │   └── CorruptCheckpoint
     ├── StorageFailed             the system does not let us read or write a file or folder
+    ├── NotAllowed                the daemon does not let us in
     ├── Cancelled                 somebody asked for it to end
     ├── Retryable                 the same request may succeed later
     │   ├── OutOfMemory
@@ -34,6 +36,7 @@
     │       └── NotRunning
     ├── DaemonFailed              the daemon could not start
     │   └── AlreadyRunning
+    ├── ServiceFailed             the service manager did not do what it was asked
     └── InternalError             our bug
 
 Each class carries `code`, its name on the wire, and `exit_code`, what the command line returns for it.
@@ -70,6 +73,12 @@ class InvalidSize(InvalidRequest):
     """A size that cannot be parsed, or below what the model needs."""
 
     code = "invalid_size"
+
+
+class InvalidConfig(InvalidRequest):
+    """A setting that does not exist, or cannot have that value: on the command line, in a variable or a file."""
+
+    code = "invalid_config"
 
 
 class UnknownModel(InvalidRequest):
@@ -178,6 +187,13 @@ class StorageFailed(EbbflowError):
     exit_code = 74
 
 
+class NotAllowed(EbbflowError):
+    """The daemon does not let this client in: no key, or not one that is allowed; made by the client itself."""
+
+    code = "not_allowed"
+    exit_code = 77
+
+
 class Cancelled(EbbflowError):
     """The request was cancelled, by its client or because the daemon stops."""
 
@@ -248,6 +264,13 @@ class AlreadyRunning(DaemonFailed):
 
     code = "already_running"
     exit_code = 73  # its own, so that a client that lost the race to start one can tell
+
+
+class ServiceFailed(EbbflowError):
+    """The service manager is not there, or did not do what it was asked."""
+
+    code = "service_failed"
+    exit_code = 69
 
 
 class InternalError(EbbflowError):

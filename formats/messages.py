@@ -292,6 +292,7 @@ class Status(Message, frozen=True):
     models: tuple[Residency, ...] = ()
     processes: tuple[ProcessMemory, ...] = ()
     adding: tuple[str, ...] = ()
+    total_nbytes: int = 0  # all the memory that this machine, or container, has
 
 
 class Done(Message, frozen=True):

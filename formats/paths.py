@@ -29,6 +29,17 @@ class Paths:
     library: Path
     cache: Path
     logs: Path
+    config: Path
+
+    @property
+    def settings(self) -> Path:
+        """What the user set; it need not exist."""
+        return self.config / "config.toml"
+
+    @property
+    def keys(self) -> Path:
+        """Whose keys may come by tcp, and our own."""
+        return self.config / "keys"
 
     @property
     def lock(self) -> Path:
@@ -62,7 +73,7 @@ class Paths:
 
 def home_paths(root: Path) -> Paths:
     """Everything below one folder, which must be absolute."""
-    return Paths(root / "run", root / "library", root / "cache", root / "logs")
+    return Paths(root / "run", root / "library", root / "cache", root / "logs", root)
 
 
 def default_paths() -> Paths:
@@ -75,7 +86,13 @@ def default_paths() -> Paths:
         # Without XDG_RUNTIME_DIR (containers, sudo) a folder below the system's temporary one is right for us.
         warnings.simplefilter("ignore")
         runtime = Path(dirs.user_runtime_dir)
-    return Paths(runtime, Path(dirs.user_data_dir) / "library", Path(dirs.user_cache_dir), Path(dirs.user_log_dir))
+    return Paths(
+        runtime,
+        Path(dirs.user_data_dir) / "library",
+        Path(dirs.user_cache_dir),
+        Path(dirs.user_log_dir),
+        Path(dirs.user_config_dir),
+    )
 
 
 def check_name(name: str) -> str:

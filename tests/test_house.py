@@ -33,6 +33,11 @@ ONLY_IN = {
 }
 
 
+# Model files are data: nothing in them is ever run or unpickled.
+RUNS_DATA = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "runpy"}
+RUNS_DATA_BY_CALL = {"eval", "exec", "compile", "__import__", "torch.load", "load_module", "yaml.load"}
+
+
 def sources() -> list[Path]:
     return sorted(path for part in PARTS for path in (ROOT / part).rglob("*.py"))
 
@@ -57,6 +62,16 @@ def test_imports_point_one_way(path: Path) -> None:
             assert imported.split(".")[1] in MAY_IMPORT[part], f"{part} imports {imported}"
         allowed = ONLY_IN.get(imported.split(".")[0])
         assert allowed is None or any(name.startswith(place) for place in allowed), f"{imported} is imported here"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_model_files_are_data_only(path: Path) -> None:
+    assert not RUNS_DATA & {name.split(".")[0] for name in imports(path)}
+    for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+        assert ast.unparse(call.func) not in RUNS_DATA_BY_CALL, f"line {call.lineno} may run what it reads"
+        if ast.unparse(call.func) in ("np.load", "numpy.load"):
+            assert "allow_pickle=False" in ast.unparse(call)
+        assert not any(word.arg == "trust_remote_code" for word in call.keywords)
 
 
 def test_every_package_is_listed() -> None:

@@ -12,13 +12,16 @@ import click
 
 from ...formats.errors import EbbflowError, InternalError
 from .add import add
+from .keys import keys
 from .models import list_models, rm, show
 from .output import note
 from .ps import ps
 from .resize import resize
 from .run import run
 from .serve import serve, status, stop
+from .service import service
 from .standard import give_up, open_missing
+from .top import top
 
 EPILOG = """\b
 Exit codes:
@@ -27,7 +30,8 @@ Exit codes:
     2  the request or its usage is wrong     73  another daemon is running
     3  no such model                         74  the system refuses to read or write a file or folder
     4  not supported                         75  not now: memory, disk, too busy, a process died; try again
-    5  a file is corrupt                    130  cancelled, or Ctrl-C
+    5  a file is corrupt                     77  the daemon does not let us in
+                                            130  cancelled, or Ctrl-C
 
 \b
 EBBFLOW_HOME=FOLDER keeps everything in one folder; EBBFLOW_DEBUG=1 shows tracebacks.
@@ -82,7 +86,7 @@ def main() -> None:
     """Runs local language models inside whatever memory the machine can spare right now."""
 
 
-for command in (serve, stop, status, add, list_models, show, rm, run, ps, resize):
+for command in (serve, stop, status, add, list_models, show, rm, run, ps, top, resize, keys, service):
     main.add_command(command)
 
 if __name__ == "__main__":

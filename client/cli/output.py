@@ -30,9 +30,14 @@ def note(text: str) -> None:
     click.echo(text, err=True)
 
 
+def harmless(text: str) -> str:
+    """Text without control characters: what we did not write must not be able to drive the terminal."""
+    return text.translate(_CONTROLS)
+
+
 def write_text(text: str) -> None:
-    """Generated text, at once. A terminal gets no control characters: a model must not be able to drive it."""
-    click.echo(text.translate(_CONTROLS) if sys.stdout.isatty() else text, nl=False)
+    """Generated text, at once; to a terminal only what is harmless there."""
+    click.echo(harmless(text) if sys.stdout.isatty() else text, nl=False)
 
 
 def write_json(value: object) -> None:

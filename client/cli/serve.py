@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
+from typing import Final
 
 import click
 
@@ -13,22 +15,44 @@ from ..launch import COMMAND
 from .connect import connected
 from .output import json_option, note, write_fields, write_json
 
+_OPTIONS: Final = (
+    ("--idle-seconds", "N", "Stop the worker after N seconds without a request (300)."),
+    ("--reserve", "SIZE", "Memory to leave to everything else, for example 1GB (5% of it, 256MB to 1GB)."),
+    ("--cap", "SIZE", "The most memory to use, whatever there is."),
+    ("--log-level", "LEVEL", "debug, info, warning or error (info)."),
+    ("--log-format", "FORMAT", "text or json (text)."),
+    ("--log-file", "FILE", "Write the log there, and rotate it, instead of to stderr."),
+    ("--drain-seconds", "N", "When told to end, let running requests finish for N seconds (10)."),
+    ("--listen", "ADDRESS", "Serve tcp://HOST:PORT too; beyond loopback only to the keys of `ebb keys`."),
+    ("--kv", "TYPE", "How keys and values of contexts are kept: f16, or i8 in half the memory (f16)."),
+    ("--threads", "N", "Threads that compute (as many as there are free cores)."),
+)
+
+
+def daemon_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What the daemon understands; it checks the values itself."""
+    exact = "Never round activations to bytes: slow, a yardstick for comparisons."
+    command = click.option("--exact", is_flag=True, flag_value="true", default=None, help=exact)(command)
+    for flag, metavar, text in reversed(_OPTIONS):
+        command = click.option(flag, metavar=metavar, help=text)(command)
+    return command
+
+
+def daemon_flags(options: Mapping[str, str | None]) -> list[str]:
+    """The options that were given, as the daemon's command line wants them."""
+    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
+
 
 @click.command()
-@click.option("--idle-seconds", metavar="N", help="Stop the worker after N seconds without a request.")
-@click.option("--reserve", metavar="SIZE", help="Memory to leave to everything else, for example 1GB.")
-@click.option("--cap", metavar="SIZE", help="The most memory to use, whatever there is.")
-@click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
-@click.option("--kv", metavar="TYPE", help="How keys and values of contexts are kept: f16, or i8 in half the memory.")
-@click.option("--threads", metavar="N", help="Threads that compute; as many as there are free cores, if not said.")
-@click.option("--exact", is_flag=True, help="Never round activations to bytes: slow, a yardstick for comparisons.")
-def serve(exact: bool, **options: str | None) -> None:
-    """Run the daemon in the foreground until Ctrl-C or `ebb stop`.
+@daemon_options
+def serve(**options: str | None) -> None:
+    """Run the daemon in the foreground until Ctrl-C (twice: at once) or `ebb stop`.
 
-    Other commands start one in the background when they need it.
+    Other commands start one in the background when they need it; `ebb service` has the system do it. What is not given
+    here comes from EBBFLOW_IDLE_SECONDS and so on, then from config.toml (idle_seconds = 60), which is read again on
+    SIGHUP by a daemon in the background.
     """
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
-    os.execv(COMMAND[0], [*COMMAND, *flags, *(["--exact"] if exact else [])])
+    os.execv(COMMAND[0], [*COMMAND, *daemon_flags(options)])
 
 
 @click.command()

@@ -12,11 +12,16 @@ from typing import Any, Final
 import tokenizers
 
 from ...formats.errors import CorruptFile, InvalidRequest
-from ...formats.messages import ChatMessage
+from ...formats.messages import MAX_MESSAGE, ChatMessage
+from ...formats.units import format_size
+from .bounds import TookTooLong, bounded
 from .template import template_environment
 
 _CONTEXT: Final = 8
 _SPECIAL: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
+TEMPLATE_SECONDS: Final = 0.5  # of processor time, in which nobody else is answered
+TEMPLATE_NBYTES: Final = 64_000_000
+TEMPLATE_LETTERS: Final = 2 * MAX_MESSAGE
 _REPLACEMENT: Final = "\ufffd"  # what a character that is not complete decodes to
 
 
@@ -53,20 +58,26 @@ class Tokenizer:
     def render_chat(self, chat: Sequence[ChatMessage]) -> list[int]:
         """A conversation's tokens by the model's own template; without one, its turns as plain lines.
 
-        Raises `InvalidRequest` when the template refuses the conversation.
+        Raises `InvalidRequest` when the template refuses the conversation, or takes too long or too much memory for it.
         """
         if self._template is None:
             return self.encode("\n".join(message.content for message in chat))
         turns = [{"role": message.role, "content": message.content} for message in chat]
         special = {name: _token_text(self._config.get(name)) for name in _SPECIAL}
         try:
-            text = (
-                template_environment()
-                .from_string(self._template)
-                .render(messages=turns, add_generation_prompt=True, tools=None, documents=None, **special)
-            )
+            with bounded(TEMPLATE_SECONDS, TEMPLATE_NBYTES):
+                text = (
+                    template_environment()
+                    .from_string(self._template)
+                    .render(messages=turns, add_generation_prompt=True, tools=None, documents=None, **special)
+                )
+        except (TookTooLong, MemoryError) as error:
+            limits = f"{TEMPLATE_SECONDS:g} s and {format_size(TEMPLATE_NBYTES)}"
+            raise InvalidRequest(f"the model's chat template takes more than {limits} for this conversation") from error
         except Exception as error:  # the template is a program that came with the model: it may raise anything
             raise InvalidRequest(f"the model's chat template refuses this conversation: {error}") from error
+        if len(text) > TEMPLATE_LETTERS:
+            raise InvalidRequest(f"the model's chat template makes {len(text)} letters of this conversation")
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def stream(self, stops: Sequence[str], after: Sequence[int] = ()) -> TextStream:

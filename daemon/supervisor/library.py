@@ -74,7 +74,7 @@ class Library:
 
     def exists(self, name: str) -> bool:
         """Whether the name is taken, be it by something that cannot be read."""
-        return name in self._models or (self._root / name).exists()
+        return name in self._models or os.path.lexists(self._root / name)
 
     def summaries(self) -> tuple[ModelSummary, ...]:
         """One line for each model that is there now, by name."""
@@ -118,6 +118,7 @@ class Library:
             return []
 
     def _read(self, folder: Path) -> Manifest:
+        _refuse_links(folder)
         manifest = read_manifest(folder)
         if manifest.name != folder.name:
             raise CorruptManifest(f"the manifest in {folder} names {manifest.name!r}; rename the folder")
@@ -127,6 +128,16 @@ class Library:
         if self._complained.get(name) != message:
             self._complained[name] = message
             log.warning("%s", message)
+
+
+def _refuse_links(folder: Path) -> None:
+    """Raises `CorruptFile` when the folder, or a file in it, is a link: what we read, and delete, is in the library."""
+    try:
+        links = [path for path in (folder, *folder.iterdir()) if path.is_symlink()]
+    except OSError as error:
+        raise CorruptFile(f"{folder} cannot be read: {error.strerror}") from error
+    if links:
+        raise CorruptFile(f"{links[0]} is a link, and the library takes files and folders only; copy what it names")
 
 
 def detail(id: int, manifest: Manifest) -> ModelDetail:  # noqa: A002 - the wire's own word

@@ -1,65 +1,38 @@
-"""The daemon's command: options, folders, signals, and the loop until it ends."""
+"""The daemon's command: folders, signals, and the loop until it ends. What can be set is in `options`."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-from ...formats.errors import EbbflowError
+from ...formats.errors import DaemonFailed, EbbflowError
 from ...formats.messages import from_child_decoder, request_decoder
 from ...formats.paths import Paths, default_paths
-from ...formats.units import format_size, parse_size
+from ...formats.units import format_size
 from ..channel import Hub, Limits
-from ..settings import DEFAULTS, WorkerSettings, add_options, settings_from
 from .children import CommandLauncher, Launcher
+from .door import listen
 from .library import Library
+from .logs import Logs
+from .notify import Notifier, forget
+from .options import Options, gather
 from .runtime import locked, prepare
 from .sensor import Sensor
 from .server import Outside, Server
+from .signals import caught, hangup_means_reload
 
 log = logging.getLogger(__name__)
 
-STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 RESERVE_FRACTION: Final = 0.05
 RESERVE_LEAST: Final = 256_000_000
 RESERVE_MOST: Final = 1_000_000_000
-CHILD_LIMITS: Final = Limits(nbytes=64_000_000, messages=20_000)
-LEVELS: Final = ("debug", "info", "warning", "error")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What can be set on the command line. Sizes in bytes; no `reserve` means the default for this machine."""
-
-    idle_seconds: float = 300.0
-    reserve: int | None = None
-    cap: int | None = None
-    log_level: str = "info"
-    worker: WorkerSettings = DEFAULTS
-
-
-def parse(arguments: Sequence[str]) -> Options:
-    """Read the command line; leaves with exit code 2 when it is wrong. Raises `InvalidSize`."""
-    parser = argparse.ArgumentParser("ebbflow-daemon", description="Serves models within the memory there is.")
-    parser.add_argument("--idle-seconds", type=float, default=300.0, help="stop the worker after this time unused")
-    parser.add_argument("--reserve", metavar="SIZE", help="memory to leave free (5%% of it, 256MB to 1GB)")
-    parser.add_argument("--cap", metavar="SIZE", help="the most memory to use, whatever there is")
-    parser.add_argument("--log-level", choices=LEVELS, default="info")
-    add_options(parser)
-    given = parser.parse_args(arguments)
-    if not given.idle_seconds >= 0:  # nor is it a number
-        parser.error(f"--idle-seconds must be 0 or more, not {given.idle_seconds:g}")
-    reserve = None if given.reserve is None else parse_size(given.reserve)
-    cap = None if given.cap is None else parse_size(given.cap)
-    return Options(given.idle_seconds, reserve, cap, given.log_level, settings_from(given))
+CHILD_LIMITS: Final = Limits(nbytes=64_000_000, messages=20_000, unheard=1_000)
 
 
 def default_reserve(total: int) -> int:
@@ -67,21 +40,77 @@ def default_reserve(total: int) -> int:
     return max(RESERVE_LEAST, min(RESERVE_MOST, int(total * RESERVE_FRACTION)))
 
 
-def serve(options: Options, paths: Paths, launcher: Launcher) -> None:
+class Daemon:
+    """One daemon's life after it holds the lock. `reread` gives the options anew; it may raise `EbbflowError`."""
+
+    def __init__(
+        self,
+        options: Options,
+        outside: Outside,
+        library: Library,
+        reread: Callable[[], Options],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._options = options
+        self._outside = outside
+        self._reread = reread
+        self._clock = clock
+        self._reloads = hangup_means_reload()
+        self._notifier = Notifier()
+        forget()
+        self._server = Server(outside, library, reserve=self._reserve(), idle_seconds=options.idle_seconds, now=clock())
+
+    def run(self) -> None:
+        """Serve until told to end."""
+        with caught() as inbox:
+            self._notifier.ready(f"leaving {format_size(self._reserve())} to everything else")
+            while not self._server.finished:
+                self._server.sleep([inbox.descriptor], self._notifier.watchdog_seconds)
+                for number in inbox.take():
+                    self._obey(number)
+                now = self._clock()
+                self._server.turn(now)
+                self._notifier.feed(now)
+
+    def _obey(self, number: int) -> None:
+        if number == signal.SIGHUP and self._reloads:
+            self._reload()
+            return
+        log.info("told to end by signal %d", number)
+        self._notifier.stopping(self._options.drain_seconds + 10)
+        self._server.drain(self._clock(), self._options.drain_seconds)
+
+    def _reload(self) -> None:
+        """Take the settings anew; with a mistake in them, everything stays as it is."""
+        self._notifier.reloading(time.monotonic())  # systemd's clock, whatever ours is
+        try:
+            options = self._reread()
+        except EbbflowError as error:
+            log.error("not reloaded: %s", error)
+        else:
+            fixed = [
+                name for name in ("listen", "log_format", "log_file", "worker") if _differ(name, options, self._options)
+            ]
+            if fixed:
+                log.warning("%s will change at the next start only", ", ".join(fixed))
+            self._options = options
+            self._server.configure(reserve=self._reserve(), cap=options.cap, idle_seconds=options.idle_seconds)
+            log.info("reloaded: leaving %s free", format_size(self._reserve()))
+        self._notifier.ready(f"leaving {format_size(self._reserve())} to everything else")
+
+    def _reserve(self) -> int:
+        if self._options.reserve is not None:
+            return self._options.reserve
+        return default_reserve(self._outside.sensor.total())
+
+
+def serve(options: Options, paths: Paths, launcher: Launcher, reread: Callable[[], Options] | None = None) -> None:
     """Run the daemon until it is told to stop. Raises `AlreadyRunning` or `DaemonFailed`."""
-    os.umask(0o077)
     prepare(paths)
-    with locked(paths.lock), _signals() as signals, _outside(options, paths, launcher) as outside:
-        reserve = default_reserve(outside.sensor.total()) if options.reserve is None else options.reserve
-        server = Server(
-            outside, Library(paths.library), reserve=reserve, idle_seconds=options.idle_seconds, now=time.monotonic()
-        )
-        log.info("serving on %s, leaving %s free", paths.clients, format_size(reserve))
-        while not server.finished:
-            server.sleep([signals])
-            if _received(signals):
-                server.stop(time.monotonic())
-            server.turn(time.monotonic())
+    with locked(paths.lock), _outside(options, paths, launcher) as outside:
+        daemon = Daemon(options, outside, Library(paths.library), reread or (lambda: options))
+        log.info("serving on %s", paths.clients)
+        daemon.run()
     log.info("stopped")
 
 
@@ -91,43 +120,44 @@ def _outside(options: Options, paths: Paths, launcher: Launcher) -> Iterator[Out
         contextlib.closing(Hub(paths.children, from_child_decoder, CHILD_LIMITS, explain=False)) as children,
         contextlib.closing(Hub(paths.clients, request_decoder)) as clients,
     ):
+        if options.listen is not None:
+            listen(clients, options.listen, paths)
         yield Outside(clients, children, launcher, Sensor(cap=options.cap))
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[int]:
-    """A descriptor that becomes readable when a stop signal arrives. Until the end, such signals do nothing else."""
-    reader, writer = os.pipe()
-    os.set_blocking(reader, False)
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    before = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
-    try:
-        yield reader
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(-1)
-        os.close(reader)
-        os.close(writer)
+def _differ(name: str, one: Options, other: Options) -> bool:
+    return bool(getattr(one, name) != getattr(other, name))
 
 
-def _received(signals: int) -> bool:
-    with contextlib.suppress(BlockingIOError):
-        return any(number in STOP_SIGNALS for number in os.read(signals, 4096))
-    return False
+def parse(arguments: Sequence[str], paths: Paths) -> Options:
+    """The options in force for these arguments. Raises `InvalidConfig` or `InvalidSize`."""
+    return gather(arguments, os.environ, paths.settings)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m ebbflow.daemon.supervisor`; gives the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    os.umask(0o077)
     try:
-        options = parse(sys.argv[1:] if arguments is None else arguments)
-        logging.basicConfig(
-            level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
-        )
         paths = default_paths()
-        serve(options, paths, CommandLauncher(paths, settings=options.worker))
+        options = parse(given, paths)
+        with contextlib.closing(_logs(options)) as logs:
+
+            def reread() -> Options:
+                logs.reopen()
+                options = parse(given, paths)
+                logs.set_level(options.log_level)
+                return options
+
+            serve(options, paths, CommandLauncher(paths, settings=options.worker), reread)
     except EbbflowError as error:
         sys.stderr.write(f"ebbflow: {error}\n")
         return error.exit_code
     return 0
+
+
+def _logs(options: Options) -> Logs:
+    try:
+        return Logs(options.log_level, options.log_format, options.log_file)
+    except OSError as error:
+        raise DaemonFailed(f"the log {options.log_file} cannot be written: {error.strerror}") from error

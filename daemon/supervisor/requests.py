@@ -6,6 +6,7 @@ here is closed by exactly one terminal event, or by `forget` when there is nobod
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
@@ -34,6 +35,8 @@ from ...formats.messages import (
 )
 
 OPEN_PER_CLIENT: Final = 256
+HELD_PER_CLIENT: Final = 16_000_000  # bytes of prompts, as they lie in memory; one alone may have more
+HELD_BY_ALL: Final = 64_000_000
 
 Lasting = Generate | AddModel | Resize | Shutdown
 Answer = Started | Chunk | Progress | Finished | Failed | Added | Resized | Done
@@ -60,9 +63,16 @@ class OpenRequest:
                 return ""
 
 
+def _text_nbytes(message: Lasting) -> int:
+    if not isinstance(message, Generate):
+        return 0
+    return sys.getsizeof(message.prompt or "") + sum(sys.getsizeof(turn.content) for turn in message.chat or ())
+
+
 @dataclass
 class _Client:
     heard: float
+    nbytes: int = 0  # of text in its requests
     requests: dict[int, OpenRequest] = field(default_factory=dict)
 
 
@@ -74,6 +84,7 @@ class Requests:
         self._ids = count(1)
         self._open: dict[int, OpenRequest] = {}
         self._clients: dict[bytes, _Client] = {}
+        self._nbytes = 0
 
     def __len__(self) -> int:
         return len(self._open)
@@ -94,10 +105,23 @@ class Requests:
             raise InvalidRequest(f"request {message.id} is still open; ids must be unique among open requests")
         if len(entry.requests) >= OPEN_PER_CLIENT:
             raise TooBusy(f"{OPEN_PER_CLIENT} requests of this client are open; wait for one to end")
+        nbytes = _text_nbytes(message)
+        self._check_room(entry, nbytes)
+        entry.nbytes += nbytes
+        self._nbytes += nbytes
         request = OpenRequest(next(self._ids), client, message)
         self._clients[client] = entry
         entry.requests[message.id] = self._open[request.id] = request
         return request
+
+    def _check_room(self, entry: _Client, nbytes: int) -> None:
+        """Raises `TooBusy` when so much more text is more than this process may hold."""
+        for held, most, whose in (
+            (entry.nbytes, HELD_PER_CLIENT, "this client's open requests"),
+            (self._nbytes, HELD_BY_ALL, "all open requests"),
+        ):
+            if held and held + nbytes > most:
+                raise TooBusy(f"{whose} hold {held} bytes of text, and {nbytes} more are too many; wait for one to end")
 
     def find(self, client: bytes, client_id: int) -> OpenRequest | None:
         """A client's request by the client's own id."""
@@ -136,6 +160,9 @@ class Requests:
             return
         entry = self._clients[request.client]
         entry.requests.pop(request.message.id, None)
+        nbytes = _text_nbytes(request.message)
+        entry.nbytes -= nbytes
+        self._nbytes -= nbytes
         if not entry.requests:
             del self._clients[request.client]
 
@@ -147,4 +174,5 @@ class Requests:
         """Raises `AssertionError` when the two views of the table differ: a bug of ours."""
         held = {r.id: r for entry in self._clients.values() for r in entry.requests.values()}
         assert held == self._open
+        assert self._nbytes == sum(_text_nbytes(request.message) for request in self._open.values())
         assert all(entry.requests for entry in self._clients.values())

@@ -49,6 +49,10 @@ class Sensor:
         self._root = root
         self._cap = cap
 
+    def set_cap(self, cap: int | None) -> None:
+        """Another cap from now on, or none."""
+        self._cap = cap
+
     def read(self, pids: Iterable[int] = ()) -> Reading:
         """The tightest of system memory, every cgroup above us, and the cap less what `pids` hold."""
         readings = [Reading(self._system_available(), SYSTEM)]

@@ -82,6 +82,7 @@ class Server:
         self._reserve = reserve
         self._started = now
         self._version = importlib.metadata.version("ebbflow")
+        self._drained_at: float | None = None  # when what still runs is told to end
         self._stopping = False
         self._finished = False
         self.requests = Requests(self._clients.send)
@@ -115,21 +116,43 @@ class Server:
         self._children.flush()
         self._see_to_clients(now)
         self._see_to_children(now)
+        if self._drained_at is not None and (now >= self._drained_at or not self._answering()):
+            self.stop(now)
         if self._stopping and not self._wards():
             self._finish()
 
-    def sleep(self, descriptors: list[int]) -> None:
-        """Wait until a turn is worth taking, or one of `descriptors` is readable."""
+    def sleep(self, descriptors: list[int], longest: float | None = None) -> None:
+        """Wait until a turn is worth taking, or one of `descriptors` is readable; `longest` in seconds."""
         ends = [ward.descriptor for ward in self._wards()]
         timeout = None
         if any(ward.ending for ward in self._wards()):
             timeout = LAST_WORDS_TICK_SECONDS
         elif ends or len(self.requests):
             timeout = TICK_SECONDS
+        elif longest is not None:
+            timeout = longest
         wait((self._clients, self._children), [*descriptors, *(end for end in ends if end is not None)], timeout)
+
+    def configure(self, *, reserve: int, cap: int | None, idle_seconds: float) -> None:
+        """Other limits from now on, and a look at what is in the library."""
+        self._reserve = self.budget.reserve = reserve
+        self._sensor.set_cap(cap)
+        self.worker.idle_seconds = idle_seconds
+        self._library.scan()
+
+    def drain(self, now: float, seconds: float) -> None:
+        """Take nothing new, let what is being answered finish for so long, then `stop`; the second time, stop now."""
+        if self._stopping or self._drained_at is not None:
+            self.stop(now)
+            return
+        answering = self._answering()
+        log.info("ending: %d requests have %g s to finish; asked again, it stops at once", answering, seconds)
+        self._drained_at = now + seconds
+        self.adding.stop(now)  # goes on where it was when it is asked for again
 
     def stop(self, now: float) -> None:
         """End everything and then `finish`; asked for a second time, kill what has not ended."""
+        self._drained_at = None
         if self._stopping:
             for ward in self._wards():
                 ward.kill_at(now)
@@ -141,6 +164,10 @@ class Server:
                 self._end(request, Cancelled("the daemon stops"), now)
         self.adding.stop(now)
         self.worker.stop(now)
+
+    def _answering(self) -> int:
+        """How many open requests would end well if they were given time."""
+        return sum(isinstance(request.message, Generate | Resize) for request in self.requests)
 
     # -- clients ----------------------------------------------------------------------------------------------------
 
@@ -185,7 +212,7 @@ class Server:
             # An answer with this id would be taken for the end of the request that is open.
             self._clients.send(client, failure(0, InvalidRequest(f"request {message.id} is still open")))
             return
-        if self._stopping and not isinstance(message, Shutdown):
+        if (self._stopping or self._drained_at is not None) and not isinstance(message, Shutdown):
             raise DaemonGone("the daemon is stopping; the same request may be sent again in a moment")
         match message:
             case Generate():
@@ -305,4 +332,5 @@ class Server:
             models=self.worker.residencies(),
             processes=tuple(self._processes()),
             adding=self.adding.names,
+            total_nbytes=self._sensor.total(),
         )

@@ -77,7 +77,7 @@ class Worker:
         self._budget = budget
         self._read = read
         self._oom_kills = oom_kills
-        self._idle_seconds = idle_seconds
+        self.idle_seconds = idle_seconds
         self._phase: Phase = "absent"
         self._ward: Ward | None = None
         self._loaded: dict[str, Residency | None] = {}  # models it was told to load, as it last reported them
@@ -313,5 +313,5 @@ class Worker:
     def _go_home_if_idle(self, now: float) -> None:
         if self._served():
             self._busy_at = now
-        elif now - self._busy_at >= self._idle_seconds:
+        elif now - self._busy_at >= self.idle_seconds:
             self._leave(now)

@@ -444,7 +444,7 @@ def test_serve_hands_its_options_to_the_daemon(monkeypatch: pytest.MonkeyPatch) 
         assert CliRunner().invoke(main, ["serve", *arguments]).exit_code == 0
     plain, full = (command[len(COMMAND) :] for command in commands)
     assert plain == []
-    assert sorted(full) == ["--exact", "--idle-seconds=5", "--kv=i8", "--threads=2"]
+    assert sorted(full) == ["--exact=true", "--idle-seconds=5", "--kv=i8", "--threads=2"]
 
 
 def on_terminal(*arguments: str) -> str:

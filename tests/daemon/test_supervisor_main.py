@@ -9,31 +9,16 @@ import pytest
 
 from ebbflow.daemon.settings import WorkerSettings, parse_settings
 from ebbflow.daemon.supervisor.children import JOB, LOG_NBYTES, WORKER, CommandLauncher
-from ebbflow.daemon.supervisor.main import Options, default_reserve, main, parse
+from ebbflow.daemon.supervisor.main import default_reserve, main
 from ebbflow.daemon.supervisor.runtime import locked, prepare
-from ebbflow.formats.errors import AlreadyRunning, DaemonFailed, InvalidSize
+from ebbflow.formats.errors import AlreadyRunning, DaemonFailed, InvalidConfig, InvalidSize
 from ebbflow.formats.messages import AddModel
-from ebbflow.formats.paths import Paths
+from ebbflow.formats.paths import home_paths
 
 
 @pytest.fixture
 def paths(tmp_path):
-    return Paths(tmp_path / "run", tmp_path / "library", tmp_path / "cache", tmp_path / "logs")
-
-
-def test_options():
-    assert parse([]) == Options()
-    given = parse(["--idle-seconds", "5", "--reserve", "1GB", "--cap", "2GiB", "--log-level", "debug"])
-    assert given == Options(5.0, 10**9, 2**31, "debug")
-    given = parse(["--kv", "i8", "--exact", "--threads=3"])
-    assert given == Options(worker=WorkerSettings("i8", exact=True, threads=3))
-    with pytest.raises(InvalidSize):
-        parse(["--cap", "much"])
-    wrongs = ("--log-level=loud", "--idle-seconds=-1", "--idle-seconds=nan", "--kv=f32", "--threads=0", "--threads=2.5")
-    for wrong in wrongs:
-        with pytest.raises(SystemExit) as left:
-            parse([wrong])
-        assert left.value.code == 2
+    return home_paths(tmp_path)
 
 
 @pytest.mark.parametrize(("total", "reserve"), [(2**30, 256 * 10**6), (10**10, 5 * 10**8), (2**36, 10**9)])
@@ -99,6 +84,21 @@ def test_main_turns_errors_into_exit_codes(monkeypatch, tmp_path, capsys):
     assert main([]) == DaemonFailed.exit_code
     assert "EBBFLOW_HOME" in capsys.readouterr().err
     assert main(["--reserve", "?"]) == InvalidSize.exit_code
+
+
+def test_it_does_not_start_where_strangers_could_come_in(monkeypatch, tmp_path_factory, capsys):
+    home = tmp_path_factory.mktemp("m")
+    monkeypatch.setenv("EBBFLOW_HOME", str(home))
+    for _ in range(2):  # and leaves nothing behind that would keep the next one out
+        assert main(["--listen", "tcp://0.0.0.0:5555"]) == InvalidConfig.exit_code
+        assert "no key is allowed" in capsys.readouterr().err
+    (home / "config.toml").write_text("idel_seconds = 5")
+    assert main([]) == InvalidConfig.exit_code
+    assert "'idel_seconds' cannot be set" in capsys.readouterr().err
+    assert main(["--log-file", str(home / "no" / "log")]) == InvalidConfig.exit_code
+    (home / "config.toml").unlink()
+    assert main(["--log-file", str(home / "no" / "log")]) == DaemonFailed.exit_code
+    assert "cannot be written: No such file" in capsys.readouterr().err
 
 
 def test_the_real_commands_are_modules_of_ours():

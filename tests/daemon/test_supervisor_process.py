@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,7 +36,7 @@ from ebbflow.formats.messages import (
     encode,
     event_decoder,
 )
-from ebbflow.formats.paths import Paths
+from ebbflow.formats.paths import home_paths
 from ebbflow.formats.units import SizeWish
 
 from support.house import GB, generate
@@ -49,7 +50,7 @@ class Daemon:
     """A running daemon and one client's socket."""
 
     def __init__(self, home: Path, *options: str, **environment: str) -> None:
-        self.paths = Paths(home / "run", home / "library", home / "cache", home / "logs")
+        self.paths = home_paths(home)
         self.environment = {**os.environ, "EBBFLOW_HOME": str(home), **environment}
         self.options = options
         self.process = self.launch()
@@ -236,16 +237,45 @@ def test_only_one_daemon_runs_in_a_folder(daemon):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_in_order(daemon, number):
+def test_a_signal_lets_streams_go_on_and_the_second_one_ends_them(daemon, number):
     daemon.say(generate(1, prompt="endless"))
     daemon.hear_until(Chunk)
     worker = daemon.children()["worker"]
+    daemon.process.send_signal(number)
+    while not isinstance(event := daemon.ask(generate(2, prompt="too late")), Failed):
+        assert isinstance(event, Chunk)
+        daemon.hear_until(Chunk)
+    assert (event.id, event.code) == (2, "daemon_gone")
+    assert len([event for _ in range(5) for event in daemon.hear_until(Chunk) if isinstance(event, Chunk)]) >= 5
     daemon.process.send_signal(number)
     [*_, failed] = daemon.hear_until(Failed)
     assert (failed.id, failed.code) == (1, "cancelled")
     assert daemon.process.wait(20) == 0
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
+
+
+def test_it_tells_its_service_manager_and_reloads(start, home):
+    manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    manager.settimeout(PATIENCE_MS / 1000)
+    manager.bind(str(home / "notify"))
+    # Twice a second it shall say that it turns, with nothing to do.
+    daemon = start(NOTIFY_SOCKET=str(home / "notify"), WATCHDOG_USEC="1000000")
+    assert manager.recv(1000).startswith(b"READY=1\nSTATUS=leaving ")
+    assert {manager.recv(1000) for _ in range(3)} == {b"WATCHDOG=1"}
+    (home / "config.toml").write_text('reserve = "123MB"\ncap = "2GB"')
+    daemon.process.send_signal(signal.SIGHUP)
+    told = list(iter(lambda: manager.recv(1000), b"READY=1\nSTATUS=leaving 123 MB to everything else"))
+    assert told[-1].startswith(b"RELOADING=1\nMONOTONIC_USEC=")
+    (home / "config.toml").write_text("reserve = 'much'")  # a mistake: everything stays as it is
+    daemon.process.send_signal(signal.SIGHUP)
+    list(iter(lambda: manager.recv(1000), b"READY=1\nSTATUS=leaving 123 MB to everything else"))
+    status = daemon.ask(GetStatus(id=1))
+    assert (status.reserve_nbytes, status.available_source) == (123_000_000, "cap")
+    daemon.process.send_signal(signal.SIGTERM)
+    assert any(message.startswith(b"STOPPING=1") for message in iter(lambda: manager.recv(1000), b""))
+    assert daemon.process.wait(20) == 0
+    manager.close()
 
 
 def test_shutdown_answers_when_all_is_over(daemon):

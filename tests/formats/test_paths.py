@@ -11,7 +11,8 @@ from ebbflow.formats.paths import SOCKET_PATH_LIMIT, Paths, check_name, default_
 def test_everything_below_one_home(monkeypatch, tmp_path):
     monkeypatch.setenv("EBBFLOW_HOME", str(tmp_path))
     paths = default_paths()
-    assert paths == Paths(tmp_path / "run", tmp_path / "library", tmp_path / "cache", tmp_path / "logs")
+    assert paths == Paths(tmp_path / "run", tmp_path / "library", tmp_path / "cache", tmp_path / "logs", tmp_path)
+    assert paths.settings == tmp_path / "config.toml"
     assert paths.lock == tmp_path / "run" / "daemon.lock"
     assert paths.log == tmp_path / "logs" / "daemon.log"
 
@@ -33,19 +34,19 @@ def test_the_platforms_folders_otherwise(monkeypatch, tmp_path):
 
 
 def test_addresses(tmp_path):
-    paths = Paths(Path("/run/e"), tmp_path, tmp_path, tmp_path)
+    paths = Paths(Path("/run/e"), tmp_path, tmp_path, tmp_path, tmp_path)
     assert paths.clients == "ipc:///run/e/ebbflow.sock"
     assert paths.children == "ipc:///run/e/children.sock"
 
 
 def test_a_path_too_long_for_a_socket_is_refused(tmp_path):
     room = SOCKET_PATH_LIMIT - len("//ebbflow.sock")
-    paths = Paths(Path("/" + "x" * room), tmp_path, tmp_path, tmp_path)
+    paths = Paths(Path("/" + "x" * room), tmp_path, tmp_path, tmp_path, tmp_path)
     assert len(paths.clients) == len("ipc://") + SOCKET_PATH_LIMIT
-    too_long = Paths(Path("/" + "x" * (room + 1)), tmp_path, tmp_path, tmp_path)
+    too_long = Paths(Path("/" + "x" * (room + 1)), tmp_path, tmp_path, tmp_path, tmp_path)
     with pytest.raises(DaemonFailed, match="EBBFLOW_HOME"):
         _ = too_long.clients
-    in_bytes = Paths(Path("/" + "ü" * (room // 2 + 1)), tmp_path, tmp_path, tmp_path)
+    in_bytes = Paths(Path("/" + "ü" * (room // 2 + 1)), tmp_path, tmp_path, tmp_path, tmp_path)
     with pytest.raises(DaemonFailed):
         _ = in_bytes.clients
 

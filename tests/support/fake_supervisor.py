@@ -13,4 +13,5 @@ if __name__ == "__main__":
     paths = default_paths()
     here = Path(__file__).parent
     worker, job = (sys.executable, str(here / "fake_worker.py")), (sys.executable, str(here / "fake_job.py"))
-    serve(parse(sys.argv[1:]), paths, CommandLauncher(paths, worker, job))
+    options = parse(sys.argv[1:], paths)
+    serve(options, paths, CommandLauncher(paths, worker, job), lambda: parse(sys.argv[1:], paths))

@@ -122,6 +122,12 @@ class FakeSensor:
         self.readings += 1
         return Reading(self.available, self.source)
 
+    def set_cap(self, cap: int | None) -> None:
+        self.cap = cap
+
+    def total(self) -> int:
+        return 16 * GB
+
     def process(self, role: str, pid: int) -> ProcessMemory | None:
         return ProcessMemory(role=role, pid=pid, private_nbytes=1000)
 

@@ -1,4 +1,4 @@
-"""Kill `add_model` at every write and rename, and add again: `python kill_steps.py SOURCE FOLDER`.
+"""Kill `add_model` at every write, copy and rename, and add again: `python kill_steps.py SOURCE FOLDER`.
 
 Forks for each step (one import of torch serves all) and kills the child there; a write is first half done. Then a
 second child goes on from what the first one left in the cache. Prints, as JSON lines: the step, the exit code, the
@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ from ebbflow.daemon.library import add, texts
 from ebbflow.daemon.library.add import add_model
 from ebbflow.formats.manifest import STACK
 from ebbflow.formats.messages import AddModel
+from ebbflow.formats.paths import ADDING
 
 WRITES_BETWEEN = 9  # of the many equal writes, every ninth is enough
 
@@ -64,7 +66,8 @@ class WatchedFile:
 
 
 def watch(steps: Steps) -> None:
-    open_path, rename = pathlib.Path.open, pathlib.Path.rename
+    open_path, rename, mkdir = pathlib.Path.open, pathlib.Path.rename, pathlib.Path.mkdir
+    copyfile = shutil.copyfile
 
     def watched_open(path: pathlib.Path, mode: str = "r", *more: Any, **named: Any) -> Any:
         file = open_path(path, mode, *more, **named)
@@ -74,7 +77,20 @@ def watch(steps: Steps) -> None:
         steps.take(f"rename {pathlib.Path(target).name}")
         return rename(path, target)
 
-    pathlib.Path.open, pathlib.Path.rename = watched_open, watched_rename
+    def watched_mkdir(path: pathlib.Path, *more: Any, **named: Any) -> None:
+        if path.name.startswith(ADDING):
+            mkdir(path, *more, **named)
+            steps.take("mkdir")  # it is there, and nobody holds its lock yet
+        else:
+            mkdir(path, *more, **named)
+
+    def watched_copy(source: pathlib.Path, target: pathlib.Path) -> Any:
+        data = source.read_bytes()
+        steps.take(f"copy {target.name}", lambda: target.write_bytes(data[: len(data) // 2]))
+        return copyfile(source, target)
+
+    pathlib.Path.open, pathlib.Path.rename, pathlib.Path.mkdir = watched_open, watched_rename, watched_mkdir
+    shutil.copyfile = watched_copy
 
 
 def run(fatal: int | None, source: str, folder: pathlib.Path) -> None:

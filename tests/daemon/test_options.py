@@ -1,0 +1,98 @@
+"""Where options come from, which of them wins, and what is said of a wrong one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ebbflow.daemon.settings import WorkerSettings
+from ebbflow.daemon.supervisor.options import HELP, Options, Settings, gather
+from ebbflow.formats.errors import InvalidConfig, InvalidSize
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "config.toml"
+
+
+def test_without_anything_the_defaults(file):
+    assert gather([], {}, file) == Options()
+    assert HELP.keys() == set(Settings.__struct_fields__)
+
+
+def test_everything_can_be_set_everywhere(file):
+    wanted = Options(5.0, 10**9, 2**31, "debug", "json", "/l", 2.5, "tcp://127.0.0.1:5555")
+    wanted = replace(wanted, worker=WorkerSettings("i8", exact=True, threads=3))
+    flags = "--idle-seconds=5 --reserve=1GB --cap=2GiB --log-level=debug --log-format=json --log-file=/l"
+    flags += " --kv=i8 --threads=3 --exact"
+    assert gather([*flags.split(), "--drain-seconds", "2.5", "--listen", "tcp://127.0.0.1:5555"], {}, file) == wanted
+    variables = {
+        "EBBFLOW_IDLE_SECONDS": "5",
+        "EBBFLOW_RESERVE": "1GB",
+        "EBBFLOW_CAP": "2GiB",
+        "EBBFLOW_LOG_LEVEL": "debug",
+        "EBBFLOW_LOG_FORMAT": "json",
+        "EBBFLOW_LOG_FILE": "/l",
+        "EBBFLOW_DRAIN_SECONDS": "2.5",
+        "EBBFLOW_LISTEN": "tcp://127.0.0.1:5555",
+        "EBBFLOW_KV": "i8",
+        "EBBFLOW_EXACT": "1",
+        "EBBFLOW_THREADS": "3",
+        "EBBFLOW_HOME": "/not/ours",
+    }
+    assert gather([], variables, file) == wanted
+    file.write_text(
+        'idle_seconds = 5\nreserve = 1000000000\ncap = "2GiB"\nlog_level = "debug"\nlog_format = "json"\n'
+        'log_file = "/l"\ndrain_seconds = 2.5\nlisten = "tcp://127.0.0.1:5555"\n'
+        'kv = "i8"\nexact = true\nthreads = 3\n'
+    )
+    assert gather([], {}, file) == wanted
+
+
+def test_the_command_line_wins_over_variables_and_those_over_the_file(file):
+    file.write_text('idle_seconds = 1\nreserve = "1MB"\ncap = "1MB"')
+    variables = {"EBBFLOW_IDLE_SECONDS": "2", "EBBFLOW_RESERVE": "2MB", "EBBFLOW_CAP": ""}
+    options = gather(["--idle-seconds=3"], variables, file)
+    assert (options.idle_seconds, options.reserve, options.cap) == (3, 2_000_000, 1_000_000)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("idel_seconds = 1", "'idel_seconds' cannot be set; what can is cap, drain_seconds"),
+        ('idle_seconds = "5"', "idle_seconds cannot be '5'"),
+        ("idle_seconds = nan", "idle_seconds cannot be nan"),
+        ("drain_seconds = -1", "drain_seconds cannot be -1"),
+        ('log_level = "loud"', "log_level cannot be 'loud'"),
+        ('kv = "f32"', "kv cannot be 'f32'"),
+        ("threads = 0", "threads cannot be 0"),
+        ("threads = 2.5", "threads cannot be 2.5"),
+        ("cap = [1]", r"cap cannot be \[1\]"),
+        ("cap = ", "is not TOML"),
+    ],
+)
+def test_a_mistake_in_the_file_names_file_and_key(file, text, words):
+    file.write_text(text)
+    with pytest.raises(InvalidConfig, match=words) as raised:
+        gather([], {}, file)
+    assert str(file) in str(raised.value)
+
+
+def test_a_mistake_elsewhere_is_named_as_it_was_given(file):
+    with pytest.raises(InvalidConfig, match="--idle-seconds cannot be 'nan'"):
+        gather(["--idle-seconds=nan"], {}, file)
+    with pytest.raises(InvalidConfig, match="--log-level cannot be 'loud'"):
+        gather(["--log-level", "loud"], {}, file)
+    with pytest.raises(InvalidConfig, match="EBBFLOW_DRAIN_SECONDS cannot be 'x'"):
+        gather([], {"EBBFLOW_DRAIN_SECONDS": "x"}, file)
+    with pytest.raises(InvalidSize, match="--cap: 'much' is not a size"):
+        gather(["--cap", "much"], {}, file)
+    with pytest.raises(InvalidSize, match="EBBFLOW_RESERVE"):
+        gather([], {"EBBFLOW_RESERVE": "-1"}, file)
+    with pytest.raises(SystemExit) as left:
+        gather(["--loud"], {}, file)
+    assert left.value.code == 2
+    file.mkdir()
+    with pytest.raises(InvalidConfig, match="cannot be read"):
+        gather([], {}, file)
