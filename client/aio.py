@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Generic, Self, Unpack
@@ -87,6 +87,12 @@ class AsyncStream(Generic[Piece, Result]):
 
 class AsyncTextStream(AsyncStream[str, Finished]):
     """Pieces of generated text."""
+
+    def on_progress(self, notify: Callable[[Progress], None]) -> None:
+        """Have `notify` called, while this is iterated, when the answer has to wait for something out of the ordinary:
+        kernels that are compiled at the first start, a worker that died. `stage` says what.
+        """
+        self._reader.notify = notify
 
     @property
     def prompt_tokens(self) -> int | None:

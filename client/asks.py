@@ -53,7 +53,11 @@ Turn = ChatMessage | Mapping[str, str]
 
 
 class SamplingOptions(TypedDict, total=False):
-    """Keyword arguments of `generate` and `chat`; see `Sampling` for meanings and defaults."""
+    """Keyword arguments of `generate` and `chat`; see `Sampling` for meanings and defaults.
+
+    `resume=True`: if the process that holds the model dies (killed, out of memory, hung), the answer goes on in the
+    next one, without a word lost or repeated, up to three times. Otherwise it ends with `WorkerDied`.
+    """
 
     max_tokens: int
     temperature: float
@@ -61,6 +65,7 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float
     seed: int
     stop: str | Iterable[str]
+    resume: bool
 
 
 class AddOptions(TypedDict, total=False):
@@ -90,6 +95,7 @@ class Reader(Generic[Piece, Result]):
         self._ask = ask
         self.started: Started | None = None
         self.ended = False
+        self.notify: Callable[[Progress], None] = _nothing
         self._terminal: Terminal | None = None
 
     def read(self, reply: Reply) -> Piece | None:
@@ -99,7 +105,10 @@ class Reader(Generic[Piece, Result]):
                 self.started = reply
                 return None
             case Chunk() | Progress():
-                return self._ask.piece(reply)
+                piece = self._ask.piece(reply)
+                if piece is None and isinstance(reply, Progress):
+                    self.notify(reply)
+                return piece
             case _:
                 self.ended = True
                 self._terminal = reply
@@ -147,7 +156,8 @@ def sampling_from(options: SamplingOptions) -> Sampling:
     """Checked sampling parameters. Raises `InvalidRequest`."""
     _check_names(options, SamplingOptions)
     stop = options.get("stop", ())
-    plain = {**options, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+    plain: dict[str, object] = {**options, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+    plain.pop("resume", None)
     try:
         sampling = msgspec.convert(plain, Sampling)
     except msgspec.ValidationError as error:
@@ -164,18 +174,33 @@ def _check_names(options: Mapping[str, object], known: type) -> None:
 
 def generate(model: str, prompt: str, options: SamplingOptions) -> Ask[str, Finished]:
     """Continue `prompt`. Raises `InvalidRequest`."""
-    sampling = sampling_from(options)
-    return Ask(lambda id_: Generate(id=id_, model=model, prompt=prompt, sampling=sampling), _text, _expect(Finished))
+    sampling, resume = sampling_from(options), _flag(options)
+    return Ask(
+        lambda id_: Generate(id=id_, model=model, prompt=prompt, sampling=sampling, resume=resume),
+        _text,
+        _expect(Finished),
+    )
 
 
 def chat(model: str, messages: Iterable[Turn], options: SamplingOptions) -> Ask[str, Finished]:
     """Answer a conversation. Raises `InvalidRequest`."""
-    sampling = sampling_from(options)
+    sampling, resume = sampling_from(options), _flag(options)
     try:
         turns = msgspec.convert(list(messages), tuple[ChatMessage, ...])
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"messages are role and content, both text: {error}") from error
-    return Ask(lambda id_: Generate(id=id_, model=model, chat=turns, sampling=sampling), _text, _expect(Finished))
+    return Ask(
+        lambda id_: Generate(id=id_, model=model, chat=turns, sampling=sampling, resume=resume),
+        _text,
+        _expect(Finished),
+    )
+
+
+def _flag(options: SamplingOptions) -> bool:
+    resume = options.get("resume", False)
+    if not isinstance(resume, bool):
+        raise InvalidRequest(f"resume is True or False, not {resume!r}")
+    return resume
 
 
 def models() -> Ask[None, tuple[ModelSummary, ...]]:

@@ -30,6 +30,7 @@
     │   ├── TooBusy
     │   ├── WorkerDied
     │   ├── JobDied
+    │   ├── LeaseLost
     │   └── DaemonGone
     │       └── NotRunning
     ├── DaemonFailed              the daemon could not start
@@ -221,6 +222,12 @@ class JobDied(Retryable):
     """The process that added a model died; the library is as it was."""
 
     code = "job_died"
+
+
+class LeaseLost(Retryable):
+    """The daemon heard nothing of this client for so long (it was stopped, perhaps) that it gave the request up."""
+
+    code = "lease_lost"
 
 
 class DaemonGone(Retryable):

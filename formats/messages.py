@@ -110,17 +110,27 @@ class ModelSummary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ping(Message, frozen=True):
-    """Keeps the client's lease; answered by `Pong`."""
+    """Keeps the client's lease; answered by `Pong`.
+
+    `open` are the requests that the client still waits for: each one that the daemon does not have (any more) gets
+    `Failed(lease_lost)`. So a client that was stopped for longer than its lease hears of the end it slept through.
+    """
+
+    open: tuple[int, ...] = ()
 
 
 class Generate(Message, frozen=True):
-    """Continue `prompt`, or answer the conversation `chat`; exactly one of the two is given."""
+    """Continue `prompt`, or answer the conversation `chat`; exactly one of the two is given.
+
+    `resume`: if the worker dies, the answer goes on in the next one where it was, instead of ending in an error.
+    """
 
     id: int
     model: str
     prompt: str | None = None
     chat: tuple[ChatMessage, ...] | None = None
     sampling: Sampling = Sampling()
+    resume: bool = False
 
 
 class Cancel(Message, frozen=True):
@@ -201,15 +211,23 @@ class Started(Message, frozen=True):
 
 
 class Chunk(Message, frozen=True):
-    """More text of request `id`, and how many tokens were generated up to and including it."""
+    """More text of request `id`, and how many tokens were generated up to and including it.
+
+    `ids`, from worker to supervisor only: the tokens sampled since the last chunk, the end token among them. All ids of
+    an answer in order, decoded again, give exactly the text that its chunks gave.
+    """
 
     id: int
     text: str
     tokens: int
+    ids: tuple[int, ...] = ()
 
 
 class Progress(Message, frozen=True):
-    """How far a job is. `done` and `total` count bytes of source weights; `eta_seconds` is absent while unknown."""
+    """How far a job is. `done` and `total` count bytes of source weights; `eta_seconds` is absent while unknown.
+
+    A generation gets them too, without figures, when it has to wait for something out of the ordinary (`stage`).
+    """
 
     id: int
     stage: str
@@ -329,6 +347,13 @@ class SetTarget(Message, frozen=True):
     id: int = 0
 
 
+class Resume(Message, frozen=True):
+    """Go on with `request`, of which an earlier worker sampled the tokens `ids`, and their text is with the client."""
+
+    request: Generate
+    ids: tuple[int, ...]
+
+
 class Exit(Message, frozen=True):
     """Leave cleanly."""
 
@@ -353,8 +378,8 @@ class Report(Message, frozen=True):
     models: tuple[Residency, ...]
 
 
-ToWorker = LoadModel | UnloadModel | SetTarget | Generate | Cancel | Exit
-FromWorker = Ready | Report | LoadFailed | Resized | Started | Chunk | Finished | Failed
+ToWorker = LoadModel | UnloadModel | SetTarget | Generate | Resume | Cancel | Exit
+FromWorker = Ready | Progress | Report | LoadFailed | Resized | Started | Chunk | Finished | Failed
 FromJob = Ready | Progress | Added | Failed
 
 TERMINAL: Final = (Finished, Failed, ModelList, ModelDetail, Added, Resized, Status, Done)

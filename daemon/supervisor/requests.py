@@ -32,6 +32,7 @@ from ...formats.messages import (
     Started,
     failure,
 )
+from .kept import Kept
 
 OPEN_PER_CLIENT: Final = 256
 
@@ -41,12 +42,17 @@ Answer = Started | Chunk | Progress | Finished | Failed | Added | Resized | Done
 
 @dataclass
 class OpenRequest:
-    """A request that lasts; `id` is ours, `message.id` the client's. `forwarded`: a child knows of it."""
+    """A request that lasts; `id` is ours, `message.id` the client's.
+
+    `forwarded`: a child knows of it. `cancelled`: that child was told to end it. `kept`: what survives the child.
+    """
 
     id: int
     client: bytes
     message: Lasting
     forwarded: bool = False
+    cancelled: bool = False
+    kept: Kept | None = None
 
     @property
     def model(self) -> str:
@@ -94,7 +100,8 @@ class Requests:
             raise InvalidRequest(f"request {message.id} is still open; ids must be unique among open requests")
         if len(entry.requests) >= OPEN_PER_CLIENT:
             raise TooBusy(f"{OPEN_PER_CLIENT} requests of this client are open; wait for one to end")
-        request = OpenRequest(next(self._ids), client, message)
+        kept = Kept(now) if isinstance(message, Generate) and message.resume else None
+        request = OpenRequest(next(self._ids), client, message, kept=kept)
         self._clients[client] = entry
         entry.requests[message.id] = self._open[request.id] = request
         return request
@@ -103,6 +110,10 @@ class Requests:
         """A client's request by the client's own id."""
         entry = self._clients.get(client)
         return entry.requests.get(client_id) if entry else None
+
+    def get(self, id: int) -> OpenRequest | None:  # noqa: A002 - the wire's own word
+        """An open request by our id."""
+        return self._open.get(id)
 
     def is_open(self, request: OpenRequest) -> bool:
         """Whether it still waits for its terminal event."""

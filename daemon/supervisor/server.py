@@ -19,11 +19,13 @@ from ...formats.errors import (
     EbbflowError,
     InternalError,
     InvalidRequest,
+    LeaseLost,
     ModelBusy,
     TooBusy,
     storage_failed,
 )
 from ...formats.messages import (
+    LEASE_SECONDS,
     AddModel,
     Cancel,
     Done,
@@ -59,6 +61,7 @@ log = logging.getLogger(__name__)
 
 TICK_SECONDS: Final = 0.2  # while anything is going on
 LAST_WORDS_TICK_SECONDS: Final = 0.02  # while a dead child's last messages are waited for
+NAMED_PER_PING: Final = 1000  # requests that one ping may ask after; a client names the rest in the next
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,7 @@ class Server:
     def _handle(self, client: bytes, request: Request, now: float) -> None:
         match request:
             case Ping():
+                self._tell_what_was_given_up(client, request)
                 self._clients.send(client, Pong())
             case Cancel():
                 self._cancel(self.requests.find(client, request.id), now)
@@ -178,6 +182,13 @@ class Server:
                 self._begin(client, request, now)
             case _:
                 assert_never(request)
+
+    def _tell_what_was_given_up(self, client: bytes, ping: Ping) -> None:
+        """End what the client waits for and nobody here knows: it was not heard of for a whole lease."""
+        for asked in ping.open[:NAMED_PER_PING]:
+            if self.requests.find(client, asked) is None:
+                gone = LeaseLost(f"given up, because nothing was heard of this client for {LEASE_SECONDS:.0f} s")
+                self._clients.send(client, failure(asked, gone))
 
     def _begin(self, client: bytes, message: Generate | AddModel | Resize | Shutdown, now: float) -> None:
         """Check a request that lasts, enter it in the table and set it going."""

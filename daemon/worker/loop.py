@@ -24,6 +24,7 @@ from ...formats.messages import (
     Message,
     Report,
     Resized,
+    Resume,
     SetTarget,
     ToWorker,
     UnloadModel,
@@ -90,6 +91,8 @@ class Loop:
                 self._aim(message)
             case Generate():
                 self._submit(message)
+            case Resume():
+                self._submit(message.request, message.ids)
             case Cancel():
                 self._cancel(message.id)
             case Exit():
@@ -140,13 +143,13 @@ class Loop:
         if served.arrived:
             self._answer(message.model, served)
 
-    def _submit(self, message: Generate) -> None:
+    def _submit(self, message: Generate, ids: tuple[int, ...] = ()) -> None:
         served = self._models.get(message.model)
         if served is None:
             self._line.send(failure(message.id, UnknownModel(f"{message.model!r} is not loaded; try again")))
             return
         self._owner[message.id] = message.model
-        self._tell(served.engine.submit(message))
+        self._tell(served.engine.submit(message, ids))
 
     def _cancel(self, key: int) -> None:
         served = self._models.get(self._owner.get(key, ""))
