@@ -7,7 +7,9 @@ EXACTLY ONE terminal reply, whatever the daemon, the network or the caller do. N
 A *connection* is one daemon's lifetime as we see it. When it ends (refused, lost, silent for too long) every open
 request ends with `daemon_gone`, what was not sent yet is forgotten, and the next request asks for a new connection:
 nothing that has ended here can surface in another daemon. Each ping names the requests that are open here, and the
-daemon ends those that it does not have: it gave them up when this process was stopped for longer than its lease. Times are seconds of any steadily growing clock.
+daemon ends those that it does not have: it gave them up when this process was stopped for longer than its lease.
+
+Times are seconds of any steadily growing clock.
 """
 
 from __future__ import annotations

@@ -52,9 +52,7 @@ class Kept:
                 self.ids += word.ids
             case Finished() if self.resumes:
                 first = now if self._first is None else self._first
-                return msgspec.structs.replace(
-                    word, seconds_to_first=first - self._began, seconds=now - self._began
-                )
+                return msgspec.structs.replace(word, seconds_to_first=first - self._began, seconds=now - self._began)
             case _:
                 pass
         return word

@@ -18,11 +18,13 @@ from ...formats.messages import from_child_decoder, request_decoder
 from ...formats.paths import Paths, default_paths
 from ...formats.units import format_size, parse_size
 from ..channel import Hub, Limits
+from ..process import set_oom_score
 from .children import CommandLauncher, Launcher
 from .library import Library
 from .runtime import locked, prepare
 from .sensor import Sensor
 from .server import Outside, Server
+from .steady import SteadyClock
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ RESERVE_FRACTION: Final = 0.05
 RESERVE_LEAST: Final = 256_000_000
 RESERVE_MOST: Final = 1_000_000_000
 CHILD_LIMITS: Final = Limits(nbytes=64_000_000, messages=20_000)
+OOM_SCORE: Final = -900  # where the kernel allows it (root); children raise theirs
 LEVELS: Final = ("debug", "info", "warning", "error")
 
 
@@ -67,18 +70,21 @@ def default_reserve(total: int) -> int:
 def serve(options: Options, paths: Paths, launcher: Launcher) -> None:
     """Run the daemon until it is told to stop. Raises `AlreadyRunning` or `DaemonFailed`."""
     os.umask(0o077)
+    set_oom_score(OOM_SCORE)
     prepare(paths)
+    clock = SteadyClock(time.monotonic)
     with locked(paths.lock), _signals() as signals, _outside(options, paths, launcher) as outside:
         reserve = default_reserve(outside.sensor.total()) if options.reserve is None else options.reserve
         server = Server(
-            outside, Library(paths.library), reserve=reserve, idle_seconds=options.idle_seconds, now=time.monotonic()
+            outside, Library(paths.library), reserve=reserve, idle_seconds=options.idle_seconds, now=clock()
         )
         log.info("serving on %s, leaving %s free", paths.clients, format_size(reserve))
         while not server.finished:
-            server.sleep([signals])
+            rested = server.sleep([signals])
+            now = clock(rested=rested)
             if _received(signals):
-                server.stop(time.monotonic())
-            server.turn(time.monotonic())
+                server.stop(now)
+            server.turn(now)
     log.info("stopped")
 
 

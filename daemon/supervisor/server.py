@@ -121,8 +121,8 @@ class Server:
         if self._stopping and not self._wards():
             self._finish()
 
-    def sleep(self, descriptors: list[int]) -> None:
-        """Wait until a turn is worth taking, or one of `descriptors` is readable."""
+    def sleep(self, descriptors: list[int]) -> bool:
+        """Wait until a turn is worth taking, or one of `descriptors` is readable. Whether that may have been long."""
         ends = [ward.descriptor for ward in self._wards()]
         timeout = None
         if any(ward.ending for ward in self._wards()):
@@ -130,6 +130,7 @@ class Server:
         elif ends or len(self.requests):
             timeout = TICK_SECONDS
         wait((self._clients, self._children), [*descriptors, *(end for end in ends if end is not None)], timeout)
+        return timeout is None
 
     def stop(self, now: float) -> None:
         """End everything and then `finish`; asked for a second time, kill what has not ended."""

@@ -7,34 +7,39 @@ import signal
 import sys
 import time
 
-from ..process import die_with_parent, set_oom_score
+from ..process import PARENT_VARIABLE, die_with_parent, set_oom_score
 
 OOM_SCORE = 600  # the kernel shall choose the worker, never the supervisor or the user's programs
+COMPILING = "compiling kernels for this machine, which the first start does once"
 
 
 def main() -> None:
     """Serve until told to leave."""
     die_with_parent()
+    os.environ[PARENT_VARIABLE] = str(os.getpid())  # for what this process starts
     set_oom_score(OOM_SCORE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the supervisor, which then says Exit
     address, identity = sys.argv[1:3]
 
     # Only now: until here, nothing that takes time could let the parent end unnoticed.
+    from ...formats.messages import Progress, Ready
     from ...formats.paths import default_paths
-    from ...kernels.cache import compile_once, use_cache
+    from ...kernels.cache import compile_once, compiled, use_cache
     from ...kernels.instructions import choose
+    from ..channel import Child
 
     choose()  # a wrong choice ends the worker here, in words, before the compiler meets it
-    compile_once(use_cache(default_paths().cache))
-
-    # numba reads its settings when it is first imported
-    from ...formats.messages import Ready
-    from ...kernels.threads import set_threads
-    from ..channel import Child
-    from .loop import Loop
-
     channel = Child(address, identity)
     try:
+        kernels = use_cache(default_paths().cache)
+        if not compiled(kernels):
+            channel.send(Progress(id=0, stage=COMPILING))
+            compile_once(kernels, "ebbflow.daemon.worker.compiling")
+
+        # numba reads its settings when it is first imported
+        from ...kernels.threads import set_threads
+        from .loop import Loop
+
         loop = Loop(channel, set_threads(), time.monotonic)
         channel.send(Ready(pid=os.getpid()))
         while loop.turn():
