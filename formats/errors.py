@@ -31,6 +31,7 @@
     │   ├── WorkerDied
     │   ├── JobDied
     │   ├── LeaseLost
+    │   ├── NotArrived
     │   └── DaemonGone
     │       └── NotRunning
     ├── DaemonFailed              the daemon could not start
@@ -228,6 +229,12 @@ class LeaseLost(Retryable):
     """The daemon heard nothing of this client for so long (it was stopped, perhaps) that it gave the request up."""
 
     code = "lease_lost"
+
+
+class NotArrived(Retryable):
+    """The model is still being copied, and not even the least of it that makes a model is there."""
+
+    code = "not_arrived"
 
 
 class DaemonGone(Retryable):

@@ -68,7 +68,10 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
 
 
 class Residency(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker holds of one model. All sizes in bytes; `reason` says why it is this size and not another."""
+    """What a worker holds of one model. All sizes in bytes; `reason` says why it is this size and not another.
+
+    `arrived_nbytes`: how much of the stack is on disk, while its file is still arriving.
+    """
 
     model: str
     blocks: int
@@ -81,6 +84,7 @@ class Residency(msgspec.Struct, frozen=True, kw_only=True):
     running: int = 0
     waiting: int = 0
     tokens_per_second: float = 0.0
+    arrived_nbytes: int | None = None
     wish: SizeWish = AUTO
     reason: str = ""
 
@@ -95,7 +99,7 @@ class ProcessMemory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """A line of `ebb list`."""
+    """A line of `ebb list`. `arrived_nbytes`: what is there of a stack whose file is still arriving."""
 
     name: str
     family: str
@@ -104,6 +108,7 @@ class ModelSummary(msgspec.Struct, frozen=True, kw_only=True):
     base_nbytes: int
     original_nbytes: int
     created: str
+    arrived_nbytes: int | None = None
 
 
 # -- client to supervisor (and, with its own ids, supervisor to worker) -------------------------------------------

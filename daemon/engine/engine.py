@@ -189,7 +189,7 @@ class Engine:
         return text, "stop" if job.text.stopped else "length" if len(sequence.tokens) >= sequence.limit else ""
 
     def _replay(self, job: _Job, ids: Ids[int]) -> None:
-        """Bring a request to where an earlier worker had it. Raises `InvalidRequest` if no worker can have said that."""
+        """Bring a request to where an earlier worker had it. Raises `InvalidRequest` for impossible tokens."""
         for token in ids:
             if job.ended or not 0 <= token < self._manifest.architecture.vocab:
                 raise InvalidRequest("the request cannot be resumed: these are not the tokens of its answer")

@@ -338,6 +338,8 @@ class Worker:
         if self._budget.target(residency.model) is None:
             return residency
         wish, reason = self._budget.wish(residency.model), self._budget.reason(residency.model)
+        if residency.arrived_nbytes is not None:
+            reason = f"{residency.arrived_nbytes / residency.total_nbytes:.0%} of it has arrived; {reason}"
         return msgspec.structs.replace(residency, wish=wish, reason=reason)
 
     # -- memory and idleness ----------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from ...formats.messages import (
     failure,
 )
 from ..mapping import private_nbytes
-from .served import Served
+from .served import LOOK_SECONDS, Served
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,8 @@ class Loop:
     def turn(self) -> bool:
         """One round; whether there will be another."""
         active = any(served.engine.busy or not served.arrived for served in self._models.values())
-        for message in self._line.receive(0.0 if active else IDLE_SECONDS):
+        arriving = any(served.resident.arriving for served in self._models.values())
+        for message in self._line.receive(0.0 if active else LOOK_SECONDS if arriving else IDLE_SECONDS):
             self._handle(message)
         if [name for name, served in self._models.items() if self._move(name, served)]:
             self._report()  # before the step, which may take a while: the budget waits for this

@@ -1,4 +1,4 @@
-"""An answer whose worker dies goes on in the next one: no token lost, none repeated, none of the client's time wasted."""
+"""An answer whose worker dies goes on in the next one: no token is lost and none repeated."""
 
 from __future__ import annotations
 
