@@ -20,10 +20,12 @@ from ..formats.messages import (
     ChatMessage,
     Chunk,
     Done,
+    ExportModel,
     Failed,
     Finished,
     Generate,
     GetStatus,
+    ImportModel,
     ListModels,
     ModelDetail,
     ModelList,
@@ -229,10 +231,30 @@ def add(source: str | Path, name: str | None, options: AddOptions) -> Ask[Progre
         request = msgspec.convert(fields, AddModel)
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"options of add: {error}") from error
-    added = _expect(Added)
-    return Ask(
-        lambda id_: msgspec.structs.replace(request, id=id_), _progress, lambda terminal: added(terminal).summary
-    )
+    return Ask(lambda id_: msgspec.structs.replace(request, id=id_), _progress, _summary)
+
+
+def import_model(source: str | Path, name: str | None) -> Ask[Progress, ModelSummary]:
+    """Copy a model's folder into the library, as `name` or as the folder is called.
+
+    Raises `InvalidRequest` when `source` is no folder, `InvalidName` when the name is unusable.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise InvalidRequest(f"{source} is not a folder; give one that `ebb export` made, or one of a library")
+    folder = folder.resolve()
+    chosen = check_name(name if name is not None else folder.name)
+    return Ask(lambda id_: ImportModel(id=id_, source=str(folder), name=chosen), _progress, _summary)
+
+
+def export_model(model: str, target: str | Path) -> Ask[Progress, ModelSummary]:
+    """Copy a model of the library to a new folder."""
+    folder = str(Path(target).expanduser().absolute())
+    return Ask(lambda id_: ExportModel(id=id_, name=model, target=folder), _progress, _summary)
+
+
+def _summary(terminal: Terminal) -> ModelSummary:
+    return _expect(Added)(terminal).summary
 
 
 def locate(source: str | Path) -> str:

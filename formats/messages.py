@@ -171,6 +171,26 @@ class AddModel(Message, frozen=True):
     seed: int = 0
 
 
+class ImportModel(Message, frozen=True):
+    """Copy the model in the folder `source` (absolute; a library's or an exported one) into the library, as `name`.
+
+    It answers as soon as its base is there. `Progress` (bytes of the stack), then `Added`. What was copied stays when
+    it is cancelled or dies, and the same request goes on from there.
+    """
+
+    id: int
+    source: str
+    name: str
+
+
+class ExportModel(Message, frozen=True):
+    """Copy the model `name` to the new folder `target` (absolute). `Progress`, then `Added`, as for `ImportModel`."""
+
+    id: int
+    name: str
+    target: str
+
+
 class RemoveModel(Message, frozen=True):
     """Answered by `Done`."""
 
@@ -198,7 +218,8 @@ class Shutdown(Message, frozen=True):
     id: int
 
 
-Request = Ping | Generate | Cancel | ListModels | ShowModel | AddModel | RemoveModel | Resize | GetStatus | Shutdown
+JobRequest = AddModel | ImportModel | ExportModel
+Request = Ping | Generate | Cancel | ListModels | ShowModel | JobRequest | RemoveModel | Resize | GetStatus | Shutdown
 
 
 # -- supervisor to client (and worker or job to supervisor) -------------------------------------------------------
@@ -282,7 +303,7 @@ class ModelDetail(Message, frozen=True):
 
 
 class Added(Message, frozen=True):
-    """Terminal: the model is in the library."""
+    """Terminal: the model is in the library, or where it was to be exported to."""
 
     id: int
     summary: ModelSummary

@@ -24,12 +24,12 @@ So any prefix of the data is a smaller model, and a complete file opens in any s
 
 A file that is still arriving
 -----------------------------
-A stack may be used while it is being copied. Whoever copies puts an empty file `stack.safetensors.arriving` (the stack's
-name and `MARK`) beside it before the first byte, writes the stack under its own name (never a rename: readers keep the
-file open), and takes the mark away when everything is there and synced. The bytes may come in any order.
+A stack may be used while it is being copied. Whoever copies puts an empty file `stack.safetensors.arriving` (the name
+of the stack and `MARK`) beside it before the first byte, writes the stack under its own name (never a rename: readers
+keep the file open), and takes the mark away when everything is there and synced. The bytes may come in any order.
 
-* With the mark, a block that is not wholly there, or does not match its hash, *has not arrived yet*; it may be asked for
-  again later. The blocks before the first such block are a model, if they hold the base.
+* With the mark, a block that is not wholly there, or does not match its hash, *has not arrived yet*; it may be asked
+  for again later. The blocks before the first such block are a model, if they hold the base.
 * Without the mark, a file that is shorter than its header says is `TruncatedStack`, now and for ever, and a block that
   does not match its hash is `BadBlock`.
 

@@ -21,9 +21,12 @@ from ...formats.messages import (
     AddModel,
     Chunk,
     Done,
+    ExportModel,
     Failed,
     Finished,
     Generate,
+    ImportModel,
+    JobRequest,
     Message,
     Progress,
     Resize,
@@ -36,7 +39,7 @@ from .kept import Kept
 
 OPEN_PER_CLIENT: Final = 256
 
-Lasting = Generate | AddModel | Resize | Shutdown
+Lasting = Generate | JobRequest | Resize | Shutdown
 Answer = Started | Chunk | Progress | Finished | Failed | Added | Resized | Done
 
 
@@ -60,7 +63,7 @@ class OpenRequest:
         match self.message:
             case Generate() | Resize():
                 return self.message.model
-            case AddModel():
+            case AddModel() | ImportModel() | ExportModel():
                 return self.message.name
             case Shutdown():
                 return ""

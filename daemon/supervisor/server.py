@@ -29,10 +29,12 @@ from ...formats.messages import (
     AddModel,
     Cancel,
     Done,
+    ExportModel,
     FromJob,
     FromWorker,
     Generate,
     GetStatus,
+    ImportModel,
     ListModels,
     ModelList,
     Ping,
@@ -53,7 +55,7 @@ from .checks import check_generate, check_wish
 from .children import Launcher, Ward
 from .library import Library, detail
 from .reading import Reading
-from .requests import OpenRequest, Requests
+from .requests import Lasting, OpenRequest, Requests
 from .sensor import Sensor
 from .worker import Worker
 
@@ -179,7 +181,7 @@ class Server:
                 self._clients.send(client, Done(id=request.id))
             case GetStatus():
                 self._clients.send(client, self._status(request.id, now))
-            case Generate() | AddModel() | Resize() | Shutdown():
+            case Generate() | AddModel() | ImportModel() | ExportModel() | Resize() | Shutdown():
                 self._begin(client, request, now)
             case _:
                 assert_never(request)
@@ -191,7 +193,7 @@ class Server:
                 gone = LeaseLost(f"given up, because nothing was heard of this client for {LEASE_SECONDS:.0f} s")
                 self._clients.send(client, failure(asked, gone))
 
-    def _begin(self, client: bytes, message: Generate | AddModel | Resize | Shutdown, now: float) -> None:
+    def _begin(self, client: bytes, message: Lasting, now: float) -> None:
         """Check a request that lasts, enter it in the table and set it going."""
         if self.requests.find(client, message.id):
             # An answer with this id would be taken for the end of the request that is open.
@@ -204,7 +206,7 @@ class Server:
                 check_generate(message)
                 self._library.get(message.model)
                 self.worker.generate(self.requests.open(client, message, now), now)
-            case AddModel():
+            case AddModel() | ImportModel() | ExportModel():
                 self.adding.check(message)
                 self.adding.add(self.requests.open(client, message, now), message, now)
             case Resize():
@@ -224,7 +226,7 @@ class Server:
         match request.message:
             case Generate():
                 self.worker.cancel(request)
-            case AddModel():
+            case AddModel() | ImportModel() | ExportModel():
                 self.adding.cancel(request, now)
             case Resize() | Shutdown():
                 return
@@ -238,7 +240,7 @@ class Server:
 
     def _remove(self, model: str) -> None:
         if model in self.adding.names:
-            raise ModelBusy(f"{model} is being added; cancel that first")
+            raise ModelBusy(f"{model} is being added or copied; cancel that first")
         self._library.get(model)
         waiting = len(self.requests.of_model(model))
         if waiting:

@@ -76,8 +76,7 @@ class Served:
             try:
                 self.resident.grow(self.target)
             except NotArrived:
-                self.aim(self.target_nbytes)
-                return True
+                self.aim(self.target_nbytes)  # as far as is there
             except BaseException:
                 self.aim(self.resident.nbytes)
                 raise
