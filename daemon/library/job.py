@@ -1,8 +1,8 @@
 """`python -m ebbflow.daemon.library.job ADDRESS IDENTITY LIBRARY CACHE REQUEST`: adds or copies one model.
 
 `REQUEST` is an `AddModel`, `ImportModel` or `ExportModel` as JSON. Says `Ready`, `Progress` ... and then `Added` or
-`Failed`, each with the request's id, and exits with 0 whenever it could say so. SIGTERM cancels. What is added, and how,
-is `add`'s business, what is copied `carry`'s; whoever reads a death without last words (kill -9, the kernel's
+`Failed`, each with the request's id, and exits with 0 whenever it could say so. SIGTERM cancels. What is added, and
+how, is `add`'s business, what is copied `carry`'s; whoever reads a death without last words (kill -9, the kernel's
 out-of-memory killer) is the supervisor.
 
 `EBBFLOW_JOB_MEMORY` (a size such as 8GB) caps the process's own memory; beyond it the job fails with `OutOfMemory`.

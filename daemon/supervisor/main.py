@@ -18,7 +18,7 @@ from ...formats.messages import from_child_decoder, request_decoder
 from ...formats.paths import Paths, default_paths
 from ...formats.units import format_size, parse_size
 from ..channel import Hub, Limits
-from ..process import set_oom_score
+from ..process import allow_files, set_oom_score
 from .children import CommandLauncher, Launcher
 from .library import Library
 from .runtime import locked, prepare
@@ -34,6 +34,7 @@ RESERVE_LEAST: Final = 256_000_000
 RESERVE_MOST: Final = 1_000_000_000
 CHILD_LIMITS: Final = Limits(nbytes=64_000_000, messages=20_000)
 OOM_SCORE: Final = -900  # where the kernel allows it (root); children raise theirs
+OPEN_FILES: Final = 16_384  # each client is one, and the usual 1,024 is soon reached
 LEVELS: Final = ("debug", "info", "warning", "error")
 
 
@@ -71,6 +72,7 @@ def serve(options: Options, paths: Paths, launcher: Launcher) -> None:
     """Run the daemon until it is told to stop. Raises `AlreadyRunning` or `DaemonFailed`."""
     os.umask(0o077)
     set_oom_score(OOM_SCORE)
+    allow_files(OPEN_FILES)
     prepare(paths)
     clock = SteadyClock(time.monotonic)
     with locked(paths.lock), _signals() as signals, _outside(options, paths, launcher) as outside:
@@ -80,8 +82,8 @@ def serve(options: Options, paths: Paths, launcher: Launcher) -> None:
         )
         log.info("serving on %s, leaving %s free", paths.clients, format_size(reserve))
         while not server.finished:
-            rested = server.sleep([signals])
-            now = clock(rested=rested)
+            server.sleep([signals])
+            now = clock()
             if _received(signals):
                 server.stop(now)
             server.turn(now)

@@ -61,6 +61,7 @@ from .worker import Worker
 
 log = logging.getLogger(__name__)
 
+REST_SECONDS: Final = 1.0  # while nothing is going on: to see that the sockets' files are still there
 TICK_SECONDS: Final = 0.2  # while anything is going on
 LAST_WORDS_TICK_SECONDS: Final = 0.02  # while a dead child's last messages are waited for
 NAMED_PER_PING: Final = 1000  # requests that one ping may ask after; a client names the rest in the next
@@ -89,6 +90,7 @@ class Server:
         self._version = importlib.metadata.version("ebbflow")
         self._stopping = False
         self._finished = False
+        self._sockets_seen = now
         self.requests = Requests(self._clients.send)
         self.budget = Budget(reserve)
         self.adding = Adding(outside.launcher, self.requests, library, self._spare_nbytes)
@@ -120,19 +122,19 @@ class Server:
         self._children.flush()
         self._see_to_clients(now)
         self._see_to_children(now)
+        self._see_to_sockets(now)
         if self._stopping and not self._wards():
             self._finish()
 
-    def sleep(self, descriptors: list[int]) -> bool:
-        """Wait until a turn is worth taking, or one of `descriptors` is readable. Whether that may have been long."""
+    def sleep(self, descriptors: list[int]) -> None:
+        """Wait until a turn is worth taking, or one of `descriptors` is readable; at most `REST_SECONDS`."""
         ends = [ward.descriptor for ward in self._wards()]
-        timeout = None
+        timeout = REST_SECONDS
         if any(ward.ending for ward in self._wards()):
             timeout = LAST_WORDS_TICK_SECONDS
         elif ends or len(self.requests):
             timeout = TICK_SECONDS
         wait((self._clients, self._children), [*descriptors, *(end for end in ends if end is not None)], timeout)
-        return timeout is None
 
     def stop(self, now: float) -> None:
         """End everything and then `finish`; asked for a second time, kill what has not ended."""
@@ -259,6 +261,12 @@ class Server:
                 self.requests.forget(request)
                 self._cancel(request, now)
             self._clients.forget(client)
+
+    def _see_to_sockets(self, now: float) -> None:
+        if now - self._sockets_seen >= REST_SECONDS / 2:
+            self._sockets_seen = now
+            self._clients.keep_path()
+            self._children.keep_path()
 
     # -- children ---------------------------------------------------------------------------------------------------
 

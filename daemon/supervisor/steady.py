@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-JUMP_SECONDS: Final = 5.0  # between two looks while the loop turns several times a second: it did not run
+JUMP_SECONDS: Final = 5.0  # between two looks, when the loop turns at least once a second: it did not run
 
 
 class SteadyClock:
@@ -21,10 +21,10 @@ class SteadyClock:
         self._seen = clock()
         self._lost = 0.0
 
-    def __call__(self, *, rested: bool = False) -> float:
-        """The time now. `rested`: the loop slept for as long as nothing happened, so that a long time is no jump."""
+    def __call__(self) -> float:
+        """The time now."""
         now = self._clock()
-        if not rested and not 0 <= now - self._seen <= JUMP_SECONDS:
+        if not 0 <= now - self._seen <= JUMP_SECONDS:
             self._lost += now - self._seen
         self._seen = now
         return now - self._lost
