@@ -11,6 +11,7 @@ from ebbflow.daemon.engine.engine import Engine
 from ebbflow.daemon.supervisor.kept import RESUMES, Kept
 from ebbflow.daemon.supervisor.worker import RESTARTING
 from ebbflow.daemon.worker.resident import Resident
+from ebbflow.formats.errors import from_wire
 from ebbflow.formats.messages import (
     Cancel,
     ChatMessage,
@@ -135,7 +136,7 @@ def test_times_count_from_the_beginning_and_started_is_told_once() -> None:
     told_ = kept.hear(end, 30.0)
     assert isinstance(told_, Finished)
     assert (told_.seconds_to_first, told_.seconds) == (2.0, 20.0)
-    assert kept.ids == [7, 8]
+    assert list(kept.ids) == [7, 8]
 
 
 # -- the supervisor -------------------------------------------------------------------------------------------------
@@ -185,6 +186,25 @@ def test_a_dead_workers_streams_go_on_in_the_next_and_the_others_end(house) -> N
     heard = client.hear()
     assert [type(event) for event in heard] == [Chunk, Finished]
     assert (heard[0].text, heard[1].seconds) == ("c", pytest.approx(1.2))
+
+
+def test_after_the_kernel_killed_for_memory_streams_go_on_in_a_smaller_one(house) -> None:
+    client = house.client()
+    client.say(ask(1), ask(2, resume=False))
+    house.turn()
+    worker = house.ready_worker()
+    load, first, _ = worker.hear()
+    worker.say(Chunk(id=first.id, text="a", tokens=1, ids=(10,)))
+    house.turn()
+    house.sensor.kills += 1
+    die(house)
+    (failed,) = [event for event in client.hear() if isinstance(event, Failed)]
+    assert (failed.id, failed.code) == (2, "worker_died")
+    assert "for memory" in failed.message
+    assert from_wire(failed.code, failed.message).retryable
+    smaller, again = house.ready_worker().hear()
+    assert smaller.target_nbytes == int(0.8 * load.target_nbytes)
+    assert again.ids == (10,)
 
 
 def test_a_stream_that_had_said_nothing_begins_again(house) -> None:
