@@ -189,10 +189,11 @@ class Server:
                 assert_never(request)
 
     def _tell_what_was_given_up(self, client: bytes, ping: Ping) -> None:
-        """End what the client waits for and nobody here knows: it was not heard of for a whole lease."""
+        """End what the client waits for and nobody here knows, so that it does not wait for ever."""
         for asked in ping.open[:NAMED_PER_PING]:
             if self.requests.find(client, asked) is None:
-                gone = LeaseLost(f"given up, because nothing was heard of this client for {LEASE_SECONDS:.0f} s")
+                why = f"nothing was heard of this client for {LEASE_SECONDS:.0f} s, or it left its end unread"
+                gone = LeaseLost(f"the daemon has given this request up: {why}")
                 self._clients.send(client, failure(asked, gone))
 
     def _begin(self, client: bytes, message: Lasting, now: float) -> None:

@@ -307,6 +307,7 @@ def test_only_what_was_left_half_copied_is_imported_again(house, client):
     ("message", "code"),
     [
         (ImportModel(id=1, source="", name="x"), "invalid_request"),
+        (ImportModel(id=1, source="x", name="x"), "invalid_request"),
         (ImportModel(id=1, source="/x", name="../x"), "invalid_name"),
         (ExportModel(id=1, name="nobody", target="/x"), "unknown_model"),
         (ExportModel(id=1, name="demo", target="x"), "invalid_request"),
