@@ -169,4 +169,12 @@ def _owner_lives(name: str) -> bool:
         return False
     except PermissionError:
         return True
-    return True
+    return not _is_zombie(digits)
+
+
+def _is_zombie(pid: str) -> bool:
+    """Whether a process has ended and only waits to be reaped, which for an orphan may take its new parent a while."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return False  # gone since, or a system without /proc
