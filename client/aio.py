@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Generic, Self, Unpack
@@ -89,6 +89,12 @@ class AsyncStream(Generic[Piece, Result]):
 class AsyncTextStream(AsyncStream[str, Finished]):
     """Pieces of generated text."""
 
+    def on_progress(self, notify: Callable[[Progress], None]) -> None:
+        """Have `notify` called, while this is iterated, when the answer has to wait for something out of the ordinary:
+        kernels that are compiled at the first start, a worker that died. `stage` says what.
+        """
+        self._reader.notify = notify
+
     @property
     def prompt_tokens(self) -> int | None:
         """Tokens of the prompt, once the request was admitted."""
@@ -165,6 +171,17 @@ class AsyncClient:
     def add(self, source: str | Path, name: str | None = None, **options: Unpack[AddOptions]) -> AsyncProgressStream:
         """Read the checkpoint in a folder (or a hub's `org/name`) into the library, as `name` or the folder's name."""
         return AsyncProgressStream(self._channel, asks.add(source, name, options))
+
+    def import_model(self, source: str | Path, name: str | None = None) -> AsyncProgressStream:
+        """Copy a model's folder into the library; it answers as soon as its base is there, and improves meanwhile.
+
+        What was copied stays when this ends early, and the same call goes on from there.
+        """
+        return AsyncProgressStream(self._channel, asks.import_model(source, name))
+
+    def export_model(self, model: str, target: str | Path) -> AsyncProgressStream:
+        """Copy a model of the library to the new folder `target`."""
+        return AsyncProgressStream(self._channel, asks.export_model(model, target))
 
     async def remove(self, model: str) -> None:
         """Delete a model from the library."""

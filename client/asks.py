@@ -20,10 +20,12 @@ from ..formats.messages import (
     ChatMessage,
     Chunk,
     Done,
+    ExportModel,
     Failed,
     Finished,
     Generate,
     GetStatus,
+    ImportModel,
     ListModels,
     ModelDetail,
     ModelList,
@@ -53,7 +55,11 @@ Turn = ChatMessage | Mapping[str, str]
 
 
 class SamplingOptions(TypedDict, total=False):
-    """Keyword arguments of `generate` and `chat`; see `Sampling` for meanings and defaults."""
+    """Keyword arguments of `generate` and `chat`; see `Sampling` for meanings and defaults.
+
+    `resume=True`: if the process that holds the model dies (killed, out of memory, hung), the answer goes on in the
+    next one, without a word lost or repeated, up to three times. Otherwise it ends with `WorkerDied`.
+    """
 
     max_tokens: int
     temperature: float
@@ -61,6 +67,7 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float
     seed: int
     stop: str | Iterable[str]
+    resume: bool
 
 
 class AddOptions(TypedDict, total=False):
@@ -90,6 +97,7 @@ class Reader(Generic[Piece, Result]):
         self._ask = ask
         self.started: Started | None = None
         self.ended = False
+        self.notify: Callable[[Progress], None] = _nothing
         self._terminal: Terminal | None = None
 
     def read(self, reply: Reply) -> Piece | None:
@@ -99,7 +107,10 @@ class Reader(Generic[Piece, Result]):
                 self.started = reply
                 return None
             case Chunk() | Progress():
-                return self._ask.piece(reply)
+                piece = self._ask.piece(reply)
+                if piece is None and isinstance(reply, Progress):
+                    self.notify(reply)
+                return piece
             case _:
                 self.ended = True
                 self._terminal = reply
@@ -147,7 +158,8 @@ def sampling_from(options: SamplingOptions) -> Sampling:
     """Checked sampling parameters. Raises `InvalidRequest`."""
     _check_names(options, SamplingOptions)
     stop = options.get("stop", ())
-    plain = {**options, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+    plain: dict[str, object] = {**options, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+    plain.pop("resume", None)
     try:
         sampling = msgspec.convert(plain, Sampling)
     except msgspec.ValidationError as error:
@@ -164,18 +176,33 @@ def _check_names(options: Mapping[str, object], known: type) -> None:
 
 def generate(model: str, prompt: str, options: SamplingOptions) -> Ask[str, Finished]:
     """Continue `prompt`. Raises `InvalidRequest`."""
-    sampling = sampling_from(options)
-    return Ask(lambda id_: Generate(id=id_, model=model, prompt=prompt, sampling=sampling), _text, _expect(Finished))
+    sampling, resume = sampling_from(options), _flag(options)
+    return Ask(
+        lambda id_: Generate(id=id_, model=model, prompt=prompt, sampling=sampling, resume=resume),
+        _text,
+        _expect(Finished),
+    )
 
 
 def chat(model: str, messages: Iterable[Turn], options: SamplingOptions) -> Ask[str, Finished]:
     """Answer a conversation. Raises `InvalidRequest`."""
-    sampling = sampling_from(options)
+    sampling, resume = sampling_from(options), _flag(options)
     try:
         turns = msgspec.convert(list(messages), tuple[ChatMessage, ...])
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"messages are role and content, both text: {error}") from error
-    return Ask(lambda id_: Generate(id=id_, model=model, chat=turns, sampling=sampling), _text, _expect(Finished))
+    return Ask(
+        lambda id_: Generate(id=id_, model=model, chat=turns, sampling=sampling, resume=resume),
+        _text,
+        _expect(Finished),
+    )
+
+
+def _flag(options: SamplingOptions) -> bool:
+    resume = options.get("resume", False)
+    if not isinstance(resume, bool):
+        raise InvalidRequest(f"resume is True or False, not {resume!r}")
+    return resume
 
 
 def models() -> Ask[None, tuple[ModelSummary, ...]]:
@@ -204,10 +231,30 @@ def add(source: str | Path, name: str | None, options: AddOptions) -> Ask[Progre
         request = msgspec.convert(fields, AddModel)
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"options of add: {error}") from error
-    added = _expect(Added)
-    return Ask(
-        lambda id_: msgspec.structs.replace(request, id=id_), _progress, lambda terminal: added(terminal).summary
-    )
+    return Ask(lambda id_: msgspec.structs.replace(request, id=id_), _progress, _summary)
+
+
+def import_model(source: str | Path, name: str | None) -> Ask[Progress, ModelSummary]:
+    """Copy a model's folder into the library, as `name` or as the folder is called.
+
+    Raises `InvalidRequest` when `source` is no folder, `InvalidName` when the name is unusable.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise InvalidRequest(f"{source} is not a folder; give one that `ebb export` made, or one of a library")
+    folder = folder.resolve()
+    chosen = check_name(name if name is not None else folder.name)
+    return Ask(lambda id_: ImportModel(id=id_, source=str(folder), name=chosen), _progress, _summary)
+
+
+def export_model(model: str, target: str | Path) -> Ask[Progress, ModelSummary]:
+    """Copy a model of the library to a new folder."""
+    folder = str(Path(target).expanduser().absolute())
+    return Ask(lambda id_: ExportModel(id=id_, name=model, target=folder), _progress, _summary)
+
+
+def _summary(terminal: Terminal) -> ModelSummary:
+    return _expect(Added)(terminal).summary
 
 
 def locate(source: str | Path) -> str:

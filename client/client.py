@@ -73,6 +73,17 @@ class Client:
         """Read the checkpoint in a folder (or a hub's `org/name`) into the library, as `name` or the folder's name."""
         return ProgressStream(self._channel, asks.add(source, name, options))
 
+    def import_model(self, source: str | Path, name: str | None = None) -> ProgressStream:
+        """Copy a model's folder into the library; it answers as soon as its base is there, and improves meanwhile.
+
+        What was copied stays when this ends early, and the same call goes on from there.
+        """
+        return ProgressStream(self._channel, asks.import_model(source, name))
+
+    def export_model(self, model: str, target: str | Path) -> ProgressStream:
+        """Copy a model of the library to the new folder `target`."""
+        return ProgressStream(self._channel, asks.export_model(model, target))
+
     def remove(self, model: str) -> None:
         """Delete a model from the library."""
         answer(self._channel, asks.remove(model))

@@ -6,7 +6,10 @@ EXACTLY ONE terminal reply, whatever the daemon, the network or the caller do. N
 
 A *connection* is one daemon's lifetime as we see it. When it ends (refused, lost, silent for too long) every open
 request ends with `daemon_gone`, what was not sent yet is forgotten, and the next request asks for a new connection:
-nothing that has ended here can surface in another daemon. Times are seconds of any steadily growing clock.
+nothing that has ended here can surface in another daemon. Each ping names the requests that are open here, and the
+daemon ends those that it does not have: it gave them up when this process was stopped for longer than its lease.
+
+Times are seconds of any steadily growing clock.
 """
 
 from __future__ import annotations
@@ -232,7 +235,9 @@ class Exchange:
 
     def _ping(self, now: float) -> None:
         self._pinged = now
-        self._outgoing.append(encode(Ping()))
+        """Say what is waited for: a daemon that has given some of it up, while we were stopped, then says so."""
+        waiting = (id_ for id_, entry in self._open.items() if not isinstance(entry.request, Watch | Ping))
+        self._outgoing.append(encode(Ping(open=tuple(waiting))))
 
     def _answer_pings(self) -> None:
         for id_, entry in list(self._open.items()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Generic, Self
@@ -86,6 +87,12 @@ class Stream(Generic[Piece, Result]):
 
 class TextStream(Stream[str, Finished]):
     """Pieces of generated text."""
+
+    def on_progress(self, notify: Callable[[Progress], None]) -> None:
+        """Have `notify` called, while this is iterated, when the answer has to wait for something out of the ordinary:
+        kernels that are compiled at the first start, a worker that died. `stage` says what.
+        """
+        self._reader.notify = notify
 
     @property
     def prompt_tokens(self) -> int | None:

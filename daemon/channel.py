@@ -11,6 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, Generic, Literal, TypeVar
 
 import msgspec
@@ -28,6 +29,7 @@ FRAMES: Final = 3  # sender, header, body; what a longer message has more is rea
 PIPE_MESSAGES: Final = 100  # what ZeroMQ itself may hold for one peer; the rest waits in an outbox that we can count
 RETRY_SECONDS: Final = 0.02
 ZAP: Final = "inproc://zeromq.zap.01"  # where ZeroMQ asks who may enter (RFC 27)
+BACKLOG: Final = 1024  # connections that may wait to be accepted; ZeroMQ's own 100 refuses a crowd
 
 M = TypeVar("M")
 
@@ -124,6 +126,37 @@ class _Outbox:
         self.nbytes -= sum(map(len, self.messages.popleft()))
 
 
+class SocketPath:
+    """The file of a bound ipc address, and whether it is still the one that was bound."""
+
+    def __init__(self, address: str) -> None:
+        self._path = Path(address.removeprefix("ipc://"))
+        self._times = 0
+        self._file = self._look()
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+    def ours(self) -> bool:
+        """Whether who connects there reaches us."""
+        return self._file is not None and self._file == self._look()
+
+    def take_back(self, bind: Callable[[str], object]) -> None:
+        """Bind a new file beside it and move that there. Raises what `bind` raises, or `OSError`."""
+        self._times += 1
+        beside = self._path.with_name(f"{self._path.name}.{self._times}")
+        bind(f"ipc://{beside}")
+        beside.replace(self._path)
+        self._file = self._look()
+
+    def _look(self) -> tuple[int, int] | None:
+        try:
+            status = self._path.lstat()
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
+
+
 class Hub(Generic[M]):
     """One bound address and the peers behind it, each known by the identity that ZeroMQ gives. One thread only.
 
@@ -152,6 +185,7 @@ class Hub(Generic[M]):
         self._socket.linger = LINGER_MS
         self._socket.maxmsgsize = MAX_MESSAGE
         self._socket.sndhwm = PIPE_MESSAGES
+        self._socket.backlog = BACKLOG
         self._socket.rcvhwm = limits.unheard
         self._outboxes: dict[bytes, _Outbox] = {}
         self._lost: dict[bytes, Lost] = {}
@@ -159,6 +193,7 @@ class Hub(Generic[M]):
             # The kernel says who is at the other end; anybody else is cut off before a word is read.
             self._socket.setsockopt(zmq.IPC_FILTER_UID, os.geteuid())
         self._bind(address)
+        self._path = SocketPath(address) if address.startswith("ipc://") else None
 
     def listen(self, address: str, curve: Curve | None) -> None:
         """Serve another address too, once; with `curve` only to those who may enter, and encrypted.
@@ -244,6 +279,19 @@ class Hub(Generic[M]):
     def forget(self, peer: bytes) -> None:
         """Drop what waits for `peer`."""
         self._outboxes.pop(peer, None)
+
+    def keep_path(self) -> None:
+        """See that the socket's file is there and ours; if not, say so in the log and put a new one there.
+
+        Who is connected notices nothing. The old listener stays, out of reach: closing it would delete the new file.
+        """
+        if self._path is None or self._path.ours():
+            return
+        try:
+            self._path.take_back(self._socket.bind)
+            log.warning("somebody removed or replaced the socket %s; it is there again", self._path)
+        except (OSError, zmq.ZMQError) as error:
+            log.error("somebody took the socket %s, and it cannot be made again: %s", self._path, error)
 
     def close(self) -> None:
         """Send what ZeroMQ holds (at most `LINGER_MS`) and close."""

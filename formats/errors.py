@@ -32,6 +32,8 @@
     │   ├── TooBusy
     │   ├── WorkerDied
     │   ├── JobDied
+    │   ├── LeaseLost
+    │   ├── NotArrived
     │   └── DaemonGone
     │       └── NotRunning
     ├── DaemonFailed              the daemon could not start
@@ -237,6 +239,18 @@ class JobDied(Retryable):
     """The process that added a model died; the library is as it was."""
 
     code = "job_died"
+
+
+class LeaseLost(Retryable):
+    """The daemon heard nothing of this client for so long (it was stopped, perhaps) that it gave the request up."""
+
+    code = "lease_lost"
+
+
+class NotArrived(Retryable):
+    """The model is still being copied, and not even the least of it that makes a model is there."""
+
+    code = "not_arrived"
 
 
 class DaemonGone(Retryable):

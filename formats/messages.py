@@ -68,7 +68,10 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
 
 
 class Residency(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker holds of one model. All sizes in bytes; `reason` says why it is this size and not another."""
+    """What a worker holds of one model. All sizes in bytes; `reason` says why it is this size and not another.
+
+    `arrived_nbytes`: how much of the stack is on disk, while its file is still arriving.
+    """
 
     model: str
     blocks: int
@@ -81,6 +84,7 @@ class Residency(msgspec.Struct, frozen=True, kw_only=True):
     running: int = 0
     waiting: int = 0
     tokens_per_second: float = 0.0
+    arrived_nbytes: int | None = None
     wish: SizeWish = AUTO
     reason: str = ""
 
@@ -95,7 +99,7 @@ class ProcessMemory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """A line of `ebb list`."""
+    """A line of `ebb list`. `arrived_nbytes`: what is there of a stack whose file is still arriving."""
 
     name: str
     family: str
@@ -104,23 +108,34 @@ class ModelSummary(msgspec.Struct, frozen=True, kw_only=True):
     base_nbytes: int
     original_nbytes: int
     created: str
+    arrived_nbytes: int | None = None
 
 
 # -- client to supervisor (and, with its own ids, supervisor to worker) -------------------------------------------
 
 
 class Ping(Message, frozen=True):
-    """Keeps the client's lease; answered by `Pong`."""
+    """Keeps the client's lease; answered by `Pong`.
+
+    `open` are the requests that the client still waits for: each one that the daemon does not have (any more) gets
+    `Failed(lease_lost)`. So a client that was stopped for longer than its lease hears of the end it slept through.
+    """
+
+    open: tuple[int, ...] = ()
 
 
 class Generate(Message, frozen=True):
-    """Continue `prompt`, or answer the conversation `chat`; exactly one of the two is given."""
+    """Continue `prompt`, or answer the conversation `chat`; exactly one of the two is given.
+
+    `resume`: if the worker dies, the answer goes on in the next one where it was, instead of ending in an error.
+    """
 
     id: int
     model: str
     prompt: str | None = None
     chat: tuple[ChatMessage, ...] | None = None
     sampling: Sampling = Sampling()
+    resume: bool = False
 
 
 class Cancel(Message, frozen=True):
@@ -156,6 +171,26 @@ class AddModel(Message, frozen=True):
     seed: int = 0
 
 
+class ImportModel(Message, frozen=True):
+    """Copy the model in the folder `source` (absolute; a library's or an exported one) into the library, as `name`.
+
+    It answers as soon as its base is there. `Progress` (bytes of the stack), then `Added`. What was copied stays when
+    it is cancelled or dies, and the same request goes on from there.
+    """
+
+    id: int
+    source: str
+    name: str
+
+
+class ExportModel(Message, frozen=True):
+    """Copy the model `name` to the new folder `target` (absolute). `Progress`, then `Added`, as for `ImportModel`."""
+
+    id: int
+    name: str
+    target: str
+
+
 class RemoveModel(Message, frozen=True):
     """Answered by `Done`."""
 
@@ -183,7 +218,8 @@ class Shutdown(Message, frozen=True):
     id: int
 
 
-Request = Ping | Generate | Cancel | ListModels | ShowModel | AddModel | RemoveModel | Resize | GetStatus | Shutdown
+JobRequest = AddModel | ImportModel | ExportModel
+Request = Ping | Generate | Cancel | ListModels | ShowModel | JobRequest | RemoveModel | Resize | GetStatus | Shutdown
 
 
 # -- supervisor to client (and worker or job to supervisor) -------------------------------------------------------
@@ -201,15 +237,23 @@ class Started(Message, frozen=True):
 
 
 class Chunk(Message, frozen=True):
-    """More text of request `id`, and how many tokens were generated up to and including it."""
+    """More text of request `id`, and how many tokens were generated up to and including it.
+
+    `ids`, from worker to supervisor only: the tokens sampled since the last chunk, the end token among them. All ids of
+    an answer in order, decoded again, give exactly the text that its chunks gave.
+    """
 
     id: int
     text: str
     tokens: int
+    ids: tuple[int, ...] = ()
 
 
 class Progress(Message, frozen=True):
-    """How far a job is. `done` and `total` count bytes of source weights; `eta_seconds` is absent while unknown."""
+    """How far a job is. `done` and `total` count bytes of source weights; `eta_seconds` is absent while unknown.
+
+    A generation gets them too, without figures, when it has to wait for something out of the ordinary (`stage`).
+    """
 
     id: int
     stage: str
@@ -259,7 +303,7 @@ class ModelDetail(Message, frozen=True):
 
 
 class Added(Message, frozen=True):
-    """Terminal: the model is in the library."""
+    """Terminal: the model is in the library, or where it was to be exported to."""
 
     id: int
     summary: ModelSummary
@@ -330,6 +374,13 @@ class SetTarget(Message, frozen=True):
     id: int = 0
 
 
+class Resume(Message, frozen=True):
+    """Go on with `request`, of which an earlier worker sampled the tokens `ids`, and their text is with the client."""
+
+    request: Generate
+    ids: tuple[int, ...]
+
+
 class Exit(Message, frozen=True):
     """Leave cleanly."""
 
@@ -354,8 +405,8 @@ class Report(Message, frozen=True):
     models: tuple[Residency, ...]
 
 
-ToWorker = LoadModel | UnloadModel | SetTarget | Generate | Cancel | Exit
-FromWorker = Ready | Report | LoadFailed | Resized | Started | Chunk | Finished | Failed
+ToWorker = LoadModel | UnloadModel | SetTarget | Generate | Resume | Cancel | Exit
+FromWorker = Ready | Progress | Report | LoadFailed | Resized | Started | Chunk | Finished | Failed
 FromJob = Ready | Progress | Added | Failed
 
 TERMINAL: Final = (Finished, Failed, ModelList, ModelDetail, Added, Resized, Status, Done)

@@ -21,6 +21,19 @@ Specification (version 2)
 * The header is at most 16 MB.
 
 So any prefix of the data is a smaller model, and a complete file opens in any safetensors reader.
+
+A file that is still arriving
+-----------------------------
+A stack may be used while it is being copied. Whoever copies puts an empty file `stack.safetensors.arriving` (the name
+of the stack and `MARK`) beside it before the first byte, writes the stack under its own name (never a rename: readers
+keep the file open), and takes the mark away when everything is there and synced. The bytes may come in any order.
+
+* With the mark, a block that is not wholly there, or does not match its hash, *has not arrived yet*; it may be asked
+  for again later. The blocks before the first such block are a model, if they hold the base.
+* Without the mark, a file that is shorter than its header says is `TruncatedStack`, now and for ever, and a block that
+  does not match its hash is `BadBlock`.
+
+A mark that a killed copy left behind does no harm: what is there serves, and `ebb import` goes on from it.
 """
 
 from __future__ import annotations
@@ -37,7 +50,7 @@ from typing import Final
 
 import msgspec
 
-from .errors import BadBlock, BadHeader, BadOffsets, CorruptStack, TruncatedStack, UnsupportedVersion
+from .errors import BadBlock, BadHeader, BadOffsets, CorruptStack, NotArrived, TruncatedStack, UnsupportedVersion
 from .kinds import payload_nbytes
 
 FORMAT: Final = "ebbflow-stack"
@@ -45,6 +58,7 @@ VERSION: Final = 2
 ALIGNMENT: Final = 4096
 BLOCK_ALIGNMENT: Final = 64
 MAX_HEADER: Final = 16_000_000
+MARK: Final = ".arriving"
 
 
 class BlockEntry(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -77,13 +91,17 @@ class _Tensor(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Stack:
-    """A validated stack file. `edges[i]` is the byte, from the start of the data, where block i begins."""
+    """A validated stack file. `edges[i]` is the byte, from the start of the data, where block i begins.
+
+    `arriving`: it had its mark when it was opened, and blocks must be checked when they are read.
+    """
 
     path: Path
     data_start: int
     base: int
     blocks: tuple[BlockEntry, ...]
     edges: tuple[int, ...]
+    arriving: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -98,6 +116,11 @@ class Stack:
     def blocks_within(self, nbytes: int) -> int:
         """The most blocks whose bytes fit in `nbytes`, but never fewer than the base."""
         return max(self.base, bisect_right(self.edges, nbytes) - 1)
+
+
+def mark_of(path: Path) -> Path:
+    """The mark that says that the stack at `path` is still arriving."""
+    return path.with_name(path.name + MARK)
 
 
 def content_hash(payload: bytes | memoryview) -> str:
@@ -155,8 +178,31 @@ def write_stack(path: Path, index: StackIndex, payload: Callable[[int], bytes | 
 def read_stack(path: Path) -> Stack:
     """Open and check a stack file's header; no block is read.
 
-    Raises `TruncatedStack`, `BadHeader`, `BadOffsets`, `BadBlock`, `UnknownKind` or `UnsupportedVersion`.
+    One that is still arriving needs no more than its header. Raises `TruncatedStack`, `BadHeader`, `BadOffsets`,
+    `BadBlock`, `UnknownKind`, `UnsupportedVersion`, or `NotArrived` when the header has not arrived.
     """
+    arriving = mark_of(path).exists()  # looked for first: it goes when the rest is there
+    try:
+        return _read_stack(path, arriving)
+    except CorruptStack as error:
+        if arriving and _header_is_missing(path):
+            raise NotArrived(f"{path} has only begun to arrive; try again in a moment") from error
+        raise
+
+
+def _header_is_missing(path: Path) -> bool:
+    """Whether the file ends before its header does, or the header is a hole that somebody will fill."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            return length == 0 or (length <= MAX_HEADER and (len(text := file.read(length)) < length or text[-1] == 0))
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+
+
+def _read_stack(path: Path, arriving: bool) -> Stack:
     try:
         with path.open("rb") as file:
             file_nbytes = os.fstat(file.fileno()).st_size
@@ -168,12 +214,12 @@ def read_stack(path: Path) -> Stack:
     index = _parse_index(metadata)
     edges = _check_offsets(tensors, len(index.blocks))
     data_nbytes = file_nbytes - 8 - length
-    if data_nbytes < edges[-1]:
+    if data_nbytes < edges[-1] and not arriving:
         raise TruncatedStack(f"{path} holds {data_nbytes} bytes of data; its header says {edges[-1]}")
     if data_nbytes > edges[-1]:
         raise BadOffsets(f"{path} has {data_nbytes - edges[-1]} bytes that belong to no block")
     _check_blocks(index, edges)
-    return Stack(path, 8 + length, index.base, index.blocks, edges)
+    return Stack(path, 8 + length, index.base, index.blocks, edges, arriving)
 
 
 def _header_length(prefix: bytes, file_nbytes: int) -> int:

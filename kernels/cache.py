@@ -37,15 +37,21 @@ def use_cache(root: Path) -> Path:
     return folder
 
 
-def compile_once(folder: Path) -> None:
-    """Fill an empty cache in a process of its own, so that this one never carries the compiler's memory.
+def compiled(folder: Path) -> bool:
+    """Whether every kernel is in the cache, or none ever will be because the compiler is switched off."""
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return True  # nothing would be compiled, and the folder be thought complete for ever
+    return (folder / _COMPLETE).exists()
+
+
+def compile_once(folder: Path, module: str = "ebbflow.kernels.compile") -> None:
+    """Fill an empty cache in a process of its own (`python -m MODULE`, which imports `kernels.compile`), so that this
+    one never carries the compiler's memory.
 
     Raises `subprocess.CalledProcessError`.
     """
-    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
-        return  # nothing would be compiled, and the folder be thought complete for ever
-    if not (folder / _COMPLETE).exists():
+    if not compiled(folder):
         # -P: never from the folder the user happens to stand in
-        command = [sys.executable, "-P", "-m", "ebbflow.kernels.compile"]
+        command = [sys.executable, "-P", "-m", module]
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
         (folder / _COMPLETE).touch()

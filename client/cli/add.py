@@ -37,9 +37,9 @@ def add(source: str, name: str | None, **options: object) -> None:
     with connected() as client:
         stream = None
         try:
-            with _held_back():
+            with held_back():
                 stream = client.add(source, name, **given)  # type: ignore[arg-type]
-            _follow(stream)
+            follow(stream)
             summary = stream.result()
         except KeyboardInterrupt:
             if stream is None:
@@ -54,7 +54,7 @@ def _sizes(summary: ModelSummary) -> str:
 
 
 @contextmanager
-def _held_back() -> Iterator[None]:
+def held_back() -> Iterator[None]:
     """Ctrl-C counts only at the end of the block, where there is something to cancel."""
     pressed: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _frame: pressed.append(number))
@@ -66,17 +66,22 @@ def _held_back() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _cancel(stream: ProgressStream) -> ModelSummary:
-    """Ask for the end and wait for the daemon's word; it may have been done before it heard us."""
+def cancel(stream: ProgressStream) -> ModelSummary:
+    """Ask for the end and wait for the daemon's word; it may have been done before it heard us. Raises `Cancelled`."""
     note("\nCancelling ...")
     stream.cancel()
+    return stream.result()
+
+
+def _cancel(stream: ProgressStream) -> ModelSummary:
     try:
-        return stream.result()
+        return cancel(stream)
     except Cancelled as error:
         raise Cancelled("cancelled; the library is untouched, and the same command would go on from here") from error
 
 
-def _follow(stream: ProgressStream) -> None:
+def follow(stream: ProgressStream) -> None:
+    """Show how far it is until it ends: a bar for a person, lines for a file."""
     if sys.stderr.isatty():
         _draw(stream)
     else:

@@ -9,7 +9,7 @@ import click
 
 from ...formats.messages import Finished
 from ..stream import TextStream
-from .output import console, write_text
+from .output import console, note, write_text
 
 
 class Answer:
@@ -20,6 +20,7 @@ class Answer:
 
     def write(self, stream: TextStream) -> Finished | None:
         """Write the pieces as they come, and end the line whatever happens. Raises like iterating `stream`."""
+        stream.on_progress(lambda progress: note(f"{progress.stage} ..."))
         try:
             with _patience():
                 first = next(stream, "")

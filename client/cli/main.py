@@ -12,6 +12,7 @@ import click
 
 from ...formats.errors import EbbflowError, InternalError
 from .add import add
+from .copy import export, import_
 from .keys import keys
 from .models import list_models, rm, show
 from .output import note
@@ -86,7 +87,7 @@ def main() -> None:
     """Runs local language models inside whatever memory the machine can spare right now."""
 
 
-for command in (serve, stop, status, add, list_models, show, rm, run, ps, top, resize, keys, service):
+for command in (serve, stop, status, add, import_, export, list_models, show, rm, run, ps, top, resize, keys, service):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ...formats.messages import ModelDetail
+from ...formats.messages import ModelDetail, ModelSummary
 from ...formats.units import format_size
 from .chart import write_curve
 from .connect import connected
@@ -23,9 +23,15 @@ def list_models(as_json: bool) -> None:
         note("The library is empty; `ebb add SOURCE` adds a model.")
     else:
         rows = [
-            (m.name, m.family, m.codec, format_size(m.base_nbytes), format_size(m.nbytes), m.created) for m in models
+            (m.name, m.family, m.codec, format_size(m.base_nbytes), format_size(m.nbytes), _added(m)) for m in models
         ]
         write_table(("NAME", "FAMILY", "CODEC", "SMALLEST", "FULL", "ADDED"), rows, right=("SMALLEST", "FULL"))
+
+
+def _added(model: ModelSummary) -> str:
+    if model.arrived_nbytes is None:
+        return model.created
+    return f"arriving {model.arrived_nbytes / max(model.nbytes, 1):.0%}"
 
 
 @click.command()

@@ -22,15 +22,18 @@ from .output import note
 @click.option("--top-p", type=float, metavar="P", help="Sample among the likeliest tokens that make up P (1: all).")
 @click.option("--seed", type=int, metavar="N", help="Seed of the sampler.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
+@click.option("--resume/--no-resume", default=True, help="Go on with the answer if the worker dies (the default).")
 @click.option("--verbose", "-v", is_flag=True, help="Say how long it took, on stderr.")
-def run(name: str, prompt: str | None, verbose: bool, stop: tuple[str, ...], **numbers: float | None) -> None:
+def run(
+    name: str, prompt: str | None, verbose: bool, resume: bool, stop: tuple[str, ...], **numbers: float | None
+) -> None:
     """Ask the model NAME; the answer streams to stdout.
 
     PROMPT is continued as it is; `-` reads it from stdin. Without one this is a conversation: Ctrl-C stops an answer,
     Ctrl-D or /bye leaves, /clear forgets what was said.
     """
     options: SamplingOptions = {key: value for key, value in numbers.items() if value is not None}  # type: ignore[assignment]
-    options["stop"] = stop
+    options["stop"], options["resume"] = stop, resume
     if prompt is None:
         Chat(name, options, verbose).loop()
         return

@@ -7,13 +7,14 @@ Everything here happens between or inside steps, on the step loop's thread. What
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from ...formats.errors import Cancelled, CorruptFile, EbbflowError, PromptTooLong
+from ...formats.errors import Cancelled, CorruptFile, EbbflowError, InvalidRequest, PromptTooLong
 from ...formats.manifest import Manifest
 from ...formats.messages import Chunk, Failed, Finished, Generate, Started, failure
 from ..settings import DEFAULTS, WorkerSettings
@@ -41,10 +42,19 @@ class _Job:
     text: TextStream
     accepted: float
     first: float | None = None
+    untold: list[int] = field(default_factory=list)  # sampled since the last chunk, for a request that may be resumed
+    ended: str = ""  # the reason why a resumed one has nothing left to sample
 
     @property
     def generated(self) -> int:
         return len(self.sequence.tokens) - self.prompt_tokens
+
+    def chunk(self, text: str) -> list[EngineEvent]:
+        """The chunk that tells `text` and the tokens behind it; nothing where there is no text."""
+        if not text:
+            return []
+        ids, self.untold = tuple(self.untold), []
+        return [Chunk(id=self.sequence.key, text=text, tokens=self.generated, ids=ids)]
 
 
 class Engine:
@@ -82,8 +92,12 @@ class Engine:
         """Bytes of keys and values held."""
         return self._kv.statistics().nbytes
 
-    def submit(self, request: Generate) -> list[EngineEvent]:
-        """Accept a request, or answer at once with why not."""
+    def submit(self, request: Generate, ids: Ids[int] = ()) -> list[EngineEvent]:
+        """Accept a request, or answer at once with why not.
+
+        `ids`: tokens sampled for it by an earlier worker, whose text has been told (`Chunk.ids`); it goes on after
+        them as if it had never stopped, but does not count their time.
+        """
         try:
             tokens = self._tokens(request)
             context = self._manifest.architecture.context
@@ -93,14 +107,16 @@ class Engine:
                     "what is left: shorten it"
                 )
             limit = min(context, len(tokens) + request.sampling.max_tokens)
-            sequence = Sequence(request.id, tokens, limit)
-            self.scheduler.submit(sequence)
+            # an answer begins a text of its own; a continuation may begin with a space
+            stream = self._tokenizer.stream(request.sampling.stop, () if request.chat is not None else tokens)
+            job = _Job(request, Sequence(request.id, list(tokens), limit), len(tokens), stream, self._clock())
+            self._replay(job, ids)
+            if not job.ended:
+                self.scheduler.submit(job.sequence)
         except EbbflowError as error:
             return [failure(request.id, error)]
-        # an answer begins a text of its own; a continuation may begin with a space
-        stream = self._tokenizer.stream(request.sampling.stop, () if request.chat is not None else tokens)
-        self._jobs[request.id] = _Job(request, sequence, len(tokens), stream, self._clock())
-        return []
+        self._jobs[request.id] = job
+        return [self._finish(job, job.ended)] if job.ended else []
 
     def cancel(self, key: int) -> list[EngineEvent]:
         """End a request; an unknown one was answered already."""
@@ -116,7 +132,8 @@ class Engine:
 
     def step(self) -> list[EngineEvent]:
         """Admit, compute one step, sample; what to tell whom."""
-        events: list[EngineEvent] = [Started(id=s.key, prompt_tokens=len(s.tokens)) for s in self.scheduler.admit()]
+        admitted = self.scheduler.admit()
+        events: list[EngineEvent] = [Started(id=s.key, prompt_tokens=self._jobs[s.key].prompt_tokens) for s in admitted]
         pieces = self.scheduler.plan(self.pace.limit)
         if not pieces:
             return events
@@ -159,21 +176,31 @@ class Engine:
             return [self._break(job)]
         token = sample(logits, job.request.sampling, len(sequence.tokens))
         job.first = job.first or self._clock()
-        events: list[EngineEvent] = []
-        reason = "stop" if token in self._manifest.eos else ""
-        if not reason:
-            sequence.tokens.append(token)
-            text = job.text.push(token)
-            reason = "stop" if job.text.stopped else "length" if len(sequence.tokens) >= sequence.limit else ""
-            if reason:
-                text += job.text.finish()
-        else:
-            text = job.text.finish()
-        if text:
-            events.append(Chunk(id=sequence.key, text=text, tokens=job.generated))
+        if job.request.resume:
+            job.untold.append(token)
+        text, reason = self._append(job, token)
+        if reason:
+            text += job.text.finish()
+        events = job.chunk(text)
         if reason:
             events.append(self._finish(job, reason))
         return events
+
+    def _append(self, job: _Job, token: int) -> tuple[str, str]:
+        """Put a sampled token where it belongs: the text it makes certain, and the reason to end, if there is one."""
+        sequence = job.sequence
+        if token in self._manifest.eos:
+            return "", "stop"
+        sequence.tokens.append(token)
+        text = job.text.push(token)
+        return text, "stop" if job.text.stopped else "length" if len(sequence.tokens) >= sequence.limit else ""
+
+    def _replay(self, job: _Job, ids: Ids[int]) -> None:
+        """Bring a request to where an earlier worker had it. Raises `InvalidRequest` for impossible tokens."""
+        for token in ids:
+            if job.ended or not 0 <= token < self._manifest.architecture.vocab:
+                raise InvalidRequest("the request cannot be resumed: these are not the tokens of its answer")
+            _, job.ended = self._append(job, token)
 
     def _break(self, job: _Job) -> Failed:
         """Finite weights can be so large that what they give is not: there is no token to choose."""

@@ -1,8 +1,9 @@
-"""`python -m ebbflow.daemon.library.job ADDRESS IDENTITY LIBRARY CACHE REQUEST`: the process that adds one model.
+"""`python -m ebbflow.daemon.library.job ADDRESS IDENTITY LIBRARY CACHE REQUEST`: adds or copies one model.
 
-`REQUEST` is an `AddModel` as JSON. Says `Ready`, `Progress` ... and then `Added` or `Failed`, each with the request's
-id, and exits with 0 whenever it could say so. SIGTERM cancels. What is added, and how, is `add`'s business; whoever
-reads a death without last words (kill -9, the kernel's out-of-memory killer) is the supervisor.
+`REQUEST` is an `AddModel`, `ImportModel` or `ExportModel` as JSON. Says `Ready`, `Progress` ... and then `Added` or
+`Failed`, each with the request's id, and exits with 0 whenever it could say so. SIGTERM cancels. What is added, and
+how, is `add`'s business, what is copied `carry`'s; whoever reads a death without last words (kill -9, the kernel's
+out-of-memory killer) is the supervisor.
 
 `EBBFLOW_JOB_MEMORY` (a size such as 8GB) caps the process's own memory; beyond it the job fails with `OutOfMemory`.
 """
@@ -23,11 +24,12 @@ from typing import Final
 import msgspec
 
 from ...formats.errors import Cancelled, EbbflowError, InternalError, InvalidRequest, OutOfMemory
-from ...formats.messages import Added, AddModel, Message, Progress, Ready, failure
+from ...formats.messages import Added, AddModel, ExportModel, ImportModel, JobRequest, Message, Progress, Ready, failure
 from ...formats.units import format_size, parse_size
 from ...kernels.cache import use_cache
 from ..channel import Child
 from ..process import MEMORY_VARIABLE, die_with_parent, set_oom_score
+from .carry import carry_model
 
 OOM_SCORE: Final = 800  # before the worker: a job can be run again, an answer cannot
 NICENESS: Final = 10
@@ -80,7 +82,7 @@ def main(arguments: list[str]) -> int:
     os.nice(NICENESS)
     address, identity, library, cache, text = arguments
     use_cache(Path(cache) / "encoding")  # not the worker's, which must find all of its kernels there or none
-    request = msgspec.json.decode(text, type=AddModel)
+    request = msgspec.json.decode(text, type=JobRequest)
     channel = Child(address, identity)
     try:
         channel.send(Ready(pid=os.getpid()))
@@ -90,10 +92,12 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def outcome(request: AddModel, library: Path, cache: Path, send: Send, cancellation: Cancellation) -> Message:
+def outcome(request: JobRequest, library: Path, cache: Path, send: Send, cancellation: Cancellation) -> Message:
     """Do it; `Added`, or `Failed` for whatever went wrong. An unexpected error's traceback goes to the log."""
     try:
-        return _add(request, library, cache, send, cancellation)
+        if isinstance(request, AddModel):
+            return _add(request, library, cache, send, cancellation)
+        return _carry(request, library, send, cancellation)
     except Exception as error:  # noqa: BLE001 - the last line of defence: every request gets a reply
         return failure(request.id, _named(error, request.name, cancellation.asked))
 
@@ -131,6 +135,16 @@ def _add(request: AddModel, library: Path, cache: Path, send: Send, cancellation
 
     summary = add_model(request, library, cache, tell, commit=cancellation.close)
     return Added(id=request.id, summary=summary, seconds=time.monotonic() - begun)
+
+
+def _carry(request: ImportModel | ExportModel, library: Path, send: Send, cancellation: Cancellation) -> Message:
+    begun = time.monotonic()
+
+    def tell(progress: Progress) -> None:
+        cancellation.check()
+        send(progress)
+
+    return Added(id=request.id, summary=carry_model(request, library, tell), seconds=time.monotonic() - begun)
 
 
 def _limit_memory() -> None:

@@ -1,4 +1,4 @@
-"""Adding models: one job process at a time, the others in line. What a job does is in `daemon/library/job`.
+"""Adding and copying models: one job process at a time, the others in line. What a job does is in `daemon/library/job`.
 
 Whatever becomes of the job, its request gets one terminal event and the library keeps nothing half done.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, assert_never
 
 import msgspec
@@ -17,10 +18,13 @@ from ...formats.messages import (
     Added,
     AddModel,
     Chunk,
+    ExportModel,
     Failed,
     Finished,
     FromJob,
     FromWorker,
+    ImportModel,
+    JobRequest,
     LoadFailed,
     Progress,
     Ready,
@@ -44,7 +48,7 @@ JOB_NBYTES: Final = 700_000_000
 @dataclass
 class _Job:
     request: OpenRequest
-    message: AddModel  # the client's, with our id
+    message: JobRequest  # the client's, with our id
     ward: Ward
     cancelled: bool = False
 
@@ -59,7 +63,7 @@ class Adding:
         self._requests = requests
         self._library = library
         self._spare_nbytes = spare_nbytes
-        self._waiting: list[tuple[OpenRequest, AddModel]] = []
+        self._waiting: list[tuple[OpenRequest, JobRequest]] = []
         self._job: _Job | None = None
 
     @property
@@ -73,17 +77,25 @@ class Adding:
         """The job's process, while there is one."""
         return self._job.ward if self._job else None
 
-    def check(self, message: AddModel) -> None:
-        """Raises `InvalidName`, `InvalidRequest`, `ModelExists` or `ModelBusy` when this cannot be added."""
+    def check(self, message: JobRequest) -> None:
+        """Raises `InvalidName`, `InvalidRequest`, `UnknownModel`, `ModelExists` or `ModelBusy` when it cannot be."""
         check_name(message.name)
+        if message.name in self.names:
+            raise ModelBusy(f"{message.name} is being added or copied already")
+        if isinstance(message, ExportModel):
+            self._library.get(message.name)
+            if not Path(message.target).is_absolute():
+                raise InvalidRequest(f"the folder to export to must be an absolute path, not {message.target!r}")
+            return
         if not message.source:
             raise InvalidRequest("source must be a folder or a hub id, not empty")
-        if message.name in self.names:
-            raise ModelBusy(f"{message.name} is being added already")
-        if self._library.exists(message.name):
+        if isinstance(message, ImportModel) and not Path(message.source).is_absolute():
+            raise InvalidRequest(f"the folder to import must be an absolute path, not {message.source!r}")
+        half = isinstance(message, ImportModel) and self._library.arriving(message.name)
+        if self._library.exists(message.name) and not half:
             raise ModelExists(f"{message.name} is in the library; remove it first or choose another name")
 
-    def add(self, request: OpenRequest, message: AddModel, now: float) -> None:
+    def add(self, request: OpenRequest, message: JobRequest, now: float) -> None:
         """Start a job, or put it in line. `check` was called."""
         self._waiting.append((request, msgspec.structs.replace(message, id=request.id)))
         if self._job:
@@ -147,7 +159,7 @@ class Adding:
         while self._waiting and self._job is None:
             request, message = self._waiting.pop(0)
             spare, identity = self._spare_nbytes(), fresh_identity("job")
-            if spare < JOB_NBYTES:
+            if isinstance(message, AddModel) and spare < JOB_NBYTES:
                 self._requests.fail(request, _too_little(spare))
                 continue
             try:
@@ -155,7 +167,7 @@ class Adding:
             except OSError as error:
                 self._requests.fail(request, JobDied(f"the job could not be started: {error}"))
                 continue
-            log.info("job %s started to add %s", process.pid, message.name)
+            log.info("job %s: %s %s", process.pid, type(message).__name__, message.name)
             self._job = _Job(request, message, Ward(process, identity, now))
 
     def _ours(self, message: Progress | Added | Failed) -> Progress | Added | Failed:

@@ -19,7 +19,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-from ...formats.messages import AddModel
+from ...formats.messages import JobRequest
 from ...formats.paths import Paths
 from ..process import MEMORY_VARIABLE, PARENT_VARIABLE
 from ..settings import DEFAULTS, WorkerSettings
@@ -71,8 +71,8 @@ class Launcher(Protocol):
         """A process that will say `Ready`."""
         ...
 
-    def start_job(self, identity: str, request: AddModel, memory_nbytes: int) -> Process:
-        """A process that adds one model and ends; it fails by itself beyond so much memory."""
+    def start_job(self, identity: str, request: JobRequest, memory_nbytes: int) -> Process:
+        """A process that adds or copies one model and ends; it fails by itself beyond so much memory."""
         ...
 
 
@@ -90,8 +90,8 @@ class CommandLauncher:
         command = [*self.worker, self.paths.children, identity, *self.settings.flags()]
         return _Subprocess(command, self.paths.logs / "worker.log")
 
-    def start_job(self, identity: str, request: AddModel, memory_nbytes: int) -> Process:
-        """A process that adds one model and ends; it fails by itself beyond so much memory."""
+    def start_job(self, identity: str, request: JobRequest, memory_nbytes: int) -> Process:
+        """A process that adds or copies one model and ends; it fails by itself beyond so much memory."""
         places = [str(self.paths.library), str(self.paths.cache), msgspec.json.encode(request).decode()]
         command = [*self.job, self.paths.children, identity, *places]
         return _Subprocess(command, self.paths.logs / "job.log", {MEMORY_VARIABLE: str(memory_nbytes)})

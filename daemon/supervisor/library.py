@@ -14,10 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from ...formats.errors import CorruptFile, CorruptManifest, UnknownModel, UnsupportedVersion, storage_failed
-from ...formats.manifest import Manifest, read_manifest
+from ...formats.manifest import STACK, Manifest, read_manifest
 from ...formats.messages import ModelDetail, ModelSummary
 from ...formats.paths import ADDING
+from ...formats.stack import mark_of
 from ...formats.summary import summary
 
 log = logging.getLogger(__name__)
@@ -76,10 +79,22 @@ class Library:
         """Whether the name is taken, be it by something that cannot be read."""
         return name in self._models or os.path.lexists(self._root / name)
 
+    def arriving(self, name: str) -> bool:
+        """Whether that model's stack is still being copied, or was left half copied."""
+        return mark_of(self._root / name / STACK).exists()
+
     def summaries(self) -> tuple[ModelSummary, ...]:
         """One line for each model that is there now, by name."""
         self.scan()
-        return tuple(summary(self._models[name]) for name in sorted(self._models))
+        return tuple(self._summary(name) for name in sorted(self._models))
+
+    def _summary(self, name: str) -> ModelSummary:
+        line = summary(self._models[name])
+        if not self.arriving(name):
+            return line
+        stack = self._root / name / STACK
+        size = stack.stat().st_size if stack.exists() else 0  # its header, not a hundredth of it, is counted too
+        return msgspec.structs.replace(line, arrived_nbytes=min(size, line.nbytes))
 
     def remove(self, name: str) -> None:
         """Take a model out: at once for everybody who looks, on the disk a moment later.
@@ -165,4 +180,12 @@ def _owner_lives(name: str) -> bool:
         return False
     except PermissionError:
         return True
-    return True
+    return not _is_zombie(digits)
+
+
+def _is_zombie(pid: str) -> bool:
+    """Whether a process has ended and only waits to be reaped, which for an orphan may take its new parent a while."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return False  # gone since, or a system without /proc

@@ -16,6 +16,7 @@ from ...formats.messages import from_child_decoder, request_decoder
 from ...formats.paths import Paths, default_paths
 from ...formats.units import format_size
 from ..channel import Hub, Limits
+from ..process import allow_files, set_oom_score
 from .children import CommandLauncher, Launcher
 from .door import listen
 from .library import Library
@@ -26,6 +27,7 @@ from .runtime import locked, prepare
 from .sensor import Sensor
 from .server import Outside, Server
 from .signals import caught, hangup_means_reload
+from .steady import SteadyClock
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ RESERVE_FRACTION: Final = 0.05
 RESERVE_LEAST: Final = 256_000_000
 RESERVE_MOST: Final = 1_000_000_000
 CHILD_LIMITS: Final = Limits(nbytes=64_000_000, messages=20_000, unheard=1_000)
+OOM_SCORE: Final = -900  # where the kernel allows it (root); children raise theirs
+OPEN_FILES: Final = 16_384  # each client is one, and the usual 1,024 is soon reached
 
 
 def default_reserve(total: int) -> int:
@@ -106,9 +110,12 @@ class Daemon:
 
 def serve(options: Options, paths: Paths, launcher: Launcher, reread: Callable[[], Options] | None = None) -> None:
     """Run the daemon until it is told to stop. Raises `AlreadyRunning` or `DaemonFailed`."""
+    set_oom_score(OOM_SCORE)
+    allow_files(OPEN_FILES)
     prepare(paths)
     with locked(paths.lock), _outside(options, paths, launcher) as outside:
-        daemon = Daemon(options, outside, Library(paths.library), reread or (lambda: options))
+        clock = SteadyClock(time.monotonic)
+        daemon = Daemon(options, outside, Library(paths.library), reread or (lambda: options), clock)
         log.info("serving on %s", paths.clients)
         daemon.run()
     log.info("stopped")

@@ -22,9 +22,12 @@ from ...formats.messages import (
     AddModel,
     Chunk,
     Done,
+    ExportModel,
     Failed,
     Finished,
     Generate,
+    ImportModel,
+    JobRequest,
     Message,
     Progress,
     Resize,
@@ -33,23 +36,29 @@ from ...formats.messages import (
     Started,
     failure,
 )
+from .kept import Kept
 
 OPEN_PER_CLIENT: Final = 256
 HELD_PER_CLIENT: Final = 16_000_000  # bytes of prompts, as they lie in memory; one alone may have more
 HELD_BY_ALL: Final = 64_000_000
 
-Lasting = Generate | AddModel | Resize | Shutdown
+Lasting = Generate | JobRequest | Resize | Shutdown
 Answer = Started | Chunk | Progress | Finished | Failed | Added | Resized | Done
 
 
 @dataclass
 class OpenRequest:
-    """A request that lasts; `id` is ours, `message.id` the client's. `forwarded`: a child knows of it."""
+    """A request that lasts; `id` is ours, `message.id` the client's.
+
+    `forwarded`: a child knows of it. `cancelled`: that child was told to end it. `kept`: what survives the child.
+    """
 
     id: int
     client: bytes
     message: Lasting
     forwarded: bool = False
+    cancelled: bool = False
+    kept: Kept | None = None
 
     @property
     def model(self) -> str:
@@ -57,7 +66,7 @@ class OpenRequest:
         match self.message:
             case Generate() | Resize():
                 return self.message.model
-            case AddModel():
+            case AddModel() | ImportModel() | ExportModel():
                 return self.message.name
             case Shutdown():
                 return ""
@@ -109,7 +118,8 @@ class Requests:
         self._check_room(entry, nbytes)
         entry.nbytes += nbytes
         self._nbytes += nbytes
-        request = OpenRequest(next(self._ids), client, message)
+        kept = Kept(now) if isinstance(message, Generate) and message.resume else None
+        request = OpenRequest(next(self._ids), client, message, kept=kept)
         self._clients[client] = entry
         entry.requests[message.id] = self._open[request.id] = request
         return request
@@ -127,6 +137,10 @@ class Requests:
         """A client's request by the client's own id."""
         entry = self._clients.get(client)
         return entry.requests.get(client_id) if entry else None
+
+    def get(self, id: int) -> OpenRequest | None:  # noqa: A002 - the wire's own word
+        """An open request by our id."""
+        return self._open.get(id)
 
     def is_open(self, request: OpenRequest) -> bool:
         """Whether it still waits for its terminal event."""

@@ -19,18 +19,22 @@ from ...formats.errors import (
     EbbflowError,
     InternalError,
     InvalidRequest,
+    LeaseLost,
     ModelBusy,
     TooBusy,
     storage_failed,
 )
 from ...formats.messages import (
+    LEASE_SECONDS,
     AddModel,
     Cancel,
     Done,
+    ExportModel,
     FromJob,
     FromWorker,
     Generate,
     GetStatus,
+    ImportModel,
     ListModels,
     ModelList,
     Ping,
@@ -51,14 +55,16 @@ from .checks import check_generate, check_wish
 from .children import Launcher, Ward
 from .library import Library, detail
 from .reading import Reading
-from .requests import OpenRequest, Requests
+from .requests import Lasting, OpenRequest, Requests
 from .sensor import Sensor
 from .worker import Worker
 
 log = logging.getLogger(__name__)
 
+REST_SECONDS: Final = 1.0  # while nothing is going on: to see that the sockets' files are still there
 TICK_SECONDS: Final = 0.2  # while anything is going on
 LAST_WORDS_TICK_SECONDS: Final = 0.02  # while a dead child's last messages are waited for
+NAMED_PER_PING: Final = 1000  # requests that one ping may ask after; a client names the rest in the next
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,7 @@ class Server:
         self._drained_at: float | None = None  # when what still runs is told to end
         self._stopping = False
         self._finished = False
+        self._sockets_seen = now
         self.requests = Requests(self._clients.send)
         self.budget = Budget(reserve)
         self.adding = Adding(outside.launcher, self.requests, library, self._spare_nbytes)
@@ -116,21 +123,20 @@ class Server:
         self._children.flush()
         self._see_to_clients(now)
         self._see_to_children(now)
+        self._see_to_sockets(now)
         if self._drained_at is not None and (now >= self._drained_at or not self._answering()):
             self.stop(now)
         if self._stopping and not self._wards():
             self._finish()
 
     def sleep(self, descriptors: list[int], longest: float | None = None) -> None:
-        """Wait until a turn is worth taking, or one of `descriptors` is readable; `longest` in seconds."""
+        """Wait until a turn is worth taking, or one of `descriptors` is readable; for `longest` seconds at most."""
         ends = [ward.descriptor for ward in self._wards()]
-        timeout = None
+        timeout = REST_SECONDS if longest is None else min(REST_SECONDS, longest)
         if any(ward.ending for ward in self._wards()):
             timeout = LAST_WORDS_TICK_SECONDS
         elif ends or len(self.requests):
             timeout = TICK_SECONDS
-        elif longest is not None:
-            timeout = longest
         wait((self._clients, self._children), [*descriptors, *(end for end in ends if end is not None)], timeout)
 
     def configure(self, *, reserve: int, cap: int | None, idle_seconds: float) -> None:
@@ -189,6 +195,7 @@ class Server:
     def _handle(self, client: bytes, request: Request, now: float) -> None:
         match request:
             case Ping():
+                self._tell_what_was_given_up(client, request)
                 self._clients.send(client, Pong())
             case Cancel():
                 self._cancel(self.requests.find(client, request.id), now)
@@ -201,12 +208,20 @@ class Server:
                 self._clients.send(client, Done(id=request.id))
             case GetStatus():
                 self._clients.send(client, self._status(request.id, now))
-            case Generate() | AddModel() | Resize() | Shutdown():
+            case Generate() | AddModel() | ImportModel() | ExportModel() | Resize() | Shutdown():
                 self._begin(client, request, now)
             case _:
                 assert_never(request)
 
-    def _begin(self, client: bytes, message: Generate | AddModel | Resize | Shutdown, now: float) -> None:
+    def _tell_what_was_given_up(self, client: bytes, ping: Ping) -> None:
+        """End what the client waits for and nobody here knows, so that it does not wait for ever."""
+        for asked in ping.open[:NAMED_PER_PING]:
+            if self.requests.find(client, asked) is None:
+                why = f"nothing was heard of this client for {LEASE_SECONDS:.0f} s, or it left its end unread"
+                gone = LeaseLost(f"the daemon has given this request up: {why}")
+                self._clients.send(client, failure(asked, gone))
+
+    def _begin(self, client: bytes, message: Lasting, now: float) -> None:
         """Check a request that lasts, enter it in the table and set it going."""
         if self.requests.find(client, message.id):
             # An answer with this id would be taken for the end of the request that is open.
@@ -219,7 +234,7 @@ class Server:
                 check_generate(message)
                 self._library.get(message.model)
                 self.worker.generate(self.requests.open(client, message, now), now)
-            case AddModel():
+            case AddModel() | ImportModel() | ExportModel():
                 self.adding.check(message)
                 self.adding.add(self.requests.open(client, message, now), message, now)
             case Resize():
@@ -239,7 +254,7 @@ class Server:
         match request.message:
             case Generate():
                 self.worker.cancel(request)
-            case AddModel():
+            case AddModel() | ImportModel() | ExportModel():
                 self.adding.cancel(request, now)
             case Resize() | Shutdown():
                 return
@@ -253,7 +268,7 @@ class Server:
 
     def _remove(self, model: str) -> None:
         if model in self.adding.names:
-            raise ModelBusy(f"{model} is being added; cancel that first")
+            raise ModelBusy(f"{model} is being added or copied; cancel that first")
         self._library.get(model)
         waiting = len(self.requests.of_model(model))
         if waiting:
@@ -272,6 +287,12 @@ class Server:
                 self.requests.forget(request)
                 self._cancel(request, now)
             self._clients.forget(client)
+
+    def _see_to_sockets(self, now: float) -> None:
+        if now - self._sockets_seen >= REST_SECONDS / 2:
+            self._sockets_seen = now
+            self._clients.keep_path()
+            self._children.keep_path()
 
     # -- children ---------------------------------------------------------------------------------------------------
 

@@ -39,6 +39,7 @@ from ...formats.messages import (
 )
 from .budget import Budget, Holding
 from .children import LEAVE_SECONDS, Launcher, Ward, fresh_identity
+from .kept import Word
 from .library import Library
 from .reading import Reading
 from .requests import OpenRequest, Requests
@@ -49,6 +50,7 @@ log = logging.getLogger(__name__)
 READY_SECONDS: Final = 300.0
 START_ATTEMPTS: Final = 3  # in a row without `Ready`; after that every new request gets one attempt
 SENSE_SECONDS: Final = 0.2
+RESTARTING: Final = "the worker died; going on in a new one"
 
 Phase = Literal["absent", "starting", "ready", "leaving"]
 
@@ -87,6 +89,7 @@ class Worker:
         self._sensed_at = float("-inf")
         self._silence = Silence()
         self._hung = False
+        self._stage = ""  # what a worker that is not ready yet is at, if that takes long
 
     @property
     def phase(self) -> Phase:
@@ -104,6 +107,8 @@ class Worker:
         """Have a generation done, by a worker started for it if need be."""
         if self._phase == "absent":
             self._start(now)
+        elif self._phase == "starting" and self._stage:
+            self._requests.answer(Progress(id=request.id, stage=self._stage))
         if self._phase == "ready":
             self._forward(request)
 
@@ -120,6 +125,7 @@ class Worker:
     def cancel(self, request: OpenRequest) -> None:
         """End a request; it gets its terminal event from here, or from the worker that knows of it."""
         if request.forwarded:
+            request.cancelled = True
             self._say(Cancel(id=request.id))
         else:
             self._requests.fail(request, Cancelled("cancelled before it began"))
@@ -152,8 +158,11 @@ class Worker:
                     message = msgspec.structs.replace(message, residency=self._explain(message.residency))
                 self._requests.answer(message)
             case Started() | Chunk() | Finished() | Failed():
-                self._requests.answer(message)
-            case Progress() | Added():
+                self._pass_on(message, now)
+            case Progress():
+                self._stage = message.stage
+                self._tell_all_that_wait(self._stage)
+            case Added():
                 log.warning("the worker sent %s, which only jobs send", type(message).__name__)
             case _:
                 assert_never(message)
@@ -185,6 +194,20 @@ class Worker:
             self._phase = "leaving"
             self._ward.kill_at(now)
 
+    def _pass_on(self, word: Word, now: float) -> None:
+        """Bring a worker's word about a generation to its client, without what is ours alone."""
+        request = self._requests.get(word.id)
+        passed = request.kept.hear(word, now) if request and request.kept else word
+        if isinstance(passed, Chunk):
+            passed = msgspec.structs.replace(passed, ids=())
+        if passed:
+            self._requests.answer(passed)
+
+    def _tell_all_that_wait(self, stage: str) -> None:
+        for request in self._served():
+            if isinstance(request.message, Generate):
+                self._requests.answer(Progress(id=request.id, stage=stage))
+
     # -- birth and death --------------------------------------------------------------------------------------------
 
     def _start(self, now: float) -> None:
@@ -198,6 +221,7 @@ class Worker:
         self._ward = Ward(process, identity, now)
         self._ward.kill_at(now + READY_SECONDS)
         self._phase = "starting"
+        self._stage = ""
         self._hung = False
         self._oom_kills_before = self._oom_kills()
 
@@ -227,12 +251,28 @@ class Worker:
         late = phase == "starting" and now - ward.started >= READY_SECONDS
         self._failed_starts += phase == "starting"
         again = phase == "leaving" or (phase == "starting" and self._failed_starts < START_ATTEMPTS and not late)
-        if again and self._served():
-            self._start(now)
-        else:
-            hint = f"it was not ready after {READY_SECONDS:.0f} s and " if late else ""
-            hint = "it hung and " if self._hung else hint
+        hint = f"it was not ready after {READY_SECONDS:.0f} s and " if late else ""
+        hint = "it hung and " if self._hung else hint
+        hint = "the kernel killed it, for memory, and " if out_of_memory else hint
+        if phase == "ready":
+            self._part(WorkerDied(f"the worker is gone: {hint}{end}"))
+            again = True
+        if not again:
             self._fail_all(WorkerDied(f"the worker is gone: {hint}{end}"))
+        elif self._served():
+            self._start(now)
+
+    def _part(self, error: EbbflowError) -> None:
+        """A worker died at work: what asked to be resumed goes on in the next one, all else ends."""
+        for request in self._served():
+            if request.cancelled:
+                self._requests.fail(request, Cancelled("cancelled while its worker died"))
+            elif request.kept and request.kept.may_resume:
+                request.kept.resume()
+                request.forwarded = False
+                self._requests.answer(Progress(id=request.id, stage=RESTARTING))
+            else:
+                self._requests.fail(request, error)
 
     def _kill_if_hung(self, ward: Ward, now: float) -> None:
         owing = any(request.forwarded for request in self._served())
@@ -261,9 +301,13 @@ class Worker:
             self._send(self._ward.identity, message)
 
     def _forward(self, request: OpenRequest) -> None:
+        message = msgspec.structs.replace(request.message, id=request.id)
         try:
             self._load(request.model)
-            self._say(msgspec.structs.replace(request.message, id=request.id))
+            if request.kept and isinstance(message, Generate):
+                self._say(request.kept.message(message))
+            else:
+                self._say(message)
             request.forwarded = True
         except EbbflowError as error:
             self._requests.fail(request, error)
@@ -294,6 +338,8 @@ class Worker:
         if self._budget.target(residency.model) is None:
             return residency
         wish, reason = self._budget.wish(residency.model), self._budget.reason(residency.model)
+        if residency.arrived_nbytes is not None:
+            reason = f"{residency.arrived_nbytes / residency.total_nbytes:.0%} of it has arrived; {reason}"
         return msgspec.structs.replace(residency, wish=wish, reason=reason)
 
     # -- memory and idleness ----------------------------------------------------------------------------------------

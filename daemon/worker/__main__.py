@@ -7,38 +7,43 @@ import signal
 import sys
 import time
 
-from ..process import die_with_parent, set_oom_score
+from ..process import PARENT_VARIABLE, die_with_parent, set_oom_score
 
 OOM_SCORE = 600  # the kernel shall choose the worker, never the supervisor or the user's programs
+COMPILING = "compiling kernels for this machine, which the first start does once"
 
 
 def main() -> None:
     """Serve until told to leave."""
     die_with_parent()
+    os.environ[PARENT_VARIABLE] = str(os.getpid())  # for what this process starts
     set_oom_score(OOM_SCORE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the supervisor, which then says Exit
     address, identity, *flags = sys.argv[1:]
 
     # Only now: until here, nothing that takes time could let the parent end unnoticed.
+    from ...formats.messages import Progress, Ready
     from ...formats.paths import default_paths
-    from ...kernels.cache import compile_once, use_cache
+    from ...kernels.cache import compile_once, compiled, use_cache
     from ...kernels.instructions import choose
+    from ..channel import Child
     from ..settings import parse_settings
 
     settings = parse_settings(flags)
     choose()  # a wrong choice ends the worker here, in words, before the compiler meets it
-    compile_once(use_cache(default_paths().cache))
-
-    # numba reads its settings when it is first imported
-    from ...formats.messages import Ready
-    from ...kernels.threads import set_threads
-    from ..channel import Child
-    from ..mapping import drop_clean_pages
-    from .loop import Loop
-    from .processors import usable_threads
-
     channel = Child(address, identity)
     try:
+        kernels = use_cache(default_paths().cache)
+        if not compiled(kernels):
+            channel.send(Progress(id=0, stage=COMPILING))
+            compile_once(kernels, "ebbflow.daemon.worker.compiling")
+
+        # numba reads its settings when it is first imported
+        from ...kernels.threads import set_threads
+        from ..mapping import drop_clean_pages
+        from .loop import Loop
+        from .processors import usable_threads
+
         threads = set_threads(usable_threads() if settings.threads is None else settings.threads)
         loop = Loop(channel, threads, time.monotonic, settings)
         drop_clean_pages("llvmlite")  # 70 MB of a compiler that has nothing more to do

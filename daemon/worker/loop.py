@@ -24,6 +24,7 @@ from ...formats.messages import (
     Message,
     Report,
     Resized,
+    Resume,
     SetTarget,
     ToWorker,
     UnloadModel,
@@ -31,7 +32,7 @@ from ...formats.messages import (
 )
 from ..mapping import private_nbytes
 from ..settings import DEFAULTS, WorkerSettings
-from .served import Served
+from .served import LOOK_SECONDS, Served
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,8 @@ class Loop:
     def turn(self) -> bool:
         """One round; whether there will be another."""
         active = any(served.engine.busy or not served.arrived for served in self._models.values())
-        for message in self._line.receive(0.0 if active else IDLE_SECONDS):
+        arriving = any(served.resident.arriving for served in self._models.values())
+        for message in self._line.receive(0.0 if active else LOOK_SECONDS if arriving else IDLE_SECONDS):
             self._handle(message)
         if [name for name, served in self._models.items() if self._move(name, served)]:
             self._report()  # before the step, which may take a while: the budget waits for this
@@ -93,6 +95,8 @@ class Loop:
                 self._aim(message)
             case Generate():
                 self._submit(message)
+            case Resume():
+                self._submit(message.request, message.ids)
             case Cancel():
                 self._cancel(message.id)
             case Exit():
@@ -143,13 +147,13 @@ class Loop:
         if served.arrived:
             self._answer(message.model, served)
 
-    def _submit(self, message: Generate) -> None:
+    def _submit(self, message: Generate, ids: tuple[int, ...] = ()) -> None:
         served = self._models.get(message.model)
         if served is None:
             self._line.send(failure(message.id, UnknownModel(f"{message.model!r} is not loaded; try again")))
             return
         self._owner[message.id] = message.model
-        self._tell(served.engine.submit(message))
+        self._tell(served.engine.submit(message, ids))
 
     def _cancel(self, key: int) -> None:
         served = self._models.get(self._owner.get(key, ""))

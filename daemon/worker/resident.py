@@ -3,11 +3,15 @@
 One private mapping as long as the stack's data, addressed by stack offset. Growing reads the next blocks of the file
 into place; shrinking gives the tail's pages back. Only the step loop calls this, between steps, so a step sees one
 edge. Which edge is right is the supervisor's business (`supervisor/budget`).
+
+While the stack's file is still arriving (`formats/stack`), the edge goes as far as its blocks are there and match their
+hashes; `look` sees whether there are more.
 """
 
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...formats.blocks import check_finite
-from ...formats.errors import CorruptStack, TruncatedStack
+from ...formats.errors import BadBlock, CorruptStack, NotArrived, TruncatedStack
 from ...formats.kinds import SHARED_LEVELS
-from ...formats.stack import BlockEntry, Stack
+from ...formats.stack import BlockEntry, Stack, content_hash, mark_of
 from ...kernels.rows import CODES, PLANE, SHARED_PLANE, SIGNS
 from ..mapping import Mapping
 
@@ -41,6 +45,9 @@ class Resident:
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
         self.blocks = 0
+        self.arriving = stack.arriving
+        self._verified = 0 if stack.arriving else len(stack.blocks)  # blocks before it matched their hashes
+        self._doubtful: int | None = None  # a block that did not, which may be a hole that will be filled
         self._mapping = Mapping(stack.nbytes)
         self._tables: dict[str, NDArray[np.int64]] = {}
         self._rows: dict[str, list[tuple[int, int, int]]] = {}
@@ -72,11 +79,30 @@ class Resident:
         position = next(i for i in range(self.blocks) if self.stack.blocks[i].tensor == tensor)
         return self.stack.blocks[position], self._slice(position)
 
+    @property
+    def present(self) -> int:
+        """The blocks to which the edge may move: all, or those that have arrived."""
+        if not self.arriving:
+            return len(self.stack.blocks)
+        here = bisect_right(self.stack.edges, os.fstat(self._file).st_size - self.stack.data_start) - 1
+        return max(self.blocks, here if self._doubtful is None else min(here, self._doubtful))
+
+    def look(self) -> None:
+        """See whether the file has arrived, and give doubtful blocks another try."""
+        self._doubtful = None
+        self.arriving = self.arriving and mark_of(self.stack.path).exists()
+
     def grow(self, blocks: int, nbytes: int = READ_NBYTES) -> None:
         """Move the edge towards `blocks`, reading about `nbytes`; at least one block.
 
-        Raises `TruncatedStack`, `BadBlock` or `CorruptStack`; the edge then stays where it was.
+        Raises `TruncatedStack`, `BadBlock`, `CorruptStack`, or `NotArrived` when the next block is not there yet; the
+        edge then stays where it was.
         """
+        if self.blocks < blocks and self.present == self.blocks:
+            raise NotArrived(
+                f"of {self.stack.path}, {self.nbytes} bytes have arrived; {self.stack.base_nbytes} make the least model"
+            )
+        blocks = min(blocks, self.present)
         stop = self.blocks
         while stop < blocks and (stop == self.blocks or self.stack.edges[stop + 1] - self.nbytes <= nbytes):
             stop += 1
@@ -84,6 +110,7 @@ class Resident:
             return
         try:
             self._read(self.nbytes, self.stack.edges[stop])
+            self._verify(self.blocks, stop)
             for position in range(self.blocks, stop):
                 check_finite(self.stack.blocks[position], self._slice(position))
         except BaseException:
@@ -123,6 +150,20 @@ class Resident:
         """Give everything back. The object must not be used afterwards."""
         os.close(self._file)
         self._mapping.release(0, self.stack.nbytes)
+
+    def _verify(self, start: int, stop: int) -> None:
+        """Check hashes that nobody has checked, as is the rule for a stack that was arriving when it was opened.
+
+        Raises `BadBlock`, or `NotArrived` for a block that may be a hole; those before it stay verified.
+        """
+        for position in range(max(start, self._verified), stop):
+            entry = self.stack.blocks[position]
+            if content_hash(self._slice(position)[: entry.nbytes].data) != entry.hash:
+                if self.arriving:
+                    self._doubtful = position
+                    raise NotArrived(f"block {position} of {self.stack.path} has not arrived yet")
+                raise BadBlock(f"block {position} of {self.stack.path} ({entry.tensor}) does not match its hash")
+            self._verified = position + 1
 
     def _slice(self, position: int) -> NDArray[np.uint8]:
         return self._mapping.bytes[self.stack.edges[position] : self.stack.edges[position + 1]]

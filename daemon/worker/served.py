@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from ...formats.architecture import Architecture, weight_shapes
-from ...formats.errors import BadBlock
+from ...formats.errors import BadBlock, NotArrived
 from ...formats.manifest import STACK, read_manifest
 from ...formats.messages import Residency
 from ...formats.stack import Stack, read_stack
@@ -15,6 +16,8 @@ from ..engine.engine import Engine
 from ..mapping import private_nbytes
 from ..settings import DEFAULTS, WorkerSettings
 from .resident import Resident
+
+LOOK_SECONDS: Final = 0.5  # between two looks at a file that is still arriving
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Waiting:
 class Served:
     """The model in `folder`, opened and with its base in memory.
 
-    Raises every error of opening, reading and checking its files; then nothing is held.
+    Raises every error of opening, reading and checking its files; then nothing is held. While its file is arriving, the
+    edge follows what is there: `NotArrived` is raised only when that is less than the base.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class Served:
         self.manifest = read_manifest(folder)
         self._clock = clock
         self.resident = Resident(_fitting(read_stack(folder / STACK), self.manifest.architecture))
+        self._looked = clock()
         try:
             while self.resident.blocks < self.resident.stack.base:
                 self.resident.grow(self.resident.stack.base)
@@ -54,9 +59,9 @@ class Served:
         self.aim(target_nbytes)
 
     def aim(self, target_nbytes: int) -> None:
-        """Set where the edge shall be: as many whole blocks as fit, never fewer than the base."""
+        """Set where the edge shall be: as many whole blocks as fit and are there, never fewer than the base."""
         self.target_nbytes = target_nbytes
-        self.target = self.resident.stack.blocks_within(target_nbytes)
+        self.target = min(self.resident.stack.blocks_within(target_nbytes), self.resident.present)
 
     @property
     def arrived(self) -> bool:
@@ -68,8 +73,9 @@ class Served:
 
         Raises what `Resident.grow` raises; the edge then stays, and so does the target.
         """
+        news = self._look()
         if self.arrived:
-            return False
+            return news
         if self.target < self.resident.blocks:
             self.resident.shrink(self.target)
             return True
@@ -77,10 +83,21 @@ class Served:
         while not self.arrived and self._clock() - began < seconds:
             try:
                 self.resident.grow(self.target)
+            except NotArrived:
+                self.aim(self.target_nbytes)  # as far as is there
             except BaseException:
                 self.aim(self.resident.nbytes)
                 raise
         return True
+
+    def _look(self) -> bool:
+        """See now and then what more of the file has arrived; whether that was the last of it."""
+        if not self.resident.arriving or self._clock() - self._looked < LOOK_SECONDS:
+            return False
+        self.resident.look()
+        self.aim(self.target_nbytes)
+        self._looked = self._clock()
+        return not self.resident.arriving
 
     def wait(self, id: int) -> None:  # noqa: A002 - the wire's own word
         """Remember who asked for the current target."""
@@ -100,6 +117,7 @@ class Served:
             kv_nbytes=self.engine.kv_nbytes,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
+            arrived_nbytes=self.resident.stack.edges[self.resident.present] if self.resident.arriving else None,
             tokens_per_second=round(self.engine.tokens_per_second, 1) if scheduler.running else 0.0,
         )
 

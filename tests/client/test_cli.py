@@ -27,10 +27,12 @@ from ebbflow.formats.messages import (
     Cancel,
     Chunk,
     Done,
+    ExportModel,
     Failed,
     Finished,
     Generate,
     GetStatus,
+    ImportModel,
     ListModels,
     ModelDetail,
     ModelList,
@@ -99,6 +101,9 @@ def working(request: Request) -> Iterable[Item]:
             )  # fmt: skip
         case AddModel():
             yield Progress(id=request.id, stage="encode", tensor="layers.0.q", done=1000, total=2000, eta_seconds=70)
+            yield Added(id=request.id, summary=SUMMARY, seconds=1.0)
+        case ImportModel() | ExportModel():
+            yield Progress(id=request.id, stage="copying", done=1000, total=2000)
             yield Added(id=request.id, summary=SUMMARY, seconds=1.0)
         case RemoveModel():
             yield Done(id=request.id)
@@ -461,3 +466,53 @@ def on_terminal(*arguments: str) -> str:
     os.close(ours)
     assert process.wait() == 0
     return screen.decode()
+
+
+def test_run_goes_on_after_a_dead_worker_unless_told_not_to_and_says_what_it_waits_for(address: str) -> None:
+    def dying(request: Request) -> Iterable[Item]:
+        if isinstance(request, Generate):
+            yield Progress(id=request.id, stage="compiling kernels")
+            yield from say(request, "all" if request.resume else "less")
+            yield end(request)
+
+    with FakeDaemon(address, dying):
+        result = ebb("run", "tiny", "x")
+        assert (result.stdout, result.stderr) == ("all\n", "compiling kernels ...\n")
+        assert ebb("run", "tiny", "x", "--no-resume").stdout == "less\n"
+        assert ebb("run", "tiny", typed="hi\n").stdout == "all\n"
+
+
+def test_import_and_export_name_folders_whole(
+    daemon: FakeDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    result = ebb("import", "model", "--name", "tiny")
+    assert "copying: 1.0 kB of 2.0 kB" in result.stderr
+    assert "tiny: all 24.0 MB are here" in result.stderr
+    sent = daemon.wait_for(ImportModel)
+    assert (sent.source, sent.name) == (str(tmp_path / "model"), "tiny")
+    assert "copied to out" in ebb("export", "tiny", "out").stderr
+    assert daemon.wait_for(ExportModel).target == str(tmp_path / "out")
+    assert "is not a folder" in ebb("import", "nowhere", code=2).stderr
+
+
+def test_an_import_that_is_cancelled_says_what_stays(address: str, tmp_path: Path) -> None:
+    def slow(request: Request) -> Iterable[Item]:
+        if isinstance(request, ImportModel):
+            yield Progress(id=request.id, stage="copying", done=1, total=2)
+            yield lambda: os.kill(os.getpid(), signal.SIGINT)
+
+    with FakeDaemon(address, slow):
+        assert "goes on from there" in ebb("import", str(tmp_path), "--name", "x", code=130).stderr
+
+
+def test_what_is_still_arriving_is_listed_so(address: str) -> None:
+    half = msgspec.structs.replace(SUMMARY, arrived_nbytes=SUMMARY.nbytes // 4)
+
+    def script(request: Request) -> Iterable[Item]:
+        if isinstance(request, ListModels):
+            yield ModelList(id=request.id, models=(half,))
+
+    with FakeDaemon(address, script):
+        assert "arriving 25%" in ebb("list").stdout

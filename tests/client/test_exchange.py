@@ -140,7 +140,7 @@ def test_pongs_keep_the_lease_and_pings_are_sent_only_while_something_is_open():
     for now in range(2, 60, 2):
         assert talk.exchange.deadline() == now
         talk.exchange.tick(now)
-        assert talk.sent() == [Ping()]
+        assert talk.sent() == [Ping(open=(id_,))]
         talk.hear(Pong(), now)
     talk.hear(finished(id_))
     assert talk.exchange.deadline() is None
@@ -162,7 +162,22 @@ def test_time_in_which_this_process_was_stopped_does_not_count_as_silence():
     talk.exchange.connected(0)
     talk.exchange.tick(500)
     assert talk.replies[id_] == []
-    assert talk.sent()[-1] == Ping()
+    assert talk.sent()[-1] == Ping(open=(id_,))  # and if it was too long for the daemon, it says so now
+
+
+def test_a_ping_names_what_the_daemon_should_have():
+    talk = Talk()
+    first, _ping, _watch = talk.open(), talk.open(lambda _: Ping()), talk.open(lambda _: Watch())
+    second = talk.open()
+    talk.exchange.connected(0)
+    talk.sent()
+    talk.exchange.tick(2)
+    assert talk.sent() == [Ping(open=(first, second))]
+    talk.hear(Pong())
+    talk.hear(Failed(id=first, code="lease_lost", message=""))
+    talk.exchange.tick(4)
+    assert talk.sent() == [Ping(open=(second,))]
+    assert talk.codes(first) == ["lease_lost"]
 
 
 def test_nobody_answering_the_connection_ends_requests_soon():

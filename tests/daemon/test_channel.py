@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -220,3 +221,36 @@ def test_wait_comes_back_soon_while_an_outbox_is_due(hub, slow):
     while not hub.pending:
         hub.send(identity, Pong())
     wait([hub], [], None)  # would never return otherwise
+
+
+def test_the_file_of_the_socket_is_made_again_wherever_it_went(tmp_path: Path, context, caplog):
+    path = tmp_path / "sock"
+    hub = Hub(f"ipc://{path}", request_decoder, context=context)
+    peers = []
+
+    def arrives() -> None:
+        peers.append(Peer(context, f"ipc://{path}", event_decoder))
+        for peer in peers:  # who was connected before still is
+            peer.say(Ping())
+        heard = 0
+        while heard < len(peers):
+            wait([hub], [], 20)
+            heard += len(hub.receive())
+
+    arrives()
+    hub.keep_path()
+    assert not caplog.records
+    path.unlink()
+    hub.keep_path()
+    arrives()
+    path.unlink()
+    path.write_text("somebody else's")
+    hub.keep_path()
+    arrives()
+    assert len(caplog.records) == 2
+    shutil.rmtree(tmp_path)
+    hub.keep_path()
+    assert "cannot be made again" in caplog.text
+    for peer in peers:
+        peer.close()
+    hub.close()

@@ -6,6 +6,7 @@ import pytest
 
 from ebbflow.daemon.supervisor.adding import JOB_NBYTES
 from ebbflow.daemon.supervisor.children import LAST_WORDS_SECONDS, LEAVE_SECONDS
+from ebbflow.formats.manifest import STACK
 from ebbflow.formats.messages import (
     LEASE_SECONDS,
     Added,
@@ -13,8 +14,10 @@ from ebbflow.formats.messages import (
     Cancel,
     Chunk,
     Done,
+    ExportModel,
     Failed,
     GetStatus,
+    ImportModel,
     ListModels,
     Ping,
     Progress,
@@ -22,6 +25,7 @@ from ebbflow.formats.messages import (
     RemoveModel,
     Shutdown,
 )
+from ebbflow.formats.stack import mark_of
 from ebbflow.formats.summary import summary
 
 from support.house import GB, MB, House, generate, holds
@@ -265,3 +269,52 @@ def test_a_job_that_could_not_even_begin_is_not_started(house, client):
     client.say(add(3))
     house.turn()
     assert len(house.launcher.jobs) == 1
+
+
+def test_a_copy_is_a_job_like_any_other_and_needs_no_memory(house, client):
+    house.sensor.available = MB
+    client.say(ImportModel(id=1, source="/elsewhere/new", name="new"))
+    house.turn()
+    [process] = house.launcher.jobs
+    assert process.request == ImportModel(id=process.request.id, source="/elsewhere/new", name="new")
+    job = house.child(process)
+    job.say(Ready(pid=process.pid), Progress(id=process.request.id, stage="copying", done=1, total=2))
+    house.turn()
+    assert client.hear() == [Progress(id=1, stage="copying", done=1, total=2)]
+    client.say(RemoveModel(id=2, model="new"), ExportModel(id=3, name="demo", target="/somewhere/else"))
+    house.turn()
+    assert failures(client.hear()) == [(2, "model_busy")]
+    job.say(Added(id=process.request.id, summary=summary(write_model(house.root, "new")), seconds=3.0))
+    house.turn()
+    end(house, process)
+    assert [type(event) for event in client.hear()] == [Added]
+    assert house.launcher.jobs[1].request.target == "/somewhere/else"
+
+
+def test_only_what_was_left_half_copied_is_imported_again(house, client):
+    mark = mark_of(house.root / "demo" / STACK)
+    client.say(ImportModel(id=1, source="/x", name="demo"))
+    house.turn()
+    assert failures(client.hear()) == [(1, "model_exists")]
+    mark.touch()
+    client.say(ImportModel(id=2, source="/x", name="demo"), AddModel(id=3, source="/x", name="demo"))
+    house.turn()
+    assert failures(client.hear()) == [(3, "model_busy")]
+    assert house.launcher.jobs[0].request.name == "demo"
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        (ImportModel(id=1, source="", name="x"), "invalid_request"),
+        (ImportModel(id=1, source="x", name="x"), "invalid_request"),
+        (ImportModel(id=1, source="/x", name="../x"), "invalid_name"),
+        (ExportModel(id=1, name="nobody", target="/x"), "unknown_model"),
+        (ExportModel(id=1, name="demo", target="x"), "invalid_request"),
+    ],
+)
+def test_copies_that_cannot_be_made_are_refused(house, client, message, code):
+    client.say(message)
+    house.turn()
+    assert failures(client.hear()) == [(1, code)]
+    assert house.launcher.jobs == []

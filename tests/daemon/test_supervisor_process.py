@@ -23,6 +23,7 @@ from ebbflow.formats.messages import (
     Done,
     Failed,
     Finished,
+    Generate,
     GetStatus,
     Ping,
     Pong,
@@ -308,6 +309,25 @@ def test_when_it_is_killed_its_children_die_and_the_next_one_starts(start):
     second.ask(Shutdown(id=2))
     second.process.wait(20)
     assert not left.exists() or _owner_lives(left.name)
+
+
+def test_a_resumed_answer_is_told_once_and_whole_whichever_worker_says_it(daemon):
+    daemon.say(Generate(id=1, model="demo", prompt="all of us die one day", resume=True))
+    heard = daemon.hear_until(Finished)
+    assert [event.text for event in heard if isinstance(event, Chunk)] == [
+        "all ",
+        "of ",
+        "us ",
+        "die ",
+        "one ",
+        "day ",
+    ]
+    assert [type(event) for event in heard].count(Started) == 1
+    assert not any(event.ids for event in heard if isinstance(event, Chunk))
+    daemon.say(Generate(id=2, model="demo", prompt="words that kill", resume=True))
+    [*heard, failed] = daemon.hear_until(Failed)
+    assert (failed.id, failed.code) == (2, "worker_died")
+    assert "".join(event.text for event in heard if isinstance(event, Chunk)) == "words that "
 
 
 def test_the_target_follows_a_cap(start):

@@ -1,7 +1,8 @@
 """A worker without a model: `python fake_worker.py ADDRESS IDENTITY`. Answers a prompt with its own words.
 
 Some prompts do more: `exit` ends the process, `hang` never answers, `endless` streams until cancelled, `garbage` sends
-bytes that are no message and then answers. The environment's FAKE_WORKER=`stillborn` makes it fail before `Ready`.
+bytes that are no message and then answers. At the word `die` it dies, unless an earlier one has said something of this
+answer; at `kill`, always. The environment's FAKE_WORKER=`stillborn` makes it fail before `Ready`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ebbflow.formats.messages import (
     Report,
     Residency,
     Resized,
+    Resume,
     SetTarget,
     Started,
     UnloadModel,
@@ -58,6 +60,8 @@ class FakeWorker:
                     del self.targets[message.model]
                 case Generate():
                     self.generate(message.id, message.prompt or "")
+                case Resume():
+                    self.generate(message.request.id, message.request.prompt or "", len(message.ids))
                 case Cancel():
                     if self.streams.pop(message.id, None) is not None:
                         self.line.send(failure(message.id, Cancelled("as you wish")))
@@ -68,7 +72,7 @@ class FakeWorker:
             self.line.send(Chunk(id=stream, text="more ", tokens=self.streams[stream]))
         return True
 
-    def generate(self, stream: int, prompt: str) -> None:
+    def generate(self, stream: int, prompt: str, said: int = 0) -> None:
         if prompt == "exit":
             sys.stderr.write("told to leave\n")
             sys.stderr.flush()
@@ -81,8 +85,11 @@ class FakeWorker:
         if prompt == "endless":
             self.streams[stream] = 0
         elif prompt != "hang":
-            for count, word in enumerate(words, 1):
-                self.line.send(Chunk(id=stream, text=word + " ", tokens=count))
+            for count, word in list(enumerate(words, 1))[said:]:
+                if word == "kill" or (word == "die" and not said):
+                    self.line.close()
+                    os._exit(3)
+                self.line.send(Chunk(id=stream, text=word + " ", tokens=count, ids=(count,)))
             self.line.send(
                 Finished(
                     id=stream, reason="stop", prompt_tokens=len(words), tokens=len(words), seconds_to_first=0, seconds=0

@@ -1,0 +1,154 @@
+"""Copying a model's folder into the library or out of it, so that it answers before all of it is there.
+
+First the manifest, the tokenizer and the mark that says "still arriving" (`formats/stack`), then the stack from its
+beginning: any prefix of it is a smaller model. Every block is checked against its hash on the way. What was copied
+stays when the copy ends early, whatever ends it, and the next one goes on after the last block that is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import msgspec
+
+from ...formats.errors import (
+    BadBlock,
+    CorruptManifest,
+    DiskFull,
+    InvalidRequest,
+    ModelExists,
+    NotArrived,
+    TruncatedStack,
+    storage_failed,
+)
+from ...formats.manifest import MANIFEST, STACK, Manifest, read_manifest, write_manifest
+from ...formats.messages import ExportModel, ImportModel, ModelSummary, Progress
+from ...formats.paths import check_name
+from ...formats.stack import Stack, content_hash, mark_of, padded, read_stack
+from ...formats.summary import summary
+from .place import check_room, copy_tokenizer, making
+
+STAGE: Final = "copying"
+TELL_NBYTES: Final = 4_000_000  # copied between two words about it
+
+Tell = Callable[[Progress], None]
+
+
+def carry_model(request: ImportModel | ExportModel, library: Path, tell: Tell) -> ModelSummary:
+    """Do what `request` asks for; `tell` hears how far it is, and may raise to end it.
+
+    Raises `InvalidName`, `InvalidRequest`, `ModelExists`, `NotArrived` (the source is itself still arriving),
+    `CorruptFile`, `DiskFull` or `StorageFailed`; what was copied stays.
+    """
+    home = library / check_name(request.name)
+    if isinstance(request, ImportModel):
+        source, place = Path(request.source), home
+    else:
+        source, place = home, Path(request.target)
+        if not place.parent.is_dir():
+            raise InvalidRequest(f"{place.parent} is not a folder")
+    try:
+        return _carry(request, source, place, tell)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"no room is left in {place}; what was copied stays, the same command goes on") from error
+        raise storage_failed(error, place) from error
+
+
+def _carry(request: ImportModel | ExportModel, source: Path, place: Path, tell: Tell) -> ModelSummary:
+    manifest, stack = read_manifest(source), read_stack(source / STACK)
+    if stack.arriving:
+        raise NotArrived(f"{source} is itself still arriving; wait until it is complete")
+    if (manifest.nbytes, manifest.blocks) != (stack.nbytes, len(stack.blocks)):
+        raise CorruptManifest(f"{source / MANIFEST} and {STACK} are not of the same model")
+    manifest = msgspec.structs.replace(manifest, name=request.name)
+    there = (place / STACK).stat().st_size if (place / STACK).exists() else 0
+    check_room({place.parent: stack.data_start + stack.nbytes - there})
+    if place.exists():
+        _check_same(place, manifest)
+    elif isinstance(request, ImportModel):
+        with making(place) as folder:
+            _begin(source, folder, manifest)
+    else:  # somebody's own folder, in which there is nothing for us to clean up
+        place.mkdir()
+        _begin(source, place, manifest)
+
+    def told(done: int) -> None:
+        tell(Progress(id=request.id, stage=STAGE, done=done, total=stack.nbytes))
+
+    _copy_stack(stack, place / STACK, told)
+    mark_of(place / STACK).unlink()
+    _sync(place)
+    return summary(manifest)
+
+
+def _begin(source: Path, folder: Path, manifest: Manifest) -> None:
+    mark_of(folder / STACK).touch()
+    copy_tokenizer(source, folder)
+    write_manifest(folder, manifest)
+
+
+def _check_same(place: Path, manifest: Manifest) -> None:
+    """Raises `ModelExists` unless what is in `place` is this model, half copied."""
+    if mark_of(place / STACK).exists() and read_manifest(place) == manifest:
+        return
+    raise ModelExists(f"{place} exists; choose another name, or remove it first")
+
+
+def _copy_stack(stack: Stack, target: Path, tell: Callable[[int], None]) -> None:
+    with stack.path.open("rb") as source, os.fdopen(os.open(target, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+        whole = _whole_blocks(stack, source, file)
+        file.seek(stack.data_start + stack.edges[whole])
+        file.truncate()
+        if not whole:
+            source.seek(0)
+            file.seek(0)
+            file.write(source.read(stack.data_start))
+        source.seek(file.tell())
+        told = stack.edges[whole]
+        tell(told)
+        for position in range(whole, len(stack.blocks)):
+            file.write(_block(stack, source, position))
+            file.flush()
+            if stack.edges[position + 1] - told >= TELL_NBYTES or position + 1 == len(stack.blocks):
+                told = stack.edges[position + 1]
+                # a gigabyte passes through here: it shall not push out what other programs have in the page cache
+                os.fdatasync(file.fileno())
+                for passed in (source, file):
+                    os.posix_fadvise(passed.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                tell(told)
+        os.fsync(file.fileno())
+
+
+def _whole_blocks(stack: Stack, source: BinaryIO, file: BinaryIO) -> int:
+    """How many blocks an earlier copy left whole in `file`."""
+    if file.read(stack.data_start) != source.read(stack.data_start):
+        return 0
+    for position, entry in enumerate(stack.blocks):
+        data = file.read(padded(entry.nbytes))
+        if len(data) < padded(entry.nbytes) or content_hash(data[: entry.nbytes]) != entry.hash:
+            return position
+    return len(stack.blocks)
+
+
+def _block(stack: Stack, source: BinaryIO, position: int) -> bytes:
+    """A block with its padding. Raises `TruncatedStack` or `BadBlock`."""
+    entry = stack.blocks[position]
+    data = source.read(padded(entry.nbytes))
+    if len(data) < padded(entry.nbytes):
+        raise TruncatedStack(f"{stack.path} ends inside block {position}")
+    if content_hash(data[: entry.nbytes]) != entry.hash:
+        raise BadBlock(f"block {position} of {stack.path} ({entry.tensor}) does not match its hash")
+    return data
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    with contextlib.ExitStack() as after:
+        after.callback(os.close, descriptor)
+        os.fsync(descriptor)
