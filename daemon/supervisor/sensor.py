@@ -32,7 +32,7 @@ _FIGURE: Final = re.compile(r"^(\S+?):?\s+(\d+)(?: kB)?$", re.MULTILINE)
 _RLIMIT: Final = re.compile(r"^Max (?:address space|data size)\s+(\d+)", re.MULTILINE)  # the soft one; or `unlimited`
 _PRESSURE: Final = re.compile(r"^some avg10=(\d+(?:\.\d+)?)", re.MULTILINE)
 _KIB: Final = 1024
-_MOST_NBYTES: Final = 1 << 16  # the longest of these files has some hundred lines
+_PART_NBYTES: Final = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,10 @@ def _text(path: Path) -> str:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            return os.read(descriptor, _MOST_NBYTES).decode(errors="replace")
+            text = b""
+            while part := os.read(descriptor, _PART_NBYTES):  # the kernel hands out its longer ones page by page
+                text += part
+            return text.decode(errors="replace")
         finally:
             os.close(descriptor)
     except OSError:
