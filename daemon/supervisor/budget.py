@@ -134,6 +134,7 @@ class Budget:
     battery_reserve: int = 0
     terms: dict[str, Terms] = field(default_factory=dict)
     paused: bool = False
+    giving_back: bool = False  # whether the last look found memory short: caches have to go
     _ceilings: dict[str, int] = field(default_factory=dict)
     _uses: dict[str, _Use] = field(default_factory=dict)
     _models: dict[str, _Model] = field(default_factory=dict)
@@ -258,10 +259,11 @@ class Budget:
         model.target = -1  # so that it is among the changed ones
         return self._retarget(targets)
 
-    def unload(self, name: str) -> None:
-        """The worker no longer holds that model."""
-        self._models.pop(name, None)
+    def unload(self, name: str) -> int:
+        """The worker no longer holds that model; the bytes of its stack that were resident."""
+        model = self._models.pop(name, None)
         self._slope.forget()
+        return model.resident if model else 0
 
     def worker_gone(self, now: float, out_of_memory: bool) -> None:
         """The worker holds nothing any more; if the kernel killed it for memory, the next one gets less."""
@@ -276,6 +278,7 @@ class Budget:
     def update(self, now: float, reading: Reading, holdings: Mapping[str, Holding], caches: int = 0) -> dict[str, int]:
         """One turn: the targets that changed. `caches` bytes the worker can drop without making anything worse."""
         self._observe(now, reading, holdings, caches)
+        self.giving_back = False
         if now - max(self._reversed_at, self._short_at) >= FORGIVE_SECONDS and self._quiet > QUIET_LEAST_SECONDS:
             self._quiet, self._reversed_at = max(QUIET_LEAST_SECONDS, self._quiet / 2), now
         if self._settled:
@@ -368,8 +371,9 @@ class Budget:
         due = self._short_at + self._quiet - self._now
         return f"growing again in {format_seconds(max(1, due))}" if due > 0 else "growing"
 
-    def statistics(self) -> Statistics:
+    def statistics(self, now: float) -> Statistics:
         """The controller's state in figures."""
+        self._now = max(self._now, now)
         return Statistics(
             self._reserved,
             self._conceded,
@@ -488,7 +492,7 @@ class Budget:
         if self._grew_last:
             self._quiet = min(QUIET_MOST_SECONDS, self._quiet * 2)
             self._reversed_at, self._grew_last = now, False
-        self._short_at = now
+        self._short_at, self.giving_back = now, True
         if missing <= 0:
             return {}
         models = self._automatic()

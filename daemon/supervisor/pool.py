@@ -10,7 +10,7 @@ from .worth import Piece
 
 @dataclass(frozen=True)
 class Claim:
-    """One model's part in the pool: it gets at least `least` bytes and at most `most`; `weight` multiplies its gains."""
+    """One model's part in the pool, at least `least` bytes and at most `most`; `weight` multiplies its gains."""
 
     least: int
     most: int

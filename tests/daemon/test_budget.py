@@ -350,13 +350,15 @@ def test_what_is_yielded_is_left_free_until_it_ends():
     machine.tick()
     machine.tick()
     assert machine.available >= RESERVE + 2 * GB
-    assert machine.budget.statistics().yielded == 2 * GB
+    assert machine.budget.statistics(machine.now).yielded == 2 * GB
     assert machine.budget.reason("a").startswith("2.0 GB yielded for another 30 s")
     machine.run(29)
     assert machine.available >= RESERVE + 2 * GB
     machine.run(30)
     assert machine.resident["a"] == pytest.approx(5 * GB, abs=DEAD_BAND)
-    assert machine.budget.statistics() == Statistics(RESERVE, 0, machine.resident["a"], machine.available, 2.0, 0.0)
+    assert machine.budget.statistics(machine.now) == Statistics(
+        RESERVE, 0, machine.resident["a"], machine.available, 2.0, 0.0
+    )
     machine.budget.concede(2 * GB, math.inf)
     machine.run(1)
     machine.budget.concede(0, 0)
@@ -394,7 +396,7 @@ def test_on_battery_more_is_left_free():
     machine.battery = False
     machine.run(20)
     assert machine.available < RESERVE + DEAD_BAND
-    assert machine.budget.statistics().quiet_seconds == QUIET_LEAST_SECONDS
+    assert machine.budget.statistics(machine.now).quiet_seconds == QUIET_LEAST_SECONDS
 
 
 def test_being_swapped_out_is_an_emergency():
@@ -492,10 +494,10 @@ def test_the_quiet_time_doubles_with_each_reversal_and_recovers():
     busy = Machine(10 * GB, lambda now, _: 4_500 * MB if now < 900 and now % 90 < 45 else 2 * GB)
     busy.load("a", 100 * MB, 5 * GB)
     busy.run(900)
-    assert busy.budget.statistics().quiet_seconds > 8 * QUIET_LEAST_SECONDS
-    assert busy.budget.statistics().quiet_seconds <= QUIET_MOST_SECONDS
+    assert busy.budget.statistics(busy.now).quiet_seconds > 8 * QUIET_LEAST_SECONDS
+    assert busy.budget.statistics(busy.now).quiet_seconds <= QUIET_MOST_SECONDS
     busy.run(7 * FORGIVE_SECONDS)
-    assert busy.budget.statistics().quiet_seconds == QUIET_LEAST_SECONDS
+    assert busy.budget.statistics(busy.now).quiet_seconds == QUIET_LEAST_SECONDS
 
 
 NEIGHBOURS = st.integers(0, 20 * GB)
