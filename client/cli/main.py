@@ -12,6 +12,7 @@ import click
 
 from ...formats.errors import EbbflowError, InternalError
 from .add import add
+from .give import pause, resume, yield_memory
 from .models import list_models, rm, show
 from .output import note
 from .ps import ps
@@ -82,7 +83,7 @@ def main() -> None:
     """Runs local language models inside whatever memory the machine can spare right now."""
 
 
-for command in (serve, stop, status, add, list_models, show, rm, run, ps, resize):
+for command in (serve, stop, status, add, list_models, show, rm, run, ps, resize, yield_memory, pause, resume):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from .output import json_option, note, write_fields, write_json
 @click.command()
 @click.option("--idle-seconds", metavar="N", help="Stop the worker after N seconds without a request.")
 @click.option("--reserve", metavar="SIZE", help="Memory to leave to everything else, for example 1GB.")
+@click.option("--battery-reserve", metavar="SIZE", help="Memory to leave free beyond that while on battery.")
 @click.option("--cap", metavar="SIZE", help="The most memory to use, whatever there is.")
 @click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
 def serve(**options: str | None) -> None:
@@ -66,4 +67,7 @@ def _fields(answer: Status) -> list[tuple[str, str]]:
 def memory(answer: Status) -> str:
     """What memory there is, who says so, and what is left alone."""
     available = f"{format_size(answer.available_nbytes)} available ({answer.available_source})"
-    return f"{available}, {format_size(answer.reserve_nbytes)} of it left to everything else"
+    yielded = format_size(answer.yielded_nbytes)
+    still = f" ({yielded} for another {format_seconds(answer.yield_seconds)})" if answer.yielded_nbytes else ""
+    paused = "; paused" if answer.paused else ""
+    return f"{available}, {format_size(answer.reserve_nbytes)} of it left to everything else{still}{paused}"

@@ -75,6 +75,21 @@ class Engine:
         """Bytes of keys and values held."""
         return self._kv.statistics().nbytes
 
+    @property
+    def work_nbytes(self) -> int:
+        """Bytes of work space held."""
+        return self._network.work_nbytes
+
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes of it that `trim` would give back: none while a step is due, which would only make it again."""
+        return 0 if self.busy else self._network.cache_nbytes
+
+    def trim(self) -> None:
+        """Give back what is kept only to be faster next time."""
+        if not self.busy:
+            self._network.trim()
+
     def submit(self, request: Generate) -> list[EngineEvent]:
         """Accept a request, or answer at once with why not."""
         try:

@@ -106,7 +106,7 @@ class _Use:
     at: float = 0.0
 
     def now(self, now: float) -> float:
-        return self.count * 0.5 ** (max(0.0, now - self.at) / HALF_USE_SECONDS)
+        return self.count * math.exp2(-max(0.0, now - self.at) / HALF_USE_SECONDS)
 
 
 @dataclass(frozen=True)

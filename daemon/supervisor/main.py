@@ -42,6 +42,7 @@ class Options:
     reserve: int | None = None
     cap: int | None = None
     log_level: str = "info"
+    battery_reserve: int | None = None
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -49,6 +50,9 @@ def parse(arguments: Sequence[str]) -> Options:
     parser = argparse.ArgumentParser("ebbflow-daemon", description="Serves models within the memory there is.")
     parser.add_argument("--idle-seconds", type=float, default=300.0, help="stop the worker after this time unused")
     parser.add_argument("--reserve", metavar="SIZE", help="memory to leave free (5%% of it, 256MB to 1GB)")
+    parser.add_argument(
+        "--battery-reserve", metavar="SIZE", help="memory to leave free beyond that on battery (as much)"
+    )
     parser.add_argument("--cap", metavar="SIZE", help="the most memory to use, whatever there is")
     parser.add_argument("--log-level", choices=LEVELS, default="info")
     given = parser.parse_args(arguments)
@@ -56,7 +60,8 @@ def parse(arguments: Sequence[str]) -> Options:
         parser.error(f"--idle-seconds must be 0 or more, not {given.idle_seconds:g}")
     reserve = None if given.reserve is None else parse_size(given.reserve)
     cap = None if given.cap is None else parse_size(given.cap)
-    return Options(given.idle_seconds, reserve, cap, given.log_level)
+    battery = None if given.battery_reserve is None else parse_size(given.battery_reserve)
+    return Options(given.idle_seconds, reserve, cap, given.log_level, battery)
 
 
 def default_reserve(total: int) -> int:
@@ -71,7 +76,12 @@ def serve(options: Options, paths: Paths, launcher: Launcher) -> None:
     with locked(paths.lock), _signals() as signals, _outside(options, paths, launcher) as outside:
         reserve = default_reserve(outside.sensor.total()) if options.reserve is None else options.reserve
         server = Server(
-            outside, Library(paths.library), reserve=reserve, idle_seconds=options.idle_seconds, now=time.monotonic()
+            outside,
+            Library(paths.library),
+            reserve=reserve,
+            battery_reserve=reserve if options.battery_reserve is None else options.battery_reserve,
+            idle_seconds=options.idle_seconds,
+            now=time.monotonic(),
         )
         log.info("serving on %s, leaving %s free", paths.clients, format_size(reserve))
         while not server.finished:

@@ -31,12 +31,13 @@ def main() -> None:
     from ...formats.messages import Ready
     from ...kernels.threads import set_threads
     from ..channel import Child
+    from ..mapping import private_nbytes
     from .loop import Loop
 
     channel = Child(address, identity)
     try:
         loop = Loop(channel, set_threads(), time.monotonic)
-        channel.send(Ready(pid=os.getpid()))
+        channel.send(Ready(pid=os.getpid(), private_nbytes=private_nbytes()))
         while loop.turn():
             pass
     finally:

@@ -26,6 +26,7 @@ from ...formats.messages import (
     Resized,
     SetTarget,
     ToWorker,
+    Trim,
     UnloadModel,
     failure,
 )
@@ -74,8 +75,11 @@ class Loop:
             self._handle(message)
         if [name for name, served in self._models.items() if self._move(name, served)]:
             self._report()  # before the step, which may take a while: the budget waits for this
+        busy = any(served.engine.busy for served in self._models.values())
         self._step_next()
         idle = active and not any(served.engine.busy for served in self._models.values())
+        if idle and busy:
+            _return_freed()
         if idle or (active and self._clock() - self._reported >= REPORT_SECONDS):
             self._report()
         return self._running
@@ -88,6 +92,8 @@ class Loop:
                 self._unload(message.model)
             case SetTarget():
                 self._aim(message)
+            case Trim():
+                self._trim()
             case Generate():
                 self._submit(message)
             case Cancel():
@@ -123,8 +129,13 @@ class Loop:
         self._answer(name, served)
         served.close()
         del served
-        # glibc keeps what numpy freed until it is asked for it
-        ctypes.CDLL(None).malloc_trim(0)
+        _return_freed()
+        self._report()
+
+    def _trim(self) -> None:
+        for served in self._models.values():
+            served.engine.trim()
+        _return_freed()
         self._report()
 
     def _aim(self, message: SetTarget) -> None:
@@ -204,3 +215,8 @@ class Loop:
     def _report(self) -> None:
         self._reported = self._clock()
         self._line.send(Report(models=tuple(served.residency(name) for name, served in self._models.items())))
+
+
+def _return_freed() -> None:
+    """Give the system what numpy freed: glibc keeps it until it is asked."""
+    ctypes.CDLL(None).malloc_trim(0)

@@ -90,6 +90,8 @@ class Served:
             base_nbytes=self.resident.stack.base_nbytes,
             target_nbytes=self.target_nbytes,
             kv_nbytes=self.engine.kv_nbytes,
+            work_nbytes=self.engine.work_nbytes,
+            cache_nbytes=self.engine.cache_nbytes,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             tokens_per_second=round(self.engine.tokens_per_second, 1) if scheduler.running else 0.0,

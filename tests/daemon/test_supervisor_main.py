@@ -22,8 +22,9 @@ def paths(tmp_path):
 
 def test_options():
     assert parse([]) == Options()
-    given = parse(["--idle-seconds", "5", "--reserve", "1GB", "--cap", "2GiB", "--log-level", "debug"])
-    assert given == Options(5.0, 10**9, 2**31, "debug")
+    limits = ["--reserve", "1GB", "--cap", "2GiB", "--battery-reserve", "2GB"]
+    given = parse(["--idle-seconds", "5", "--log-level", "debug", *limits])
+    assert given == Options(5.0, 10**9, 2**31, "debug", 2 * 10**9)
     with pytest.raises(InvalidSize):
         parse(["--cap", "much"])
     for wrong in (["--log-level", "loud"], ["--idle-seconds=-1"], ["--idle-seconds=nan"]):

@@ -8,9 +8,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
+from ebbflow.daemon.library.synthetic_stack import write_random_stack
 from ebbflow.daemon.mapping import Mapping
 
 from support.cgroups import measure
@@ -137,3 +139,23 @@ def test_trap_malloc_keeps_what_was_freed_until_the_model_is_unloaded(tmp_path: 
     assert found.near("filled", NBYTES)
     assert found["freed"] > NBYTES // 2  # why unloading trims
     assert found.near("trimmed", 0)
+
+
+SHAPE = msgspec.structs.replace(
+    TINY, vocab=4000, hidden=1024, layers=5, heads=8, kv_heads=4, head_dim=128, intermediate=4096, context=512
+)
+
+
+def test_the_kernel_moves_by_what_the_ledger_says(tmp_path: Path) -> None:
+    """Blocks, keys and values, work space: all that a model holds, and no more, each time something comes or goes."""
+    write_random_stack(SHAPE, tmp_path, "m", levels=3)
+    found = Found(measure("ledger", str(tmp_path / "m")))
+    moves = [name.removesuffix(" ours") for name in found if name.endswith(" ours")]
+    assert moves == ["grown", "shrunk", "running", "finished", "trimmed", "unloaded"]
+    for move in moves:
+        ours = found[f"{move} ours"]
+        assert abs(found[f"{move} kernel"] - ours) <= max(0.05 * abs(ours), 4 * MIB), (move, found)
+    assert found["grown ours"] > 15 * MIB
+    assert found["grown ours"] - found["shrunk ours"] > 5 * MIB
+    assert found["running ours"] - found["shrunk ours"] > 5 * MIB
+    assert found["trimmed ours"] <= found["shrunk ours"]
