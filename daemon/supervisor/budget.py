@@ -47,6 +47,7 @@ GROW_STEP_FRACTION: Final = 1 / 16  # of the full sizes of all models
 LOOK_SECONDS: Final = 0.05
 CALM_LOOK_SECONDS: Final = 0.25
 GROW_EVERY_SECONDS: Final = 0.25  # between two steps of one growth
+TRIM_SECONDS: Final = 0.2  # caches that were asked for are there by then: a step, and a look
 EVICT_EVERY_SECONDS: Final = 0.5  # an unloaded model's memory is there by then
 PATIENCE_SECONDS: Final = 1.0  # how long a change counts as under way before it is judged by what is there
 SLEEP_SECONDS: Final = 1.0  # suspended for longer, the machine is not what it was
@@ -141,6 +142,8 @@ class Budget:
     _reading: Reading = field(default_factory=lambda: Reading(0, ""))
     _read: bool = False
     _caches: int = 0
+    _trimmed: int = 0
+    _trimmed_at: float = float("-inf")
     _emergency: int = 0  # bytes of ours that were swapped out since the last look
     _slope: Slope = field(default_factory=Slope)
     _now: float = 0.0
@@ -416,6 +419,8 @@ class Budget:
     def _expected(self) -> int:
         """What will be available once what was asked for is back and others have taken what they are taking."""
         available = self._reading.available + self._asked_back - self._slope.coming
+        if self._now - self._trimmed_at < TRIM_SECONDS:
+            available += self._trimmed
         return min(available, self._reserved - self._emergency) if self._emergency else available
 
     @property
@@ -487,8 +492,10 @@ class Budget:
     # -- moving -----------------------------------------------------------------------------------------------------
 
     def _shrink(self) -> dict[str, int]:
-        now, missing = self._now, self._reserved + SHRINK_MARGIN - self._expected
-        missing -= self._caches  # they go first, and by the next look they have gone
+        now = self._now
+        if self._caches:  # they go first
+            self._trimmed, self._trimmed_at = self._caches, now
+        missing = self._reserved + SHRINK_MARGIN - self._expected
         if self._grew_last:
             self._quiet = min(QUIET_MOST_SECONDS, self._quiet * 2)
             self._reversed_at, self._grew_last = now, False

@@ -28,7 +28,7 @@ class Following:
         """Look, if it is time, and act on what is seen."""
         if not self._active or now < self._due:
             return
-        targets = self._budget.update(now, self._read(), self._worker.holdings(), self._worker.cache_nbytes)
+        targets = self._budget.update(now, self._read(), self._worker.holdings(), self._worker.cache_nbytes(now))
         if self._budget.giving_back:
             self._worker.trim(now)
         self._worker.tell(targets)

@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 
 READY_SECONDS: Final = 300.0
 START_ATTEMPTS: Final = 3  # in a row without `Ready`; after that every new request gets one attempt
+RUNTIME_NBYTES: Final = 110_000_000  # what a worker holds before it loads anything
 TRIM_SECONDS: Final = 1.0  # between two orders to give back what is kept for later
 
 Phase = Literal["absent", "starting", "ready", "leaving"]
@@ -113,10 +114,14 @@ class Worker:
             self._forward(request)
 
     def check_room(self, model: str) -> None:
-        """Raises `OutOfMemory` when the model is there and memory is too short for one request more."""
-        refusal = self._budget.refusal() if model in self._loaded else None
-        if refusal:
-            raise refusal
+        """Raises `OutOfMemory` when memory is too short for one request more, or for the model that it needs."""
+        if model in self._loaded:
+            refusal = self._budget.refusal()
+            if refusal:
+                raise refusal
+        else:
+            needed = self._library.get(model).base_nbytes + (0 if self._phase == "ready" else RUNTIME_NBYTES)
+            self._budget.make_room(model, needed, self._read(), self.idle())
 
     def resize(self, request: OpenRequest, message: Resize, terms: Terms) -> None:
         """Change a model's terms (which were checked); answered by the worker if it holds the model, else here."""
@@ -323,9 +328,10 @@ class Worker:
         """Whether there is anything to follow memory with."""
         return self._phase == "ready" and bool(self._loaded)
 
-    @property
-    def cache_nbytes(self) -> int:
-        """Bytes that the worker could give back without making anything worse, as it last said."""
+    def cache_nbytes(self, now: float) -> int:
+        """Bytes that the worker could give back without making anything worse, unless it was just asked for them."""
+        if now - self._trimmed_at < TRIM_SECONDS:
+            return 0
         return sum(residency.cache_nbytes for residency in self._loaded.values() if residency)
 
     def holdings(self) -> dict[str, Holding]:

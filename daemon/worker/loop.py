@@ -110,6 +110,9 @@ class Loop:
             self._models[message.model].aim(message.target_nbytes)
             self._report()
             return
+        for name, other in self._models.items():
+            if other.target < other.resident.blocks:
+                self._move(name, other)  # what others were just told to give is meant for this one
         try:
             served = Served(Path(message.folder), message.target_nbytes, self._threads, self._clock)
         except (EbbflowError, MemoryError) as error:
