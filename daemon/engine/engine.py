@@ -64,6 +64,7 @@ class Engine:
         self.scheduler = Scheduler(self._kv)
         self.pace = Pace()
         self.tokens_per_second = 0.0
+        self.step_seconds = 0.0  # of the last step
 
     @property
     def busy(self) -> bool:
@@ -134,7 +135,7 @@ class Engine:
             events += self._take(self._jobs[piece.sequence.key], logits[row])
         for piece in pieces:
             piece.sequence.computed = piece.start + piece.count
-        seconds = self._clock() - began
+        self.step_seconds = seconds = self._clock() - began
         self.pace.record(sum(piece.count for piece in pieces), seconds)
         if len(logits):
             self.tokens_per_second += 0.2 * (len(logits) / max(seconds, 1e-9) - self.tokens_per_second)

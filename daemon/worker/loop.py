@@ -36,6 +36,8 @@ from .served import Served
 log = logging.getLogger(__name__)
 
 GROW_SECONDS: Final = 0.025  # per step while requests run: the step target keeps room for it
+GROW_SHARE: Final = 1 / 3  # of a step's time where that is more, up to
+GROW_MOST_SECONDS: Final = 0.05  # which a shrink that arrives meanwhile has to wait
 IDLE_GROW_SECONDS: Final = 0.1  # while nothing runs: how long a message may have to wait
 REPORT_SECONDS: Final = 0.5
 IDLE_SECONDS: Final = 5.0
@@ -168,9 +170,10 @@ class Loop:
             self._tell(served.engine.cancel(key))
 
     def _move(self, name: str, served: Served) -> bool:
+        between = min(max(GROW_SECONDS, GROW_SHARE * served.engine.step_seconds), GROW_MOST_SECONDS)
         idle = not served.engine.scheduler.running
         try:
-            moved = served.move(IDLE_GROW_SECONDS if idle else GROW_SECONDS)
+            moved = served.move(IDLE_GROW_SECONDS if idle else between)
         except EbbflowError as error:
             log.warning("%s stays at %d bytes: %s", name, served.resident.nbytes, error)
             if served.waiting is not None:

@@ -546,8 +546,9 @@ def test_beside_a_steady_neighbour_it_settles_and_stays(before, after, sizes, la
     pause=st.floats(0.2, 10),
     hold=st.floats(0.2, 30),
     lag=st.integers(0, 3),
+    tick=st.sampled_from([0.05, TICK]),
 )
-def test_a_neighbour_that_reacts_to_us_cannot_make_it_swing(threshold, bite, pause, hold, lag):
+def test_a_neighbour_that_reacts_to_us_cannot_make_it_swing_nor_starve_it(threshold, bite, pause, hold, lag, tick):
     """It takes a bite when more than `threshold` is free, and gives it back after `hold` seconds."""
     state = {"held": 0, "at": 0.0}
 
@@ -558,12 +559,17 @@ def test_a_neighbour_that_reacts_to_us_cannot_make_it_swing(threshold, bite, pau
             state.update(held=bite, at=now)
         return state["held"]
 
-    machine = Machine(6 * GB, neighbour, lag=lag)
-    machine.load("a", 100 * MB, 6 * GB)
-    seconds = 600
+    machine = Machine(6 * GB, neighbour, lag=lag, tick_seconds=tick)
+    machine.load("a", 100 * MB, 3 * GB)
+    machine.load("b", 100 * MB, 3 * GB)
+    seconds = 300
     machine.run(seconds)
     doublings = math.ceil(math.log2(QUIET_MOST_SECONDS / QUIET_LEAST_SECONDS))
     assert machine.reversals() <= 2 * doublings + seconds / QUIET_MOST_SECONDS
+    assert all(machine.resident[name] >= 100 * MB for name in "ab")
+    machine.neighbour, machine.tick_seconds = steady(0), TICK
+    machine.run(2 * QUIET_MOST_SECONDS)
+    assert machine.available <= RESERVE + DEAD_BAND, "it grows in the end"
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
