@@ -52,8 +52,10 @@ from .adding import Adding
 from .budget import Budget
 from .checks import changed_terms, check_generate, check_terms, check_yield
 from .children import Launcher, Ward
+from .demand import Demand
 from .following import Following
 from .library import Library, detail
+from .outlook import Outlook
 from .reading import Reading
 from .requests import OpenRequest, Requests
 from .sensor import Sensor
@@ -98,7 +100,7 @@ class Server:
         self._stopping = False
         self._finished = False
         self.requests = Requests(self._clients.send)
-        self.budget = Budget(reserve, battery_reserve, read_terms(library.root))
+        self.budget = Budget(Outlook(reserve, battery_reserve), Demand(read_terms(library.root)))
         most = self._sensor.total() - reserve
         self.adding = Adding(outside.launcher, self.requests, library, self._spare_nbytes, most)
         self.worker = Worker(
@@ -225,10 +227,10 @@ class Server:
                 self.adding.check(message)
                 self.adding.add(self.requests.open(client, message, now), message, now)
             case Resize():
-                terms = changed_terms(self.budget.terms_of(message.model), message)
+                terms = changed_terms(self.budget.demand.of(message.model), message)
                 check_terms(terms, self._library.get(message.model))
                 self.worker.resize(self.requests.open(client, message, now), message, terms)
-                write_terms(self._library.root, self.budget.terms)
+                write_terms(self._library.root, self.budget.demand.terms)
             case Shutdown():
                 self.requests.open(client, message, now)
                 if not self._stopping:
@@ -263,10 +265,10 @@ class Server:
         if waiting:
             raise ModelBusy(f"{waiting} requests use {model}; wait for them or cancel them")
         self._library.remove(model)
-        known = model in self.budget.terms
+        known = model in self.budget.demand.terms
         self.worker.unload(model)
         if known:
-            write_terms(self._library.root, self.budget.terms)
+            write_terms(self._library.root, self.budget.demand.terms)
 
     def _see_to_clients(self, now: float) -> None:
         """Close what is open for clients that are gone or do not read."""

@@ -107,7 +107,7 @@ class Worker:
 
     def generate(self, request: OpenRequest, now: float) -> None:
         """Have a generation done, by a worker started for it if need be. `check_room` was called."""
-        self._budget.use(request.model, now)
+        self._budget.demand.use(request.model, now)
         if self._phase == "absent":
             self._start(now)
         if self._phase == "ready":
@@ -311,7 +311,7 @@ class Worker:
     def _explain(self, residency: Residency) -> Residency:
         if self._budget.target(residency.model) is None:
             return residency
-        terms, reason = self._budget.terms_of(residency.model), self._budget.reason(residency.model)
+        terms, reason = self._budget.demand.of(residency.model), self._budget.reason(residency.model)
         return msgspec.structs.replace(
             residency,
             wish=terms.size,

@@ -13,16 +13,17 @@ from hypothesis import strategies as st
 
 from ebbflow.daemon.supervisor.budget import (
     DEAD_BAND,
-    FORGIVE_SECONDS,
     GROW_STEP_LEAST,
-    OOM_FACTOR,
-    QUIET_LEAST_SECONDS,
-    QUIET_MOST_SECONDS,
     SHRINK_MARGIN,
     Budget,
     Holding,
     Statistics,
 )
+from ebbflow.daemon.supervisor.demand import OOM_FACTOR
+from ebbflow.daemon.supervisor.outlook import Outlook
+from ebbflow.daemon.supervisor.quiet import FORGIVE_SECONDS
+from ebbflow.daemon.supervisor.quiet import LEAST_SECONDS as QUIET_LEAST_SECONDS
+from ebbflow.daemon.supervisor.quiet import MOST_SECONDS as QUIET_MOST_SECONDS
 from ebbflow.daemon.supervisor.reading import Reading
 from ebbflow.daemon.supervisor.terms import Terms
 from ebbflow.formats.errors import OutOfMemory, Unsupported
@@ -41,7 +42,7 @@ class Machine:
 
     total: int
     neighbour: Callable[[float, int], int]
-    budget: Budget = field(default_factory=lambda: Budget(RESERVE))
+    budget: Budget = field(default_factory=lambda: Budget(Outlook(RESERVE)))
     rate: int = 200 * MB
     block: int = 1
     lag: int = 0  # ticks before the worker hears of a target
@@ -130,7 +131,7 @@ def step(when: float, before: int, after: int) -> Callable[[float, int], int]:
 
 @pytest.mark.parametrize(("available", "target"), [(10 * GB, 2 * GB), (2 * GB, GB), (1_500 * MB, 500 * MB)])
 def test_a_first_load_takes_what_is_left_and_at_least_its_base(available, target):
-    assert Budget(RESERVE).load("a", 500 * MB, 2 * GB, Reading(available, "")) == {"a": target}
+    assert Budget(Outlook(RESERVE)).load("a", 500 * MB, 2 * GB, Reading(available, "")) == {"a": target}
 
 
 def test_a_second_model_shares_with_the_first_but_makes_nothing_grow():
@@ -145,21 +146,21 @@ def test_a_second_model_shares_with_the_first_but_makes_nothing_grow():
 
 
 def test_a_wish_is_kept_whatever_the_memory():
-    budget = Budget(RESERVE)
-    budget.set_wish("a", SizeWish(fraction=0.5))
+    budget = Budget(Outlook(RESERVE))
+    budget.set_terms("a", Terms(size=SizeWish(fraction=0.5)))
     assert budget.load("a", 100, 1000, Reading(2 * GB, "")) == {"a": 500}
     for now in range(10):
         assert budget.update(now, Reading(0, ""), {"a": Holding(500, 500)}) == {}
     assert budget.reason("a") == "asked for 50%"
-    budget.set_wish("a", SizeWish(nbytes=300))
-    assert (budget.target("a"), budget.wish("a")) == (300, SizeWish(nbytes=300))
-    budget.set_wish("a", SizeWish(nbytes=5))
+    budget.set_terms("a", Terms(size=SizeWish(nbytes=300)))
+    assert (budget.target("a"), budget.demand.size("a")) == (300, SizeWish(nbytes=300))
+    budget.set_terms("a", Terms(size=SizeWish(nbytes=5)))
     assert budget.target("a") == 100
 
 
 def test_fixed_models_are_not_shrunk_for_automatic_ones():
     machine = Machine(6 * GB, step(10, 0, 4 * GB))
-    machine.budget.set_wish("fixed", SizeWish(nbytes=GB))
+    machine.budget.set_terms("fixed", Terms(size=SizeWish(nbytes=GB)))
     machine.load("fixed", 100 * MB, 2 * GB)
     machine.load("free", 100 * MB, 2 * GB)
     machine.run(9)
@@ -170,18 +171,18 @@ def test_fixed_models_are_not_shrunk_for_automatic_ones():
 
 
 def test_wishes_outlive_workers_and_leave_with_the_model():
-    budget = Budget(RESERVE)
-    budget.set_wish("a", SizeWish(nbytes=300))
+    budget = Budget(Outlook(RESERVE))
+    budget.set_terms("a", Terms(size=SizeWish(nbytes=300)))
     budget.load("a", 100, 1000, Reading(10 * GB, ""))
     budget.worker_gone(0, False)
     assert budget.target("a") is None
     assert budget.load("a", 100, 1000, Reading(10 * GB, "")) == {"a": 300}
     budget.forget("a")
-    assert budget.wish("a") == AUTO
+    assert budget.demand.size("a") == AUTO
 
 
 def test_after_an_oom_kill_the_next_load_is_smaller_and_growth_is_slow():
-    budget = Budget(RESERVE)
+    budget = Budget(Outlook(RESERVE))
     budget.load("a", 100, 1000, Reading(10 * GB, ""))
     budget.worker_gone(5.0, True)
     assert budget.load("a", 100, 1000, Reading(10 * GB, "")) == {"a": 800}
@@ -193,20 +194,20 @@ def test_after_an_oom_kill_the_next_load_is_smaller_and_growth_is_slow():
 
 
 def test_a_wish_that_got_the_worker_killed_is_cut_until_asked_again():
-    budget = Budget(RESERVE)
-    budget.set_wish("a", SizeWish(nbytes=1000))
+    budget = Budget(Outlook(RESERVE))
+    budget.set_terms("a", Terms(size=SizeWish(nbytes=1000)))
     budget.load("a", 900, 2000, Reading(10 * GB, ""))
     budget.worker_gone(5.0, True)
     assert budget.load("a", 900, 2000, Reading(10 * GB, "")) == {"a": max(900, int(OOM_FACTOR * 1000))}
     assert "kernel killed" in budget.reason("a")
-    budget.set_wish("a", SizeWish(nbytes=1000))
+    budget.set_terms("a", Terms(size=SizeWish(nbytes=1000)))
     assert budget.target("a") == 1000
     assert budget.reason("a") == "asked for 1.0 kB"
 
 
 def test_a_size_that_does_not_fit_comes_as_far_as_it_fits_and_the_rest_later():
     machine = Machine(6 * GB, step(20, 4 * GB, GB))
-    machine.budget.set_wish("a", SizeWish(nbytes=3 * GB))
+    machine.budget.set_terms("a", Terms(size=SizeWish(nbytes=3 * GB)))
     machine.load("a", 500 * MB, 4 * GB)
     machine.run(10)
     assert machine.resident["a"] == GB
@@ -214,11 +215,11 @@ def test_a_size_that_does_not_fit_comes_as_far_as_it_fits_and_the_rest_later():
     machine.run(60)
     assert machine.resident["a"] == 3 * GB
     assert machine.budget.reason("a") == "asked for 3.0 GB"
-    machine.budget.set_wish("a", SizeWish(nbytes=4 * GB))
+    machine.budget.set_terms("a", Terms(size=SizeWish(nbytes=4 * GB)))
     assert machine.budget.target("a") == 4 * GB
     machine.neighbour = steady(2 * GB)
     machine.tick()
-    machine.budget.set_wish("a", SizeWish(nbytes=4 * GB))
+    machine.budget.set_terms("a", Terms(size=SizeWish(nbytes=4 * GB)))
     assert machine.budget.target("a") <= 6 * GB - 2 * GB - RESERVE + machine.rate
 
 
@@ -226,8 +227,8 @@ def test_a_size_that_does_not_fit_comes_as_far_as_it_fits_and_the_rest_later():
 
 
 def test_a_model_whose_base_does_not_fit_is_refused_and_may_be_asked_again():
-    budget = Budget(RESERVE)
-    with pytest.raises(OutOfMemory, match="500 MB for its base, of which 400 MB can be had"):
+    budget = Budget(Outlook(RESERVE))
+    with pytest.raises(OutOfMemory, match="500 MB to begin with, of which 400 MB can be had"):
         budget.make_room("a", 500 * MB, Reading(1_400 * MB, "cap"), [])
     assert OutOfMemory.retryable
     assert budget.make_room("a", 500 * MB, Reading(1_500 * MB, "cap"), []) == []
@@ -238,7 +239,7 @@ def test_models_make_room_down_to_their_least_and_then_idle_ones_go_least_worth_
     for name in "abc":
         machine.load(name, 400 * MB, 800 * MB)
         machine.run(2)
-    machine.budget.use("a", machine.now)
+    machine.budget.demand.use("a", machine.now)
     machine.budget.set_terms("b", Terms(priority=0.5))
     room = {idle: machine.budget.make_room("new", 800 * MB, machine.reading(), idle) for idle in ("", "ab", "abc")}
     assert room == {"": [], "ab": [], "abc": []}
@@ -253,8 +254,8 @@ def test_below_all_bases_idle_models_go_one_at_a_time_and_requests_are_refused()
     for name in "abc":
         machine.load(name, 300 * MB, 900 * MB)
         machine.run(1)
-    machine.budget.use("a", machine.now)
-    machine.budget.use("c", machine.now)
+    machine.budget.demand.use("a", machine.now)
+    machine.budget.demand.use("c", machine.now)
     assert machine.budget.evict("abc") is None
     assert machine.budget.refusal() is None
     machine.run(9)
@@ -275,10 +276,10 @@ def test_below_all_bases_idle_models_go_one_at_a_time_and_requests_are_refused()
 
 
 def test_where_memory_cannot_be_followed_only_sizes_are_served():
-    budget, blind = Budget(RESERVE), Reading(10 * GB, "", fixed_only=True)
+    budget, blind = Budget(Outlook(RESERVE)), Reading(10 * GB, "", fixed_only=True)
     with pytest.raises(Unsupported, match="ebb resize a"):
         budget.make_room("a", 100, blind, [])
-    budget.set_wish("a", SizeWish(nbytes=300))
+    budget.set_terms("a", Terms(size=SizeWish(nbytes=300)))
     assert budget.make_room("a", 100, blind, []) == []
 
 
@@ -329,7 +330,7 @@ def test_bytes_move_to_the_model_that_is_used_and_then_stay():
     machine.run(20)
     assert machine.resident["a"] == pytest.approx(machine.resident["b"], abs=4 * DEAD_BAND)
     for _ in range(20):
-        machine.budget.use("b", machine.now)
+        machine.budget.demand.use("b", machine.now)
         machine.run(3)
     assert machine.resident["b"] > machine.resident["a"] + 300 * MB
     moves = len(machine.moves)
@@ -369,7 +370,7 @@ def test_what_is_yielded_is_left_free_until_it_ends():
 def test_paused_models_are_at_their_least_and_idle_ones_go():
     machine = Machine(6 * GB, steady(0))
     machine.budget.set_terms("b", Terms(floor=300 * MB))
-    machine.budget.set_wish("c", SizeWish(nbytes=500 * MB))
+    machine.budget.set_terms("c", Terms(size=SizeWish(nbytes=500 * MB)))
     for name in "abc":
         machine.load(name, 100 * MB, GB)
     machine.run(5)
@@ -386,7 +387,7 @@ def test_paused_models_are_at_their_least_and_idle_ones_go():
 
 
 def test_on_battery_more_is_left_free():
-    machine = Machine(6 * GB, steady(0), budget=Budget(RESERVE, battery_reserve=GB))
+    machine = Machine(6 * GB, steady(0), budget=Budget(Outlook(RESERVE, GB)))
     machine.load("a", 100 * MB, 8 * GB)
     machine.run(10)
     machine.battery = True
@@ -481,14 +482,14 @@ def test_a_worker_that_is_slow_to_drop_is_not_asked_twice():
 
 
 def test_caches_go_before_blocks_and_are_measured_before_more_is_asked():
-    budget, full = Budget(RESERVE), {"a": Holding(5 * GB, 5 * GB)}
+    budget, full = Budget(Outlook(RESERVE)), {"a": Holding(5 * GB, 5 * GB)}
     budget.load("a", 100 * MB, 5 * GB, Reading(10 * GB, ""))
     low = Reading(RESERVE - 10 * MB, "")
     assert budget.update(0.0, low, full, caches=100 * MB) == {}
     assert budget.giving_back
     assert budget.update(0.1, low, full) == {}
     assert budget.update(0.3, low, full) == {"a": 5 * GB - 10 * MB - SHRINK_MARGIN}  # they never came
-    budget = Budget(RESERVE)
+    budget = Budget(Outlook(RESERVE))
     budget.load("a", 100 * MB, 5 * GB, Reading(10 * GB, ""))
     low = Reading(RESERVE - 200 * MB, "")
     assert budget.update(0.0, low, full, caches=50 * MB) == {"a": 5 * GB - 150 * MB - SHRINK_MARGIN}
@@ -497,7 +498,7 @@ def test_caches_go_before_blocks_and_are_measured_before_more_is_asked():
 
 
 def test_a_worker_that_never_answers_is_asked_again():
-    budget = Budget(RESERVE)
+    budget = Budget(Outlook(RESERVE))
     budget.load("a", 100 * MB, 5 * GB, Reading(10 * GB, ""))
     low = Reading(RESERVE - 100 * MB, "")
     targets = [budget.update(now / 5, low, {"a": Holding(5 * GB, 5 * GB)}) for now in range(8)]
@@ -636,7 +637,7 @@ def test_whatever_comes_limits_hold_and_no_more_is_promised_than_there_is(plan, 
         machine.run(0.5)
     for (seconds, wanted), used in zip(plan, [*uses, *plan], strict=False):  # noqa: B007 - the neighbour reads it
         if isinstance(used, str):
-            machine.budget.use(used, machine.now)
+            machine.budget.demand.use(used, machine.now)
         for _ in range(20 * seconds):
             before, targets = machine.available, dict(machine.targets)
             machine.tick()

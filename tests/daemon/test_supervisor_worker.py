@@ -498,7 +498,6 @@ def test_an_idle_model_makes_room_for_one_that_is_asked(house, client):
     worker.say(*both(*(SetTarget(model=model, target_nbytes=GB // 5) for model in held)))
     house.turn(0.1)
     worker.hear()
-    house.server.budget.set_terms("demo", house.server.budget.terms_of("demo"))
     client.say(generate(7, "third"))
     house.turn()
     orders = worker.hear()
@@ -573,7 +572,7 @@ def test_terms_that_cannot_be(house, client, ask, code):
     client.say(ask)
     house.turn()
     assert failures(client.hear()) == [(1, code)]
-    assert house.server.budget.terms == {}
+    assert house.server.budget.demand.terms == {}
 
 
 def test_terms_are_kept_over_a_restart_and_forgotten_with_the_model(house, client, tmp_path):
@@ -583,7 +582,7 @@ def test_terms_are_kept_over_a_restart_and_forgotten_with_the_model(house, clien
     wanted = {"demo": Terms(floor=300 * MB, cap=600 * MB, priority=2.0)}
     assert read_terms(tmp_path) == wanted
     with contextlib.closing(House(tmp_path)) as again:
-        assert again.server.budget.terms == wanted
+        assert again.server.budget.demand.terms == wanted
         other = again.client()
         _, load, _ = begin(again, other)
         assert load.target_nbytes == 600 * MB
