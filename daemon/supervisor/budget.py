@@ -34,7 +34,9 @@ from .worth import Piece, pieces
 
 # Thresholds on available memory, ascending. Bytes; R is the reserve, with what was yielded and what a battery adds.
 #
-#   below R                 shrink at once, up to R + SHRINK_MARGIN; when all are at their least, the steps above
+#   below reserve / 2       when all are at their least, admit no new request
+#   below R                 shrink at once, up to R + SHRINK_MARGIN; when all are at their least, stop the job, and then
+#                           unload idle models; load none whose base does not fit
 #   R .. R + DEAD_BAND      change nothing; a job that was stopped goes on from R + DEAD_BAND / 2
 #   above R + DEAD_BAND     grow after a quiet time, down to R + DEAD_BAND / 2
 #   above R + CALM          look less often
@@ -225,6 +227,9 @@ class Budget:
         self._observe(now, reading, holdings)
         self.giving_back = False
         if self.paused:
+            if self.short:
+                self.giving_back = True
+                self._quiet.short(now)
             least = {name: self._limits(name)[0] for name in self._automatic()}
             return self._retarget({name: min(self._models[name].target, low) for name, low in least.items()})
         if self.short:
@@ -265,7 +270,7 @@ class Budget:
 
     def refusal(self) -> OutOfMemory | None:
         """Why a new request cannot be admitted now, if it cannot."""
-        if not self.strangled or not self._models:
+        if not self.strangled or not self._models or self.outlook.expected >= self.outlook.reserve // 2:
             return None
         return OutOfMemory(
             f"{self.outlook.describe_shortage()} and the models are at their least; try again in a moment, or end "

@@ -250,7 +250,7 @@ def test_models_make_room_down_to_their_least_and_then_idle_ones_go_least_worth_
 
 
 def test_below_all_bases_idle_models_go_one_at_a_time_and_requests_are_refused():
-    machine = Machine(4 * GB, step(10, 0, 2_500 * MB))
+    machine = Machine(4 * GB, step(10, 0, 2_700 * MB))
     for name in "abc":
         machine.load(name, 300 * MB, 900 * MB)
         machine.run(1)
@@ -268,6 +268,7 @@ def test_below_all_bases_idle_models_go_one_at_a_time_and_requests_are_refused()
     machine.unload("b")
     machine.run(1)
     assert machine.budget.strangled
+    assert machine.budget.refusal() is None  # half of the reserve is there
     assert machine.budget.evict("c") == "c"
     machine.unload("c")
     machine.run(1)
