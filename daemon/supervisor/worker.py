@@ -356,7 +356,7 @@ class Worker:
 
     def evict(self, model: str) -> int:
         """Unload a model that nobody waits for; its bytes that are free when the worker has heard it."""
-        log.info("unloading %s: memory is short", model)
+        log.info("unloading %s: its memory is wanted elsewhere", model)
         self._loaded.pop(model, None)
         self._say(UnloadModel(model=model))
         return self._budget.unload(model)
