@@ -16,7 +16,7 @@ from ..formats.messages import Finished, ModelDetail, ModelSummary, Progress, Re
 from ..formats.units import SizeWish
 from . import asks
 from .address import open_channel
-from .asks import AddOptions, Ask, Piece, Reader, Result, SamplingOptions, Turn
+from .asks import AddOptions, Ask, Piece, Reader, Result, SamplingOptions, Terms, Turn
 from .channel import Channel
 from .exchange import Lease, Reply, Sink
 
@@ -187,9 +187,24 @@ class AsyncClient:
         """Delete a model from the library."""
         await self._answer(asks.remove(model))
 
-    async def resize(self, model: str, size: str | SizeWish) -> Resized:
-        """Set how much of a model may be resident: `300MB`, `60%` of its stack, or `auto`."""
-        return await self._answer(asks.resize(model, size))
+    async def resize(self, model: str, size: str | SizeWish, **terms: Unpack[Terms]) -> Resized:
+        """Set how much of a model may be resident: `300MB`, `60%` of its stack, or `auto`.
+
+        An automatic size stays between `floor` and `cap`; `priority` multiplies what the model's bytes are worth.
+        """
+        return await self._answer(asks.resize(model, size, terms))
+
+    async def yield_memory(self, size: str | int, duration: str | float = "1h") -> None:
+        """Leave so much more memory free, for `20m` or so many seconds; 0 bytes ends it."""
+        await self._answer(asks.yield_memory(size, duration))
+
+    async def pause(self) -> None:
+        """Hold automatic models at their least, and unload idle ones, until `resume`."""
+        await self._answer(asks.pause())
+
+    async def resume(self) -> None:
+        """End `pause`."""
+        await self._answer(asks.resume())
 
     async def status(self) -> Status:
         """The daemon, its processes and what they hold."""

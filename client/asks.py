@@ -30,21 +30,24 @@ from ..formats.messages import (
     ModelDetail,
     ModelList,
     ModelSummary,
+    Pause,
     Ping,
     Progress,
     RemoveModel,
     Request,
     Resize,
     Resized,
+    Resume,
     Sampling,
     ShowModel,
     Shutdown,
     Started,
     Status,
     Terminal,
+    YieldMemory,
 )
 from ..formats.paths import check_name
-from ..formats.units import SizeWish, parse_wish
+from ..formats.units import SizeWish, parse_seconds, parse_size, parse_wish
 from .exchange import Reply, Watch
 
 Piece = TypeVar("Piece")
@@ -79,6 +82,14 @@ class AddOptions(TypedDict, total=False):
     order: str
     calibration: str | Path | None
     seed: int
+
+
+class Terms(TypedDict, total=False):
+    """Keyword arguments of `resize`, each left as it was when absent; see `Resize`. Sizes as in `300MB`, 0 for none."""
+
+    floor: str | int
+    cap: str | int
+    priority: float
 
 
 @dataclass(frozen=True)
@@ -280,10 +291,43 @@ def remove(model: str) -> Ask[None, None]:
     return Ask(lambda id_: RemoveModel(id=id_, model=model), _nothing, _done)
 
 
-def resize(model: str, size: str | SizeWish) -> Ask[None, Resized]:
-    """Set how much of a model may be resident. Raises `InvalidSize`."""
+def resize(model: str, size: str | SizeWish, terms: Terms) -> Ask[None, Resized]:
+    """Set how much of a model may be resident. Raises `InvalidSize`, or `InvalidRequest` for terms that are none."""
+    _check_names(terms, Terms)
     wish = size if isinstance(size, SizeWish) else parse_wish(size)
-    return Ask(lambda id_: Resize(id=id_, model=model, wish=wish), _nothing, _expect(Resized))
+    floor, cap, priority = terms.get("floor"), terms.get("cap"), terms.get("priority")
+    if not isinstance(priority, int | float | None):
+        raise InvalidRequest(f"a priority is a number, not {priority!r}")
+    request = Resize(
+        id=0,
+        model=model,
+        wish=wish,
+        floor_nbytes=None if floor is None else _nbytes(floor),
+        cap_nbytes=None if cap is None else _nbytes(cap),
+        priority=priority,
+    )
+    return Ask(lambda id_: msgspec.structs.replace(request, id=id_), _nothing, _expect(Resized))
+
+
+def _nbytes(size: str | int) -> int:
+    return size if isinstance(size, int) else parse_size(size)
+
+
+def yield_memory(size: str | int, duration: str | float) -> Ask[None, None]:
+    """Leave memory free for something else. Raises `InvalidSize` or `InvalidRequest`."""
+    nbytes = _nbytes(size)
+    seconds = parse_seconds(duration) if isinstance(duration, str) else float(duration)
+    return Ask(lambda id_: YieldMemory(id=id_, nbytes=nbytes, seconds=seconds), _nothing, _done)
+
+
+def pause() -> Ask[None, None]:
+    """Hold models at their least."""
+    return Ask(lambda id_: Pause(id=id_), _nothing, _done)
+
+
+def resume() -> Ask[None, None]:
+    """End `pause`."""
+    return Ask(lambda id_: Resume(id=id_), _nothing, _done)
 
 
 def status() -> Ask[None, Status]:

@@ -15,7 +15,7 @@ from ..formats.messages import ModelDetail, ModelSummary, Resized, Status
 from ..formats.units import SizeWish
 from . import asks
 from .address import open_channel
-from .asks import AddOptions, SamplingOptions, Turn
+from .asks import AddOptions, SamplingOptions, Terms, Turn
 from .exchange import Lease
 from .stream import ProgressStream, Stream, TextStream, answer
 
@@ -88,9 +88,24 @@ class Client:
         """Delete a model from the library."""
         answer(self._channel, asks.remove(model))
 
-    def resize(self, model: str, size: str | SizeWish) -> Resized:
-        """Set how much of a model may be resident: `300MB`, `60%` of its stack, or `auto`."""
-        return answer(self._channel, asks.resize(model, size))
+    def resize(self, model: str, size: str | SizeWish, **terms: Unpack[Terms]) -> Resized:
+        """Set how much of a model may be resident: `300MB`, `60%` of its stack, or `auto`.
+
+        An automatic size stays between `floor` and `cap`; `priority` multiplies what the model's bytes are worth.
+        """
+        return answer(self._channel, asks.resize(model, size, terms))
+
+    def yield_memory(self, size: str | int, duration: str | float = "1h") -> None:
+        """Leave so much more memory free, for `20m` or so many seconds; 0 bytes ends it."""
+        answer(self._channel, asks.yield_memory(size, duration))
+
+    def pause(self) -> None:
+        """Hold automatic models at their least, and unload idle ones, until `resume`."""
+        answer(self._channel, asks.pause())
+
+    def resume(self) -> None:
+        """End `pause`."""
+        answer(self._channel, asks.resume())
 
     def status(self) -> Status:
         """The daemon, its processes and what they hold."""

@@ -71,6 +71,8 @@ class Residency(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker holds of one model. All sizes in bytes; `reason` says why it is this size and not another.
 
     `arrived_nbytes`: how much of the stack is on disk, while its file is still arriving.
+    Beside the stack (`nbytes`) these are keys and values, the work space of steps, and of that the part that is kept
+    only so that the next step finds it (`cache_nbytes`). An automatic size stays between floor and cap (0: none).
     """
 
     model: str
@@ -87,6 +89,11 @@ class Residency(msgspec.Struct, frozen=True, kw_only=True):
     arrived_nbytes: int | None = None
     wish: SizeWish = AUTO
     reason: str = ""
+    work_nbytes: int = 0
+    cache_nbytes: int = 0
+    floor_nbytes: int = 0
+    cap_nbytes: int = 0
+    priority: float = 1.0
 
 
 class ProcessMemory(msgspec.Struct, frozen=True, kw_only=True):
@@ -199,11 +206,37 @@ class RemoveModel(Message, frozen=True):
 
 
 class Resize(Message, frozen=True):
-    """Set how much of a model may be resident; remembered if it is not loaded. Answered by `Resized`."""
+    """Set how much of a model may be resident; remembered if it is not loaded. Answered by `Resized`.
+
+    Absent terms stay as they are; a floor or cap of 0 is none. `priority` multiplies what the model's bytes are worth.
+    """
 
     id: int
     model: str
     wish: SizeWish
+    floor_nbytes: int | None = None
+    cap_nbytes: int | None = None
+    priority: float | None = None
+
+
+class YieldMemory(Message, frozen=True):
+    """Leave so many bytes more free for so many seconds; 0 bytes ends it. Answered by `Done`."""
+
+    id: int
+    nbytes: int
+    seconds: float = 3600.0
+
+
+class Pause(Message, frozen=True):
+    """Hold automatic models at their least, and unload idle ones, until `Resume`. Answered by `Done`."""
+
+    id: int
+
+
+class Resume(Message, frozen=True):
+    """End `Pause`. Answered by `Done`."""
+
+    id: int
 
 
 class GetStatus(Message, frozen=True):
@@ -219,7 +252,21 @@ class Shutdown(Message, frozen=True):
 
 
 JobRequest = AddModel | ImportModel | ExportModel
-Request = Ping | Generate | Cancel | ListModels | ShowModel | JobRequest | RemoveModel | Resize | GetStatus | Shutdown
+Request = (
+    Ping
+    | Generate
+    | Cancel
+    | ListModels
+    | ShowModel
+    | JobRequest
+    | RemoveModel
+    | Resize
+    | YieldMemory
+    | Pause
+    | Resume
+    | GetStatus
+    | Shutdown
+)
 
 
 # -- supervisor to client (and worker or job to supervisor) -------------------------------------------------------
@@ -324,7 +371,11 @@ class Resized(Message, frozen=True):
 
 
 class Status(Message, frozen=True):
-    """Terminal answer to `GetStatus`. Memory in bytes; `available_source` names what limits `available_nbytes`."""
+    """Terminal answer to `GetStatus`. Memory in bytes; `available_source` names what limits `available_nbytes`.
+
+    `reserve_nbytes` is what is left free now, of which `yielded_nbytes` for `yield_seconds` more. `runtime_nbytes` is
+    what the worker held before it loaded anything.
+    """
 
     id: int
     version: str
@@ -337,6 +388,10 @@ class Status(Message, frozen=True):
     processes: tuple[ProcessMemory, ...] = ()
     adding: tuple[str, ...] = ()
     total_nbytes: int = 0  # all the memory that this machine, or container, has
+    yielded_nbytes: int = 0
+    yield_seconds: float = 0.0
+    paused: bool = False
+    runtime_nbytes: int = 0
 
 
 class Done(Message, frozen=True):
@@ -374,11 +429,15 @@ class SetTarget(Message, frozen=True):
     id: int = 0
 
 
-class Resume(Message, frozen=True):
+class Continue(Message, frozen=True):
     """Go on with `request`, of which an earlier worker sampled the tokens `ids`, and their text is with the client."""
 
     request: Generate
     ids: tuple[int, ...]
+
+
+class Trim(Message, frozen=True):
+    """Give back what is kept only to be faster next time."""
 
 
 class Exit(Message, frozen=True):
@@ -386,9 +445,13 @@ class Exit(Message, frozen=True):
 
 
 class Ready(Message, frozen=True):
-    """A child's first words: it is connected and, for a worker, no request will meet the compiler."""
+    """A child's first words: it is connected and, for a worker, no request will meet the compiler.
+
+    `private_nbytes` is what the kernel says the process holds by itself, before any model.
+    """
 
     pid: int
+    private_nbytes: int = 0
 
 
 class LoadFailed(Message, frozen=True):
@@ -405,7 +468,7 @@ class Report(Message, frozen=True):
     models: tuple[Residency, ...]
 
 
-ToWorker = LoadModel | UnloadModel | SetTarget | Generate | Resume | Cancel | Exit
+ToWorker = LoadModel | UnloadModel | SetTarget | Trim | Generate | Continue | Cancel | Exit
 FromWorker = Ready | Progress | Report | LoadFailed | Resized | Started | Chunk | Finished | Failed
 FromJob = Ready | Progress | Added | Failed
 

@@ -8,7 +8,7 @@ from typing import Final
 
 import msgspec
 
-from .errors import InvalidSize
+from .errors import InvalidRequest, InvalidSize
 
 LARGEST: Final = 2**63 - 1
 
@@ -29,6 +29,8 @@ _FACTORS: Final = {
     "TIB": 2**40,
 }
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
+_TIME: Final = re.compile(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([smhd]?)\s*", re.ASCII | re.IGNORECASE)
+_SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _FRACTION: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*", re.ASCII)
 
 
@@ -95,6 +97,14 @@ def format_size(nbytes: int) -> str:
             return f"{sign}{size:.0f} {unit}" if unit == "B" or size >= 99.95 else f"{sign}{size:.1f} {unit}"
         size /= 1000
     return f"{sign}{size:.1f} TB"
+
+
+def parse_seconds(text: str) -> float:
+    """`90`, `45s`, `20m`, `1.5h`, `2d` -> seconds. Raises `InvalidRequest`."""
+    match = _TIME.fullmatch(text)
+    if match is None:
+        raise InvalidRequest(f"{text!r} is not a time; write for example 45s, 20m or 1.5h")
+    return float(match[1]) * _SECONDS[match[2].lower()]
 
 
 def format_seconds(seconds: float) -> str:

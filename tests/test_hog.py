@@ -69,6 +69,11 @@ def test_the_stack_gives_way_to_a_hog_and_comes_back(cgroup: Limited, daemon: Re
         until(lambda: len(pieces) > count or bool(failures), 30)
         hog.ask("free")
         until(lambda: resident(client) > shrunk + 150_000_000, 60)
+        client.pause()
+        until(lambda: all(m.nbytes == m.base_nbytes for m in client.status().models), 5)  # or unloaded, if it is idle
+        client.resume()
+        client.yield_memory("100MB", "1m")
+        assert (client.status().yielded_nbytes, client.status().paused) == (100_000_000, False)
         client.shutdown()
     asking.join()
     assert cgroup.oom_kills == 0

@@ -13,6 +13,7 @@ import click
 from ...formats.errors import EbbflowError, InternalError
 from .add import add
 from .copy import export, import_
+from .give import pause, resume, yield_memory
 from .keys import keys
 from .models import list_models, rm, show
 from .output import note
@@ -87,7 +88,12 @@ def main() -> None:
     """Runs local language models inside whatever memory the machine can spare right now."""
 
 
-for command in (serve, stop, status, add, import_, export, list_models, show, rm, run, ps, top, resize, keys, service):
+COMMANDS = (
+    *(serve, stop, status, service, keys),
+    *(add, import_, export, list_models, show, rm),
+    *(run, ps, top, resize, yield_memory, pause, resume),
+)
+for command in COMMANDS:
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import click
 
-from ...formats.messages import ProcessMemory, Residency
+from ...formats.messages import ProcessMemory, Residency, Status
 from ...formats.units import format_size
 from .connect import connected
 from .output import json_option, write_json, write_table
 from .serve import memory
 
-TITLES = ("MODEL", "RESIDENT", "OF STACK", "", "BLOCKS", "KV", "RUN/WAIT", "TOK/S", "WISH", "WHY")
-RIGHT = ("RESIDENT", "OF STACK", "", "BLOCKS", "KV", "RUN/WAIT", "TOK/S", "WISH")
+TITLES = ("MODEL", "RESIDENT", "OF STACK", "", "BLOCKS", "KV", "WORK", "RUN/WAIT", "TOK/S", "WISH", "WHY")
+RIGHT = ("RESIDENT", "OF STACK", "", "BLOCKS", "KV", "WORK", "RUN/WAIT", "TOK/S", "WISH")
 
 
 @click.command()
@@ -30,6 +30,8 @@ def ps(as_json: bool) -> None:
     else:
         click.echo("No model is loaded.")
     click.echo()
+    if answer.models:
+        click.echo(f"held by the worker: {_ledger(answer)}")
     click.echo(f"private memory, as the kernel counts it: {_processes(answer.processes)}")
     click.echo(f"memory: {memory(answer)}")
 
@@ -42,11 +44,31 @@ def _row(model: Residency) -> tuple[str, ...]:
         f"{model.nbytes / max(model.total_nbytes, 1):.0%}",
         f"{model.blocks}/{model.total_blocks}",
         format_size(model.kv_nbytes),
+        format_size(model.work_nbytes),
         f"{model.running}/{model.waiting}",
         f"{model.tokens_per_second:.1f}",
-        str(model.wish),
+        _wish(model),
         model.reason,
     )
+
+
+def _wish(model: Residency) -> str:
+    floor = f", at least {format_size(model.floor_nbytes)}" if model.floor_nbytes else ""
+    cap = f", at most {format_size(model.cap_nbytes)}" if model.cap_nbytes else ""
+    priority = f", priority {model.priority:g}" if model.priority != 1 else ""
+    return f"{model.wish}{floor}{cap}{priority}"
+
+
+def _ledger(answer: Status) -> str:
+    """What the worker says that it holds, by what it is for."""
+    parts = [
+        ("stacks", sum(model.nbytes for model in answer.models)),
+        ("keys and values", sum(model.kv_nbytes for model in answer.models)),
+        ("work space", sum(model.work_nbytes for model in answer.models)),
+        ("runtime", answer.runtime_nbytes),
+    ]
+    total = sum(nbytes for _, nbytes in parts)
+    return f"{format_size(total)}: " + ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in parts)
 
 
 def _processes(processes: Sequence[ProcessMemory]) -> str:

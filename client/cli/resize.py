@@ -6,6 +6,7 @@ import click
 
 from ...formats.messages import Residency, Resized
 from ...formats.units import format_size, parse_wish
+from ..asks import Terms
 from ..client import Client
 from .connect import connected
 from .output import json_option, write_json
@@ -14,16 +15,21 @@ from .output import json_option, write_json
 @click.command()
 @click.argument("name")
 @click.argument("size")
+@click.option("--floor", metavar="SIZE", help="An automatic size never goes below (0: the model's base).")
+@click.option("--cap", metavar="SIZE", help="An automatic size never goes above (0: no cap).")
+@click.option("--priority", type=float, metavar="N", help="How much more than others its quality counts (1).")
 @json_option
-def resize(name: str, size: str, as_json: bool) -> None:
-    """Set how much of a model is kept in memory, also while it answers.
+def resize(name: str, size: str, as_json: bool, **given: str | float | None) -> None:
+    """Set how much of a model is kept in memory, also while it answers; remembered until it is removed.
 
-    SIZE is bytes (300MB, 1.5GiB), a share of the model (60%), or `auto` to follow the memory there is.
+    SIZE is bytes (300MB, 1.5GiB), a share of the model (60%), or `auto` to follow the memory there is. Options that are
+    not given stay as they were.
     """
     wish = parse_wish(size)
+    terms: Terms = {key: value for key, value in given.items() if value is not None}  # type: ignore[assignment]
     with connected() as client:
         before = _residency(client, name)
-        resized = client.resize(name, wish)
+        resized = client.resize(name, wish, **terms)
     if as_json:
         write_json(resized)
     else:

@@ -18,6 +18,7 @@ from .output import json_option, note, write_fields, write_json
 _OPTIONS: Final = (
     ("--idle-seconds", "N", "Stop the worker after N seconds without a request (300)."),
     ("--reserve", "SIZE", "Memory to leave to everything else, for example 1GB (5% of it, 256MB to 1GB)."),
+    ("--battery-reserve", "SIZE", "Memory to leave free beyond that while on battery (as much again)."),
     ("--cap", "SIZE", "The most memory to use, whatever there is."),
     ("--log-level", "LEVEL", "debug, info, warning or error (info)."),
     ("--log-format", "FORMAT", "text or json (text)."),
@@ -93,4 +94,7 @@ def _fields(answer: Status) -> list[tuple[str, str]]:
 def memory(answer: Status) -> str:
     """What memory there is, who says so, and what is left alone."""
     available = f"{format_size(answer.available_nbytes)} available ({answer.available_source})"
-    return f"{available}, {format_size(answer.reserve_nbytes)} of it left to everything else"
+    yielded = format_size(answer.yielded_nbytes)
+    still = f" ({yielded} for another {format_seconds(answer.yield_seconds)})" if answer.yielded_nbytes else ""
+    paused = "; paused" if answer.paused else ""
+    return f"{available}, {format_size(answer.reserve_nbytes)} of it left to everything else{still}{paused}"

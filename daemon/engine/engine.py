@@ -81,6 +81,7 @@ class Engine:
         self.scheduler = Scheduler(self._kv)
         self.pace = Pace()
         self.tokens_per_second = 0.0
+        self.step_seconds = 0.0  # of the last step
 
     @property
     def busy(self) -> bool:
@@ -91,6 +92,21 @@ class Engine:
     def kv_nbytes(self) -> int:
         """Bytes of keys and values held."""
         return self._kv.statistics().nbytes
+
+    @property
+    def work_nbytes(self) -> int:
+        """Bytes of work space held."""
+        return self._network.work_nbytes
+
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes of it that `trim` would give back: none while a step is due, which would only make it again."""
+        return 0 if self.busy else self._network.cache_nbytes
+
+    def trim(self) -> None:
+        """Give back what is kept only to be faster next time."""
+        if not self.busy:
+            self._network.trim()
 
     def submit(self, request: Generate, ids: Ids[int] = ()) -> list[EngineEvent]:
         """Accept a request, or answer at once with why not.
@@ -143,7 +159,7 @@ class Engine:
             events += self._take(self._jobs[piece.sequence.key], logits[row])
         for piece in pieces:
             piece.sequence.computed = piece.start + piece.count
-        seconds = self._clock() - began
+        self.step_seconds = seconds = self._clock() - began
         self.pace.record(sum(piece.count for piece in pieces), seconds)
         if len(logits):
             self.tokens_per_second += 0.2 * (len(logits) / max(seconds, 1e-9) - self.tokens_per_second)

@@ -93,6 +93,17 @@ class Inputs:
         """Scratch of `multiply_planes`: `[chunks, ROWS, level_stride(n)]`."""
         return lines((self._chunks, ROWS, level_stride(self._n)), np.uint8)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of scratch and of what was computed last."""
+        made = [self.__dict__[name] for name in ("rows", "levels") if name in self.__dict__]
+        match self._as:
+            case Quantized(q, scales, corrections):
+                made += [q, scales, corrections]
+            case np.ndarray():
+                made.append(self._as)
+        return sum(array.nbytes for array in made)
+
     def quantized(self, x: F32) -> Quantized:
         """`x [T, n]` rotated and in bytes. `x` must not change while it is in use."""
         if self._of is not x or not isinstance(self._as, Quantized):
@@ -136,6 +147,15 @@ class Shared:
         if n not in self._inputs:
             self._inputs[n] = Inputs(n, self._threads)
         return self._inputs[n]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all inputs keep."""
+        return sum(inputs.nbytes for inputs in self._inputs.values())
+
+    def trim(self) -> None:
+        """Forget all inputs; they are made again when they are wanted."""
+        self._inputs.clear()
 
 
 class ResidentLinear:
@@ -219,6 +239,22 @@ class ServingNetwork:
             return self._steps.run(batch, hidden, np.array(rows, np.int64))
         hidden = self.network.forward(batch.tokens, batch)
         return self.network.head(hidden[rows]) if rows else np.empty((0, self._a.vocab), np.float32)
+
+    @property
+    def work_nbytes(self) -> int:
+        """Bytes of work space that is kept from step to step."""
+        return self._steps.work_nbytes if self._steps else self._shared.nbytes
+
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes of it that `trim` gives back."""
+        return self._steps.cache_nbytes if self._steps else self._shared.nbytes
+
+    def trim(self) -> None:
+        """Between steps: keep nothing that the next one can make again."""
+        self._shared.trim()
+        if self._steps is not None:
+            self._steps.trim()
 
     def _vector(self, name: str) -> F32:
         entry, payload = self._weights.payload(name)

@@ -100,6 +100,20 @@ class Steps:
         )
         return logits
 
+    @property
+    def work_nbytes(self) -> int:
+        """Bytes of all work space."""
+        return self.cache_nbytes + sum(array.nbytes for array in (self._levels, self._rows, self._units))
+
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes of the work space that `trim` gives back."""
+        return sum(array.nbytes for array in self._space)
+
+    def trim(self) -> None:
+        """Give back the work space that the next step could do without finding."""
+        self._space = ()
+
     def _follow_edge(self) -> None:
         if self._edge == self._weights.blocks:
             return

@@ -1,44 +1,60 @@
 """How large each model shall be: the memory controller, pure. No clock, no process, no message.
 
 Fed with what the sensor reads and what the worker reports, it answers with targets (bytes of each model's stack) and
-with the reason for each. How one number is divided among models is in `shares`; where the numbers come from, in
-`sensor`; who is told, in `worker`.
+with the reason for each. What will be there is judged in `outlook`, what is wanted in `demand`, how bytes are divided
+in `pool`, when to grow in `quiet`; who is told, in `following`.
 
-The method. A model whose wish is a size keeps that size. All others, the automatic ones, share what is left in
-proportion to their full sizes. They shrink in the very turn in which memory gets short, by as much as is missing; they
-grow only after a quiet time, in bounded steps, and only as far as leaves the reserve and half of a dead band untouched.
-A step of ours can therefore never by itself cause the next shrink. A neighbour that takes whatever we leave can: each
-such reversal doubles the quiet time, so that growing and shrinking in turns gets rare instead of fast.
+The method. A model whose wish is a size keeps that size. All others, the automatic ones, share one pool: when memory is
+short they drop what is worth least, anywhere, in the very turn in which it gets short, by as much as is missing or will
+be before it can be seen; they grow only after a quiet time, in bounded steps, and only as far as leaves the reserve and
+half of a dead band untouched. A step of ours can therefore never by itself cause the next shrink. A neighbour that
+takes whatever we leave can: each such reversal doubles the quiet time, so that growing and shrinking in turns gets rare
+instead of fast.
+
+What is given back, in order, each measured before the next: what the worker keeps for later (`caches`), residual
+blocks, the job's further growth (`strangled`), idle models' bases (`evict`), and at last new requests (`refusal`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from ...formats.units import AUTO, SizeWish, format_seconds
+from ...formats.errors import OutOfMemory, Unsupported
+from ...formats.manifest import CurvePoint
+from ...formats.units import format_seconds, format_size
+from .demand import Demand
+from .outlook import Outlook
+from .pool import Claim, divide
+from .quiet import Quiet
 from .reading import Reading
-from .shares import divide
+from .terms import Terms
+from .worth import Piece, pieces
 
-# Thresholds on available memory, ascending. Bytes; RESERVE is given by the caller.
+# Thresholds on available memory, ascending. Bytes; R is the reserve, with what was yielded and what a battery adds.
 #
-#   below RESERVE                     shrink at once, up to RESERVE + SHRINK_MARGIN
-#   RESERVE .. RESERVE + DEAD_BAND    change nothing
-#   above RESERVE + DEAD_BAND         grow after a quiet time, down to RESERVE + DEAD_BAND / 2
+#   below reserve / 2       when all are at their least, admit no new request
+#   below R                 shrink at once, up to R + SHRINK_MARGIN; when all are at their least, stop the job, and then
+#                           unload idle models; load none whose base does not fit
+#   R .. R + DEAD_BAND      change nothing; a job that was stopped goes on from R + DEAD_BAND / 2
+#   above R + DEAD_BAND     grow after a quiet time, down to R + DEAD_BAND / 2
+#   above R + CALM          look less often
 SHRINK_MARGIN: Final = 16_000_000
 DEAD_BAND: Final = 64_000_000
+CALM: Final = 512_000_000  # what a neighbour can take between two calm looks, at 2 GB/s
 GROW_STEP_LEAST: Final = 32_000_000
-GROW_STEP_FRACTION: Final = 1 / 16  # of the full sizes of all automatic models
+GROW_STEP_FRACTION: Final = 1 / 16  # of the full sizes of all models
 
 # Times, ascending. Seconds.
-GROW_EVERY_SECONDS: Final = 0.5  # between two steps of one growth
+LOOK_SECONDS: Final = 0.05
+CALM_LOOK_SECONDS: Final = 0.25
+GROW_EVERY_SECONDS: Final = 0.25  # between two steps of one growth
+EVICT_EVERY_SECONDS: Final = 0.5  # an unloaded model's memory is there by then
 PATIENCE_SECONDS: Final = 1.0  # how long a change counts as under way before it is judged by what is there
-QUIET_LEAST_SECONDS: Final = 2.0
-QUIET_MOST_SECONDS: Final = 60.0
-FORGIVE_SECONDS: Final = 120.0  # without a reversal, after which the quiet time is halved again
+MOVE_EVERY_SECONDS: Final = 5.0  # from one model to another
 
-OOM_FACTOR: Final = 0.8  # of its last target is what a model gets after the kernel killed the worker
+MOVE_FACTOR: Final = 2.0  # by how much bytes must be worth more elsewhere before they move
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,7 @@ class _Model:
     base: int
     full: int
     target: int
+    pieces: tuple[Piece, ...] = ()
     holding: Holding | None = None
 
     @property
@@ -67,127 +84,210 @@ class _Model:
         return min(self.target, self.holding.nbytes) if known and self.holding else self.target
 
     @property
+    def resident(self) -> int:
+        return self.holding.nbytes if self.holding else 0
+
+    @property
     def arriving(self) -> int:
         """Bytes this model may still take without being told anything new."""
-        return max(0, self.target - (self.holding.nbytes if self.holding else 0))
+        return max(0, self.target - self.resident)
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Bytes: kept free, wanted by all models together, available at the last reading. Seconds: the quiet time."""
+    """Bytes: kept free, yielded, wanted by all models together, available at the last reading. Seconds: the quiet time,
+    and how long what was yielded stays so.
+    """
 
     reserve: int
+    yielded: int
     targets: int
     available: int
     quiet_seconds: float
+    yield_seconds: float
 
 
 @dataclass
 class Budget:
-    """The controller's state: wishes live as long as the daemon, everything else as long as a worker."""
+    """The controller's state: demand lives as long as the daemon, everything else as long as a worker."""
 
-    reserve: int
-    _wishes: dict[str, SizeWish] = field(default_factory=dict)
-    _ceilings: dict[str, int] = field(default_factory=dict)
+    outlook: Outlook
+    demand: Demand = field(default_factory=Demand)
+    paused: bool = False
+    giving_back: bool = False  # whether the last look found memory short: caches have to go
     _models: dict[str, _Model] = field(default_factory=dict)
-    _reading: Reading = field(default_factory=lambda: Reading(0, ""))
-    _now: float = 0.0
-    _quiet: float = QUIET_LEAST_SECONDS
-    _short_at: float = float("-inf")  # when memory was last short
+    _quiet: Quiet = field(default_factory=Quiet)
     _grown_at: float = float("-inf")
-    _reversed_at: float = float("-inf")
-    _grew_last: bool = False
-    _asked_back: int = 0
+    _moved_at: float = float("-inf")
+    _evicted_at: float = float("-inf")
     _asked_at: float = float("-inf")
 
-    # -- wishes -----------------------------------------------------------------------------------------------------
+    # -- what people ask --------------------------------------------------------------------------------------------
 
-    def wish(self, name: str) -> SizeWish:
-        """What was asked for; automatic when nothing was."""
-        return self._wishes.get(name, AUTO)
-
-    def set_wish(self, name: str, wish: SizeWish) -> None:
-        """Remember a wish; a size is the model's target from now on, an automatic one begins where the model is."""
-        self._wishes[name] = wish
-        self._ceilings.pop(name, None)
+    def set_terms(self, name: str, terms: Terms) -> None:
+        """Remember what is asked; a size is the model's target from now on, as far as it fits; an automatic one begins
+        where the model is.
+        """
+        self.demand.set(name, terms)
         model = self._models.get(name)
-        if model and not wish.automatic:
-            model.target = max(model.base, wish.resolve(model.full))
+        if model is None:
+            return
+        low, high = self._limits(name)
+        if terms.size.automatic:
+            model.target = max(low, min(model.target, high))
+        else:
+            room = max(0, self._free(self.outlook.reading, but=name)) if self.outlook.known else high
+            model.target = max(low, min(high, model.resident + room))
+
+    def concede(self, nbytes: int, until: float) -> None:
+        """Leave so many bytes more free until then; 0 ends it."""
+        self.outlook.concede(nbytes, until)
+        self._quiet.excuse()
+
+    def pause(self) -> None:
+        """Hold all automatic models at their least until `resume`."""
+        self.paused = True
+        self._quiet.excuse()
+
+    def resume(self) -> None:
+        """End `pause`."""
+        self.paused = False
 
     def forget(self, name: str) -> None:
         """The model is no longer in the library."""
         self.unload(name)
-        self._wishes.pop(name, None)
-        self._ceilings.pop(name, None)
+        self.demand.forget(name)
 
     # -- models come and go -----------------------------------------------------------------------------------------
 
-    def load(self, name: str, base: int, full: int, reading: Reading) -> dict[str, int]:
+    def make_room(self, name: str, base: int, reading: Reading, idle: Collection[str]) -> list[str]:
+        """Models among the idle ones to unload, so that `name` can be loaded with its base.
+
+        Raises `OutOfMemory` when even that would not do, `Unsupported` where an automatic size cannot be followed.
+        """
+        if reading.fixed_only and self._is_automatic(name):
+            raise Unsupported(
+                f"this system does not say what memory it can spare; give {name} a size (`ebb resize {name} 60%`)"
+            )
+        room = self._free(reading, but=name)
+        victims: list[str] = []
+        for victim in self._by_worth(idle):
+            if room >= base:
+                break
+            if victim != name:
+                room += self._limits(victim)[0]
+                victims.append(victim)
+        if room < base:
+            raise OutOfMemory(
+                f"{name} needs {format_size(base)} to begin with, of which {format_size(max(0, room))} can be had now "
+                f"({reading.source}, {format_size(self.outlook.reserved)} left to everything else); end other programs "
+                "or make a model smaller (`ebb resize`), and try again"
+            )
+        return victims
+
+    def load(
+        self, name: str, base: int, full: int, reading: Reading, curve: Sequence[CurvePoint] = ()
+    ) -> dict[str, int]:
         """Targets, the new model's among them, with which `name` (sizes of its base and stack) can be loaded.
 
-        Automatic models already there may have to make room; none of them grows.
+        Automatic models already there may have to make room; none of them grows. `make_room` was asked before.
         """
-        self._reading = reading
-        room = (
-            reading.available
-            - self.reserve
-            - sum(model.arriving for other, model in self._models.items() if not self.wish(other).automatic)
-        )
-        self._models[name] = _Model(base, full, 0)
-        targets = {}
-        if self.wish(name).automatic:
-            held = {other: model for other, model in self._automatic().items() if other != name}
-            total = room + sum(model.target - model.arriving for model in held.values())
-            shares = self._divide(total)
-            targets = {other: min(model.target, shares[other]) for other, model in held.items()}
-            targets[name] = shares[name]
-        else:
-            targets[name] = self.wish(name).resolve(full)
-        targets[name] = max(base, min(targets[name], self._ceilings.get(name, full)))
-        if self.wish(name).automatic:
-            self._ceilings.pop(name, None)
-        return {name: targets[name]} | self._retarget(targets)
+        self.outlook.replace(reading)
+        self._models[name] = model = _Model(base, full, 0, pieces(base, full, curve))
+        held = {other: model.held for other, model in self._automatic().items() if other != name}
+        claims = {other: self._claim(other, most=nbytes) for other, nbytes in held.items()}
+        automatic = self._is_automatic(name)
+        claims[name] = self._claim(name, most=base if self.paused and automatic else None)
+        least = sum(self._limits(other)[0] for other in held)
+        targets = divide(self._free(reading, but=name) + least, claims)
+        if automatic:
+            self.demand.ceilings.pop(name, None)
+        model.target = -1  # so that it is among the changed ones
+        return self._retarget(targets)
 
-    def unload(self, name: str) -> None:
-        """The worker no longer holds that model."""
-        self._models.pop(name, None)
+    def unload(self, name: str) -> int:
+        """The worker no longer holds that model; the bytes of its stack that were resident."""
+        model = self._models.pop(name, None)
+        self.outlook.slope.forget()
+        return model.resident if model else 0
 
     def worker_gone(self, now: float, out_of_memory: bool) -> None:
         """The worker holds nothing any more; if the kernel killed it for memory, the next one gets less."""
         if out_of_memory:
-            self._ceilings |= {name: int(model.target * OOM_FACTOR) for name, model in self._models.items()}
-            self._quiet, self._short_at, self._reversed_at = QUIET_MOST_SECONDS, now, now
+            for name, model in self._models.items():
+                self.demand.lower(name, model.target)
+            self._quiet.worst(now)
         self._models.clear()
+        self.outlook.slope.forget()
 
     # -- the controller ---------------------------------------------------------------------------------------------
 
-    def update(self, now: float, reading: Reading, holdings: Mapping[str, Holding]) -> dict[str, int]:
-        """One turn: the targets that changed."""
-        self._now, self._reading = now, reading
-        for name, model in self._models.items():
-            model.holding = holdings.get(name)
-        if now - max(self._reversed_at, self._short_at) >= FORGIVE_SECONDS and self._quiet > QUIET_LEAST_SECONDS:
-            self._quiet, self._reversed_at = max(QUIET_LEAST_SECONDS, self._quiet / 2), now
-        if self._settled(now):
-            self._asked_back = 0
-        if reading.available + self._asked_back < self.reserve:
-            return self._shrink(now)
-        if self._may_grow(now):
-            return self._grow(now)
+    def update(self, now: float, reading: Reading, holdings: Mapping[str, Holding], caches: int = 0) -> dict[str, int]:
+        """One turn: the targets that changed. `caches` bytes the worker can drop without making anything worse."""
+        self._observe(now, reading, holdings)
+        self.giving_back = False
+        if self.paused:
+            if self.short:
+                self.giving_back = True
+                self._quiet.short(now)
+            least = {name: self._limits(name)[0] for name in self._automatic()}
+            return self._retarget({name: min(self._models[name].target, low) for name, low in least.items()})
+        if self.short:
+            return self._shrink(caches)
+        if self._may_grow:
+            return self._grow()
+        if self._may_move:
+            return self._move()
         return {}
+
+    @property
+    def short(self) -> bool:
+        """Whether memory is short, or will be."""
+        return self.outlook.known and self.outlook.room < 0
+
+    @property
+    def strangled(self) -> bool:
+        """Whether memory is short though every automatic model is at its least and had time to get there."""
+        at_least = all(model.target <= self._limits(name)[0] for name, model in self._automatic().items())
+        return self.short and at_least and self._settled
+
+    @property
+    def eased(self) -> bool:
+        """Whether there is room again for what was stopped."""
+        return self.outlook.room >= DEAD_BAND // 2
+
+    def evict(self, idle: Collection[str]) -> str | None:
+        """The model among the idle ones that has to go now, if one has to; at most one for each look at what it gave.
+
+        The caller unloads it, and tells `unload`.
+        """
+        if self.outlook.now - self._evicted_at < EVICT_EVERY_SECONDS or not (self.strangled or self.paused):
+            return None
+        name = next(iter(self._by_worth(idle)), None)
+        if name is not None:
+            self._evicted_at = self.outlook.now
+        return name
+
+    def refusal(self) -> OutOfMemory | None:
+        """Why a new request cannot be admitted now, if it cannot."""
+        if not self.strangled or not self._models or self.outlook.expected >= self.outlook.reserve // 2:
+            return None
+        return OutOfMemory(
+            f"{self.outlook.describe_shortage()} and the models are at their least; try again in a moment, or end "
+            "other programs"
+        )
+
+    def look_seconds(self) -> float:
+        """When to look again: often while memory moves or is near the threshold."""
+        moving = any(not model.settled or model.arriving > SHRINK_MARGIN for model in self._models.values())
+        return LOOK_SECONDS if moving or self.outlook.slope.coming or self.outlook.room < CALM else CALM_LOOK_SECONDS
 
     def spare(self, reading: Reading) -> int:
         """Bytes that another process of ours may take: what is free, and what automatic models would give back for it.
 
         What models have been promised and not yet taken (fixed sizes, and the bases of automatic ones) is not spare.
         """
-        room = reading.available - self.reserve
-        for name, model in self._models.items():
-            if self.wish(name).automatic:
-                room += (model.holding.nbytes if model.holding else 0) - model.base
-            else:
-                room -= model.arriving
-        return max(0, room)
+        return max(0, self._free(reading))
 
     def target(self, name: str) -> int | None:
         """What a loaded model was last told to hold."""
@@ -196,71 +296,158 @@ class Budget:
 
     def reason(self, name: str) -> str:
         """Why a loaded model is as large as it is."""
-        model, wish = self._models[name], self.wish(name)
-        if name in self._ceilings and not wish.automatic:
-            return f"asked for {wish}; less since the kernel killed the worker for memory"
-        if not wish.automatic:
-            return f"asked for {wish}"
+        model, terms = self._models[name], self.demand.of(name)
+        low, high = self._limits(name)
+        if not terms.size.automatic:
+            if name in self.demand.ceilings:
+                return f"asked for {terms.size}; less since the kernel killed the worker for memory"
+            return f"asked for {terms.size}" + ("" if model.target >= high else "; more does not fit now")
+        if self.paused:
+            return "paused (`ebb resume` ends it)"
         if model.target >= model.full:
             return "all of it fits"
-        if self._reading.available <= self.reserve + DEAD_BAND:
-            least = "; this is the least it can be" if model.target <= model.base else ""
-            return f"memory is short ({self._reading.source}){least}"
-        due = self._short_at + self._quiet - self._now
+        if model.target >= high:
+            return f"at its cap of {format_size(terms.cap)}"
+        if self.outlook.reading.available <= self.outlook.reserved + DEAD_BAND:
+            least = "; this is the least it can be" if model.target <= low else ""
+            return f"{self.outlook.describe_shortage()}{least}"
+        if self.outlook.reading.pressure:
+            return "not growing while programs wait for memory"
+        due = self._quiet.left(self.outlook.now)
         return f"growing again in {format_seconds(max(1, due))}" if due > 0 else "growing"
 
-    def statistics(self) -> Statistics:
+    def statistics(self, now: float) -> Statistics:
         """The controller's state in figures."""
+        outlook = self.outlook
+        outlook.now = max(outlook.now, now)
         targets = sum(model.target for model in self._models.values())
-        return Statistics(self.reserve, targets, self._reading.available, self._quiet)
+        available, quiet = outlook.reading.available, self._quiet.seconds
+        return Statistics(outlook.reserved, outlook.yielded, targets, available, quiet, outlook.yield_seconds)
 
-    def _settled(self, now: float) -> bool:
+    # -- what is there, and who may have it -------------------------------------------------------------------------
+
+    def _observe(self, now: float, reading: Reading, holdings: Mapping[str, Holding]) -> None:
+        if reading.battery != self.outlook.reading.battery:
+            self._quiet.excuse()
+        models = self._models.values()
+        for name, model in self._models.items():
+            model.holding = holdings.get(name)
+        loading = any(model.holding is None for model in models)
+        if not self.outlook.observe(now, reading, None if loading else sum(model.resident for model in models)):
+            self._quiet.begin(now)
+        if reading.pressure:
+            self._quiet.pressed(now)
+        self._quiet.forgive(now)
+        if self._settled:
+            self.outlook.asked_back = 0
+
+    @property
+    def _settled(self) -> bool:
         """Whether the worker has done what it was told, or had the time for it."""
         told = max(self._asked_at, self._grown_at)
-        return now - told >= PATIENCE_SECONDS or all(model.settled for model in self._models.values())
+        return self.outlook.now - told >= PATIENCE_SECONDS or all(model.settled for model in self._models.values())
+
+    def _is_automatic(self, name: str) -> bool:
+        return self.demand.size(name).automatic
 
     def _automatic(self) -> dict[str, _Model]:
-        return {name: model for name, model in self._models.items() if self.wish(name).automatic}
+        return {name: model for name, model in self._models.items() if self._is_automatic(name)}
 
-    def _divide(self, total: int) -> dict[str, int]:
-        return divide(total, {name: (model.base, model.full) for name, model in self._automatic().items()})
+    def _limits(self, name: str) -> tuple[int, int]:
+        """The smallest and the largest target of a loaded model."""
+        return self.demand.limits(name, self._models[name].base, self._models[name].full)
 
-    def _retarget(self, targets: dict[str, int]) -> dict[str, int]:
+    def _claim(self, name: str, *, least: int | None = None, most: int | None = None) -> Claim:
+        """A model's claim; `least` and `most` narrow what it may have."""
+        low, high = self._limits(name)
+        low = low if least is None else max(low, least)
+        high = high if most is None else min(high, most)
+        weight = self.demand.weight(name, self.outlook.now)
+        return Claim(low, max(low, high), self._models[name].pieces, weight)
+
+    def _by_worth(self, names: Collection[str]) -> list[str]:
+        """The automatic ones among these models, least worth first."""
+        weights = {name: self.demand.weight(name, self.outlook.now) for name in self._automatic() if name in names}
+        return sorted(weights, key=lambda name: (weights[name], -self._models[name].resident, name))
+
+    def _free(self, reading: Reading, but: str = "") -> int:
+        """Bytes that could be had for something new: what is free and what automatic models can do without, less what
+        fixed sizes and bases still take.
+        """
+        free = reading.available - self.outlook.reserved
+        for name, model in self._models.items():
+            if name != but:
+                free += model.resident - self._limits(name)[0] if self._is_automatic(name) else -model.arriving
+        return free
+
+    # -- moving -----------------------------------------------------------------------------------------------------
+
+    def _retarget(self, targets: Mapping[str, int]) -> dict[str, int]:
         """Set targets and give back those that changed."""
         changed = {name: target for name, target in targets.items() if self._models[name].target != target}
         for name, target in changed.items():
             self._models[name].target = target
         return changed
 
-    def _shrink(self, now: float) -> dict[str, int]:
-        missing = self.reserve + SHRINK_MARGIN - self._reading.available - self._asked_back
-        if self._grew_last:
-            self._quiet = min(QUIET_MOST_SECONDS, self._quiet * 2)
-            self._reversed_at, self._grew_last = now, False
-        self._short_at = now
-        before = sum(model.held for model in self._automatic().values())
-        changed = self._retarget(self._divide(before - missing))
-        after = sum(model.target for model in self._automatic().values())
+    def _shrink(self, caches: int) -> dict[str, int]:
+        self.giving_back = True
+        self._quiet.short(self.outlook.now)
+        if caches:  # they go first
+            self.outlook.trim(caches)
+        missing = SHRINK_MARGIN - self.outlook.room
+        if missing <= 0:
+            return {}
+        models = self._automatic()
+        before = sum(model.held for model in models.values())
+        claims = {name: self._claim(name, most=model.held) for name, model in models.items()}
+        changed = self._retarget(divide(before - missing, claims))
         if changed:
-            self._asked_back, self._asked_at = self._asked_back + before - after, now
+            after = sum(model.target for model in models.values())
+            self.outlook.asked_back += max(0, before - after)
+            self._asked_at = self.outlook.now
         return changed
 
-    def _may_grow(self, now: float) -> bool:
-        return (
-            self._reading.available > self.reserve + DEAD_BAND
-            and now - self._short_at >= self._quiet
-            and now - self._grown_at >= GROW_EVERY_SECONDS
-            and self._settled(now)
-        )
+    @property
+    def _may_grow(self) -> bool:
+        now = self.outlook.now
+        quiet = self._quiet.left(now) <= 0 and now - self._grown_at >= GROW_EVERY_SECONDS
+        return quiet and self.outlook.room > DEAD_BAND and self._settled
 
-    def _grow(self, now: float) -> dict[str, int]:
-        automatic = self._automatic().values()
-        arriving = sum(model.arriving for model in self._models.values())
-        room = self._reading.available - self.reserve - DEAD_BAND // 2 - arriving
-        step = max(GROW_STEP_LEAST, int(GROW_STEP_FRACTION * sum(model.full for model in automatic)))
+    def _grow(self) -> dict[str, int]:
+        models = self._models
+        room = self.outlook.room - DEAD_BAND // 2 - sum(model.arriving for model in models.values())
         if room <= 0:
             return {}
-        changed = self._retarget(self._divide(sum(model.target for model in automatic) + min(room, step)))
+        total = sum(model.target for model in models.values()) + min(room, self._step())
+        claims = {name: self._claim(name, least=model.target) for name, model in models.items()}
+        changed = self._retarget(divide(total, claims))
         if changed:
-            self._grown_at, self._grew_last = now, True
+            self._grown_at = self.outlook.now
+            self._quiet.grew()
         return changed
+
+    def _step(self) -> int:
+        return max(GROW_STEP_LEAST, int(GROW_STEP_FRACTION * sum(model.full for model in self._models.values())))
+
+    @property
+    def _may_move(self) -> bool:
+        now = self.outlook.now
+        due = max(self._grown_at + GROW_EVERY_SECONDS, self._moved_at + MOVE_EVERY_SECONDS)
+        return len(self._models) > 1 and now >= due and self._quiet.left(now) <= 0 and self._settled
+
+    def _move(self) -> dict[str, int]:
+        """Make room in the model whose bytes are worth least, if they are worth far more in another, which then grows.
+
+        One step, and more than the dead band, or nobody could grow.
+        """
+        claims = {name: self._claim(name) for name in self._automatic()}
+        sizes = {name: self._models[name].target for name in claims}
+        losses = {name: claim.last_gain(sizes[name]) for name, claim in claims.items() if sizes[name] > claim.least}
+        gains = {name: claim.next_gain(sizes[name]) for name, claim in claims.items()}
+        if not losses:
+            return {}
+        loser, winner = min(losses, key=lambda name: losses[name]), max(gains, key=lambda name: gains[name])
+        if loser == winner or gains[winner] < MOVE_FACTOR * losses[loser]:
+            return {}
+        self._moved_at = self.outlook.now
+        return self._retarget({loser: max(claims[loser].least, sizes[loser] - max(self._step(), 2 * DEAD_BAND))})

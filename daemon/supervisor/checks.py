@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import Final
+
 from ...formats.errors import InvalidRequest, InvalidSize
 from ...formats.manifest import Manifest
-from ...formats.messages import Generate
+from ...formats.messages import Generate, Resize, YieldMemory
 from ...formats.units import SizeWish, format_size
+from .terms import Terms
+
+PRIORITY_MOST: Final = 1000.0
 
 
 def check_generate(message: Generate) -> None:
@@ -28,3 +34,33 @@ def check_wish(wish: SizeWish, manifest: Manifest) -> None:
             f"{wish} of {manifest.name} is less than its base: it needs {format_size(manifest.base_nbytes)} "
             f"({manifest.base_nbytes} bytes) of its {format_size(manifest.nbytes)}"
         )
+
+
+def check_terms(terms: Terms, manifest: Manifest) -> None:
+    """Raises `InvalidSize` or `InvalidRequest` when the model cannot be held on these terms."""
+    check_wish(terms.size, manifest)
+    if terms.floor < 0 or terms.floor > manifest.nbytes:
+        raise InvalidSize(f"a floor of {format_size(terms.floor)}; {manifest.name} has {format_size(manifest.nbytes)}")
+    least = max(terms.floor, manifest.base_nbytes)
+    if terms.cap and terms.cap < least:
+        raise InvalidSize(f"a cap of {format_size(terms.cap)}; {manifest.name} needs at least {format_size(least)}")
+    if not 0 < terms.priority <= PRIORITY_MOST:
+        raise InvalidRequest(f"a priority is above 0 and at most {PRIORITY_MOST:.0f}, not {terms.priority:g}")
+
+
+def changed_terms(before: Terms, message: Resize) -> Terms:
+    """The terms after a `Resize`: what it leaves out stays."""
+    return Terms(
+        size=message.wish,
+        floor=before.floor if message.floor_nbytes is None else message.floor_nbytes,
+        cap=before.cap if message.cap_nbytes is None else message.cap_nbytes,
+        priority=before.priority if message.priority is None else message.priority,
+    )
+
+
+def check_yield(message: YieldMemory) -> None:
+    """Raises `InvalidSize` or `InvalidRequest` for memory that cannot be yielded."""
+    if message.nbytes < 0:
+        raise InvalidSize(f"{message.nbytes} bytes cannot be left free")
+    if not (message.seconds > 0 and math.isfinite(message.seconds)):
+        raise InvalidRequest(f"memory is yielded for some seconds, not for {message.seconds:g}")

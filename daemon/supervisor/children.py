@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -53,6 +54,14 @@ class Process(Protocol):
 
     def kill(self) -> None:
         """End it."""
+        ...
+
+    def suspend(self) -> None:
+        """Have it stand still; it can be killed all the same."""
+        ...
+
+    def go_on(self) -> None:
+        """End `suspend`."""
         ...
 
     def last_words(self) -> str:
@@ -127,6 +136,12 @@ class _Subprocess:
 
     def kill(self) -> None:
         self._process.kill()
+
+    def suspend(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
 
     def last_words(self) -> str:
         try:

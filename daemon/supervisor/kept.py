@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from ...formats.messages import Chunk, Failed, Finished, Generate, Resume, Started
+from ...formats.messages import Chunk, Continue, Failed, Finished, Generate, Started
 
 RESUMES: Final = 3  # of one request; one that kills each worker it meets ends then
 
@@ -38,9 +38,9 @@ class Kept:
         """Its worker died."""
         self.resumes += 1
 
-    def message(self, request: Generate) -> Generate | Resume:
+    def message(self, request: Generate) -> Generate | Continue:
         """What to send to the worker."""
-        return Resume(request=request, ids=tuple(self.ids)) if self.ids else request
+        return Continue(request=request, ids=tuple(self.ids)) if self.ids else request
 
     def hear(self, word: Word, now: float) -> Word | None:
         """Take a worker's word; what of it the client shall hear. Times in `Finished` count from the very beginning."""

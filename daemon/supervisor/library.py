@@ -6,9 +6,11 @@ file cleans up after jobs that did not get that far. Stacks are never opened her
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +50,11 @@ class Library:
         self._delete = delete
         self._models: dict[str, Manifest] = {}
         self._complained: dict[str, str] = {}
+
+    @property
+    def root(self) -> Path:
+        """The folder of all models."""
+        return self._root
 
     def scan(self) -> None:
         """Look at the disk again."""
@@ -124,6 +131,8 @@ class Library:
             if folder.name.startswith((ADDING, REMOVING)) and not _owner_lives(folder.name):
                 log.info("deleting left-over %s", folder)
                 self._delete(folder)
+            elif folder.name.startswith(ADDING):
+                _wake(folder.name)
 
     def _folders(self, hidden: bool = False) -> list[Path]:
         try:
@@ -167,6 +176,15 @@ def detail(id: int, manifest: Manifest) -> ModelDetail:  # noqa: A002 - the wire
         blocks=manifest.blocks,
         curve=manifest.curve,
     )
+
+
+def _wake(name: str) -> None:
+    """A job whose daemon was killed while it stood still (`adding`) was told to end, and hears it when it goes on.
+
+    To anything else that has that number by now, this means nothing.
+    """
+    with contextlib.suppress(OSError):
+        os.kill(int(name.rpartition("-")[2]), signal.SIGCONT)
 
 
 def _owner_lives(name: str) -> bool:

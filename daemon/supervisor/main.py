@@ -62,7 +62,14 @@ class Daemon:
         self._reloads = hangup_means_reload()
         self._notifier = Notifier()
         forget()
-        self._server = Server(outside, library, reserve=self._reserve(), idle_seconds=options.idle_seconds, now=clock())
+        self._server = Server(
+            outside,
+            library,
+            reserve=self._reserve(),
+            battery_reserve=self._battery_reserve(),
+            idle_seconds=options.idle_seconds,
+            now=clock(),
+        )
 
     def run(self) -> None:
         """Serve until told to end."""
@@ -98,7 +105,12 @@ class Daemon:
             if fixed:
                 log.warning("%s will change at the next start only", ", ".join(fixed))
             self._options = options
-            self._server.configure(reserve=self._reserve(), cap=options.cap, idle_seconds=options.idle_seconds)
+            self._server.configure(
+                reserve=self._reserve(),
+                battery_reserve=self._battery_reserve(),
+                cap=options.cap,
+                idle_seconds=options.idle_seconds,
+            )
             log.info("reloaded: leaving %s free", format_size(self._reserve()))
         self._notifier.ready(f"leaving {format_size(self._reserve())} to everything else")
 
@@ -106,6 +118,10 @@ class Daemon:
         if self._options.reserve is not None:
             return self._options.reserve
         return default_reserve(self._outside.sensor.total())
+
+    def _battery_reserve(self) -> int:
+        given = self._options.battery_reserve
+        return self._reserve() if given is None else given
 
 
 def serve(options: Options, paths: Paths, launcher: Launcher, reread: Callable[[], Options] | None = None) -> None:

@@ -20,11 +20,13 @@ from ...formats.units import parse_size
 from ..settings import DEFAULTS, KvType, WorkerSettings
 
 VARIABLE: Final = "EBBFLOW_"
+_SIZES: Final = ("reserve", "battery_reserve", "cap")
 _WORKERS: Final = tuple(field.name for field in fields(WorkerSettings))
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 HELP: Final = {
     "idle_seconds": "stop the worker after this time unused (300)",
     "reserve": "memory to leave to everything else (5% of it, 256MB to 1GB)",
+    "battery_reserve": "memory to leave free beyond that on battery (as much again)",
     "cap": "the most memory to use, whatever there is (no cap)",
     "log_level": "debug, info, warning or error (info)",
     "log_format": "text or json (text)",
@@ -42,6 +44,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     idle_seconds: Seconds = 300.0
     reserve: str | int | None = None
+    battery_reserve: str | int | None = None
     cap: str | int | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
@@ -59,6 +62,7 @@ class Options:
 
     idle_seconds: float = 300.0
     reserve: int | None = None
+    battery_reserve: int | None = None
     cap: int | None = None
     log_level: str = "info"
     log_format: str = "text"
@@ -75,7 +79,7 @@ def gather(arguments: Sequence[str], environment: Mapping[str, str], file: Path)
     """
     values = _file(file) | _environment(environment) | _command_line(arguments)
     worker = WorkerSettings(**{name: values.pop(name) for name in _WORKERS if name in values})
-    sizes = {name: _size(name, values.get(name)) for name in ("reserve", "cap")}
+    sizes = {name: _size(name, values.get(name)) for name in _SIZES}
     return Options(**(values | sizes), worker=worker)
 
 
@@ -116,7 +120,7 @@ def _checked(given: dict[str, Any], call: Any, strict: bool) -> dict[str, Any]:
             values[name] = getattr(msgspec.convert({name: value}, Settings, strict=strict), name)
         except msgspec.ValidationError as error:
             raise InvalidConfig(f"{call(name)} cannot be {value!r}: {str(error).partition(' - at')[0]}") from error
-        if name in ("reserve", "cap"):
+        if name in _SIZES:
             _size(call(name), values[name])
     return values
 

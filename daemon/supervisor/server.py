@@ -37,26 +37,33 @@ from ...formats.messages import (
     ImportModel,
     ListModels,
     ModelList,
+    Pause,
     Ping,
     Pong,
     ProcessMemory,
     RemoveModel,
     Request,
     Resize,
+    Resume,
     ShowModel,
     Shutdown,
     Status,
+    YieldMemory,
     failure,
 )
 from ..channel import Hub, wait
 from .adding import Adding
 from .budget import Budget
-from .checks import check_generate, check_wish
+from .checks import changed_terms, check_generate, check_terms, check_yield
 from .children import Launcher, Ward
+from .demand import Demand
+from .following import Following
 from .library import Library, detail
+from .outlook import Outlook
 from .reading import Reading
 from .requests import Lasting, OpenRequest, Requests
 from .sensor import Sensor
+from .terms import read_terms, write_terms
 from .worker import Worker
 
 log = logging.getLogger(__name__)
@@ -78,23 +85,32 @@ class Outside:
 
 
 class Server:
-    """One daemon. `reserve` is the memory to leave free, in bytes."""
+    """One daemon. `reserve` is the memory to leave free, in bytes; on battery `battery_reserve` more."""
 
-    def __init__(self, outside: Outside, library: Library, *, reserve: int, idle_seconds: float, now: float) -> None:
+    def __init__(
+        self,
+        outside: Outside,
+        library: Library,
+        *,
+        reserve: int,
+        idle_seconds: float,
+        now: float,
+        battery_reserve: int = 0,
+    ) -> None:
         self._clients = outside.clients
         self._children = outside.children
         self._sensor = outside.sensor
         self._library = library
-        self._reserve = reserve
-        self._started = now
+        self._started = self._now = now
         self._version = importlib.metadata.version("ebbflow")
         self._drained_at: float | None = None  # when what still runs is told to end
         self._stopping = False
         self._finished = False
         self._sockets_seen = now
         self.requests = Requests(self._clients.send)
-        self.budget = Budget(reserve)
-        self.adding = Adding(outside.launcher, self.requests, library, self._spare_nbytes)
+        self.budget = Budget(Outlook(reserve, battery_reserve), Demand(read_terms(library.root)))
+        most = self._sensor.total() - reserve
+        self.adding = Adding(outside.launcher, self.requests, library, self._spare_nbytes, most)
         self.worker = Worker(
             outside.launcher,
             self._children.send,
@@ -105,6 +121,7 @@ class Server:
             self._sensor.oom_kills,
             idle_seconds,
         )
+        self.following = Following(self.budget, self._read_sensor, self.worker, self.adding)
         library.clean()
         library.scan()
 
@@ -115,6 +132,7 @@ class Server:
 
     def turn(self, now: float) -> None:
         """One round: hear everybody, then see to what is due."""
+        self._now = now
         for client, request in self._clients.receive():
             self._hear_client(client, request, now)
         for identity, message in self._children.receive():
@@ -137,11 +155,14 @@ class Server:
             timeout = LAST_WORDS_TICK_SECONDS
         elif ends or len(self.requests):
             timeout = TICK_SECONDS
+        look = self.following.wait_seconds(self._now)
+        timeout = timeout if look is None else min(timeout, look)
         wait((self._clients, self._children), [*descriptors, *(end for end in ends if end is not None)], timeout)
 
-    def configure(self, *, reserve: int, cap: int | None, idle_seconds: float) -> None:
+    def configure(self, *, reserve: int, battery_reserve: int, cap: int | None, idle_seconds: float) -> None:
         """Other limits from now on, and a look at what is in the library."""
-        self._reserve = self.budget.reserve = reserve
+        self.budget.outlook.reserve, self.budget.outlook.battery_reserve = reserve, battery_reserve
+        self.adding.most_nbytes = self._sensor.total() - reserve
         self._sensor.set_cap(cap)
         self.worker.idle_seconds = idle_seconds
         self._library.scan()
@@ -206,6 +227,16 @@ class Server:
             case RemoveModel():
                 self._remove(request.model)
                 self._clients.send(client, Done(id=request.id))
+            case YieldMemory():
+                check_yield(request)
+                self.budget.concede(request.nbytes, now + request.seconds)
+                self._clients.send(client, Done(id=request.id))
+            case Pause():
+                self.budget.pause()
+                self._clients.send(client, Done(id=request.id))
+            case Resume():
+                self.budget.resume()
+                self._clients.send(client, Done(id=request.id))
             case GetStatus():
                 self._clients.send(client, self._status(request.id, now))
             case Generate() | AddModel() | ImportModel() | ExportModel() | Resize() | Shutdown():
@@ -233,13 +264,16 @@ class Server:
             case Generate():
                 check_generate(message)
                 self._library.get(message.model)
+                self.worker.check_room(message.model)
                 self.worker.generate(self.requests.open(client, message, now), now)
             case AddModel() | ImportModel() | ExportModel():
                 self.adding.check(message)
                 self.adding.add(self.requests.open(client, message, now), message, now)
             case Resize():
-                check_wish(message.wish, self._library.get(message.model))
-                self.worker.resize(self.requests.open(client, message, now), message)
+                terms = changed_terms(self.budget.demand.of(message.model), message)
+                check_terms(terms, self._library.get(message.model))
+                self.worker.resize(self.requests.open(client, message, now), message, terms)
+                write_terms(self._library.root, self.budget.demand.terms)
             case Shutdown():
                 self.requests.open(client, message, now)
                 if not self._stopping:
@@ -274,7 +308,10 @@ class Server:
         if waiting:
             raise ModelBusy(f"{waiting} requests use {model}; wait for them or cancel them")
         self._library.remove(model)
+        known = model in self.budget.demand.terms
         self.worker.unload(model)
+        if known:
+            write_terms(self._library.root, self.budget.demand.terms)
 
     def _see_to_clients(self, now: float) -> None:
         """Close what is open for clients that are gone or do not read."""
@@ -311,6 +348,7 @@ class Server:
             if self.worker.ward and lost.peer == self.worker.ward.identity:
                 self.worker.unreachable(now)
         self.worker.tick(now)
+        self.following.tick(now)
         self.adding.tick(now)
 
     def _wards(self) -> list[Ward]:
@@ -324,7 +362,8 @@ class Server:
     # -- memory -----------------------------------------------------------------------------------------------------
 
     def _read_sensor(self) -> Reading:
-        return self._sensor.read([os.getpid(), *(ward.process.pid for ward in self._wards())])
+        worker = self.worker.ward.process.pid if self.worker.ward else None
+        return self._sensor.read([os.getpid(), *(ward.process.pid for ward in self._wards())], worker)
 
     def _spare_nbytes(self) -> int:
         """What a job may take."""
@@ -341,7 +380,7 @@ class Server:
                 yield memory
 
     def _status(self, id: int, now: float) -> Status:  # noqa: A002 - the wire's own word
-        reading = self._read_sensor()
+        reading, budget = self._read_sensor(), self.budget.statistics(now)
         return Status(
             id=id,
             version=self._version,
@@ -349,9 +388,13 @@ class Server:
             uptime_seconds=now - self._started,
             available_nbytes=reading.available,
             available_source=reading.source,
-            reserve_nbytes=self._reserve,
+            reserve_nbytes=budget.reserve,
             models=self.worker.residencies(),
             processes=tuple(self._processes()),
             adding=self.adding.names,
             total_nbytes=self._sensor.total(),
+            yielded_nbytes=budget.yielded,
+            yield_seconds=budget.yield_seconds,
+            paused=self.budget.paused,
+            runtime_nbytes=self.worker.runtime_nbytes if self.worker.phase == "ready" else 0,
         )

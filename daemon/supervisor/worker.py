@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Final, Literal, assert_never
 
 import msgspec
@@ -35,6 +36,7 @@ from ...formats.messages import (
     Resized,
     SetTarget,
     Started,
+    Trim,
     UnloadModel,
 )
 from .budget import Budget, Holding
@@ -44,13 +46,15 @@ from .library import Library
 from .reading import Reading
 from .requests import OpenRequest, Requests
 from .silence import Silence
+from .terms import Terms
 
 log = logging.getLogger(__name__)
 
 READY_SECONDS: Final = 300.0
 START_ATTEMPTS: Final = 3  # in a row without `Ready`; after that every new request gets one attempt
-SENSE_SECONDS: Final = 0.2
 RESTARTING: Final = "the worker died; going on in a new one"
+RUNTIME_NBYTES: Final = 110_000_000  # what a worker holds before it loads anything
+TRIM_SECONDS: Final = 1.0  # between two orders to give back what is kept for later
 
 Phase = Literal["absent", "starting", "ready", "leaving"]
 
@@ -86,7 +90,8 @@ class Worker:
         self._failed_starts = 0
         self._oom_kills_before = 0
         self._busy_at = 0.0
-        self._sensed_at = float("-inf")
+        self._trimmed_at = float("-inf")
+        self.runtime_nbytes = 0  # what the worker held before it loaded anything
         self._silence = Silence()
         self._hung = False
         self._stage = ""  # what a worker that is not ready yet is at, if that takes long
@@ -104,7 +109,8 @@ class Worker:
     # -- what clients want ------------------------------------------------------------------------------------------
 
     def generate(self, request: OpenRequest, now: float) -> None:
-        """Have a generation done, by a worker started for it if need be."""
+        """Have a generation done, by a worker started for it if need be. `check_room` was called."""
+        self._budget.demand.use(request.model, now)
         if self._phase == "absent":
             self._start(now)
         elif self._phase == "starting" and self._stage:
@@ -112,9 +118,19 @@ class Worker:
         if self._phase == "ready":
             self._forward(request)
 
-    def resize(self, request: OpenRequest, message: Resize) -> None:
-        """Change a model's wish (`check_wish` was called); answered by the worker if it holds the model, else here."""
-        self._budget.set_wish(message.model, message.wish)
+    def check_room(self, model: str) -> None:
+        """Raises `OutOfMemory` when memory is too short for one request more, or for the model that it needs."""
+        if model in self._loaded:
+            refusal = self._budget.refusal()
+            if refusal:
+                raise refusal
+        else:
+            needed = self._library.get(model).base_nbytes + (0 if self._phase == "ready" else RUNTIME_NBYTES)
+            self._budget.make_room(model, needed, self._read(), self.idle())
+
+    def resize(self, request: OpenRequest, message: Resize, terms: Terms) -> None:
+        """Change a model's terms (which were checked); answered by the worker if it holds the model, else here."""
+        self._budget.set_terms(message.model, terms)
         target = self._budget.target(message.model)
         if target is None:
             self._requests.answer(Resized(id=request.id))
@@ -147,6 +163,7 @@ class Worker:
         self._silence.broken(now)
         match message:
             case Ready():
+                self.runtime_nbytes = message.private_nbytes
                 self._become_ready(now)
             case Report():
                 self._note(message.models)
@@ -183,7 +200,6 @@ class Worker:
             self._bury(self._ward, now)
         elif self._phase == "ready" and not self._ward.ending:
             self._kill_if_hung(self._ward, now)
-            self._follow_memory(now)
             self._go_home_if_idle(now)
 
     def stop(self, now: float) -> None:
@@ -315,9 +331,11 @@ class Worker:
     def _load(self, model: str) -> None:
         if model in self._loaded:
             return
-        manifest = self._library.get(model)
-        targets = self._budget.load(model, manifest.base_nbytes, manifest.nbytes, self._read())
-        self._tell(targets, but=model)
+        manifest, reading = self._library.get(model), self._read()
+        for victim in self._budget.make_room(model, manifest.base_nbytes, reading, self.idle()):
+            reading = replace(reading, available=reading.available + self.evict(victim))
+        targets = self._budget.load(model, manifest.base_nbytes, manifest.nbytes, reading, manifest.curve)
+        self.tell(targets, but=model)
         folder = str(self._library.folder(model))
         self._say(LoadModel(model=model, folder=folder, target_nbytes=targets[model]))
         self._loaded[model] = None
@@ -337,27 +355,65 @@ class Worker:
     def _explain(self, residency: Residency) -> Residency:
         if self._budget.target(residency.model) is None:
             return residency
-        wish, reason = self._budget.wish(residency.model), self._budget.reason(residency.model)
+        terms, reason = self._budget.demand.of(residency.model), self._budget.reason(residency.model)
         if residency.arrived_nbytes is not None:
             reason = f"{residency.arrived_nbytes / residency.total_nbytes:.0%} of it has arrived; {reason}"
-        return msgspec.structs.replace(residency, wish=wish, reason=reason)
+        return msgspec.structs.replace(
+            residency,
+            wish=terms.size,
+            reason=reason,
+            floor_nbytes=terms.floor,
+            cap_nbytes=terms.cap,
+            priority=terms.priority,
+        )
 
     # -- memory and idleness ----------------------------------------------------------------------------------------
 
-    def _follow_memory(self, now: float) -> None:
-        if not self._loaded or now - self._sensed_at < SENSE_SECONDS:
-            return
-        self._sensed_at = now
-        holdings = {r.model: Holding(r.nbytes, r.target_nbytes) for r in self._loaded.values() if r}
-        self._tell(self._budget.update(now, self._read(), holdings))
+    @property
+    def holds_models(self) -> bool:
+        """Whether there is anything to follow memory with."""
+        return self._phase == "ready" and bool(self._loaded)
 
-    def _tell(self, targets: dict[str, int], but: str = "") -> None:
+    def cache_nbytes(self, now: float) -> int:
+        """Bytes that the worker could give back without making anything worse, unless it was just asked for them."""
+        if now - self._trimmed_at < TRIM_SECONDS:
+            return 0
+        return sum(residency.cache_nbytes for residency in self._loaded.values() if residency)
+
+    def holdings(self) -> dict[str, Holding]:
+        """What the worker last reported of each model."""
+        return {r.model: Holding(r.nbytes, r.target_nbytes) for r in self._loaded.values() if r}
+
+    def idle(self) -> set[str]:
+        """Loaded models that nobody waits for."""
+        return set(self._loaded) - {request.model for request in self._served()}
+
+    def tell(self, targets: Mapping[str, int], but: str = "") -> None:
+        """Have edges moved."""
         for model, target in targets.items():
             if model != but:
                 self._say(SetTarget(model=model, target_nbytes=target))
 
+    def trim(self, now: float) -> None:
+        """Have what is kept for later given back, unless that was asked just now."""
+        if now - self._trimmed_at >= TRIM_SECONDS:
+            self._trimmed_at = now
+            self._say(Trim())
+
+    def evict(self, model: str) -> int:
+        """Unload a model that nobody waits for; its bytes that are free when the worker has heard it."""
+        log.info("unloading %s: its memory is wanted elsewhere", model)
+        self._loaded.pop(model, None)
+        self._say(UnloadModel(model=model))
+        return self._budget.unload(model)
+
     def _go_home_if_idle(self, now: float) -> None:
         if self._served():
             self._busy_at = now
-        elif now - self._busy_at >= self.idle_seconds:
+        elif now - self._busy_at >= self.idle_seconds or (self._useless and not self._loaded):
             self._leave(now)
+
+    @property
+    def _useless(self) -> bool:
+        """Whether a worker without models only takes memory that somebody wants."""
+        return self._budget.paused or self._budget.short

@@ -40,14 +40,14 @@ def main() -> None:
 
         # numba reads its settings when it is first imported
         from ...kernels.threads import set_threads
-        from ..mapping import drop_clean_pages
+        from ..mapping import drop_clean_pages, private_nbytes
         from .loop import Loop
         from .processors import usable_threads
 
         threads = set_threads(usable_threads() if settings.threads is None else settings.threads)
         loop = Loop(channel, threads, time.monotonic, settings)
         drop_clean_pages("llvmlite")  # 70 MB of a compiler that has nothing more to do
-        channel.send(Ready(pid=os.getpid()))
+        channel.send(Ready(pid=os.getpid(), private_nbytes=private_nbytes()))
         while loop.turn():
             pass
     finally:

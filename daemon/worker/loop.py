@@ -15,6 +15,7 @@ from typing import Final, Protocol, assert_never
 from ...formats.errors import EbbflowError, OutOfMemory, UnknownModel
 from ...formats.messages import (
     Cancel,
+    Continue,
     Exit,
     Failed,
     Finished,
@@ -24,9 +25,9 @@ from ...formats.messages import (
     Message,
     Report,
     Resized,
-    Resume,
     SetTarget,
     ToWorker,
+    Trim,
     UnloadModel,
     failure,
 )
@@ -37,6 +38,8 @@ from .served import LOOK_SECONDS, Served
 log = logging.getLogger(__name__)
 
 GROW_SECONDS: Final = 0.025  # per step while requests run: the step target keeps room for it
+GROW_SHARE: Final = 1 / 3  # of a step's time where that is more, up to
+GROW_MOST_SECONDS: Final = 0.05  # which a shrink that arrives meanwhile has to wait
 IDLE_GROW_SECONDS: Final = 0.1  # while nothing runs: how long a message may have to wait
 REPORT_SECONDS: Final = 0.5
 IDLE_SECONDS: Final = 5.0
@@ -79,8 +82,11 @@ class Loop:
             self._handle(message)
         if [name for name, served in self._models.items() if self._move(name, served)]:
             self._report()  # before the step, which may take a while: the budget waits for this
+        busy = any(served.engine.busy for served in self._models.values())
         self._step_next()
         idle = active and not any(served.engine.busy for served in self._models.values())
+        if idle and busy:
+            _return_freed()
         if idle or (active and self._clock() - self._reported >= REPORT_SECONDS):
             self._report()
         return self._running
@@ -93,9 +99,11 @@ class Loop:
                 self._unload(message.model)
             case SetTarget():
                 self._aim(message)
+            case Trim():
+                self._trim()
             case Generate():
                 self._submit(message)
-            case Resume():
+            case Continue():
                 self._submit(message.request, message.ids)
             case Cancel():
                 self._cancel(message.id)
@@ -111,6 +119,9 @@ class Loop:
             self._models[message.model].aim(message.target_nbytes)
             self._report()
             return
+        for name, other in self._models.items():
+            if other.target < other.resident.blocks:
+                self._move(name, other)  # what others were just told to give is meant for this one
         try:
             served = Served(Path(message.folder), message.target_nbytes, self._threads, self._clock, self._settings)
         except (EbbflowError, MemoryError) as error:
@@ -130,8 +141,13 @@ class Loop:
         self._answer(name, served)
         served.close()
         del served
-        # glibc keeps what numpy freed until it is asked for it
-        ctypes.CDLL(None).malloc_trim(0)
+        _return_freed()
+        self._report()
+
+    def _trim(self) -> None:
+        for served in self._models.values():
+            served.engine.trim()
+        _return_freed()
         self._report()
 
     def _aim(self, message: SetTarget) -> None:
@@ -161,9 +177,10 @@ class Loop:
             self._tell(served.engine.cancel(key))
 
     def _move(self, name: str, served: Served) -> bool:
+        between = min(max(GROW_SECONDS, GROW_SHARE * served.engine.step_seconds), GROW_MOST_SECONDS)
         idle = not served.engine.scheduler.running
         try:
-            moved = served.move(IDLE_GROW_SECONDS if idle else GROW_SECONDS)
+            moved = served.move(IDLE_GROW_SECONDS if idle else between)
         except EbbflowError as error:
             log.warning("%s stays at %d bytes: %s", name, served.resident.nbytes, error)
             if served.waiting is not None:
@@ -211,3 +228,8 @@ class Loop:
     def _report(self) -> None:
         self._reported = self._clock()
         self._line.send(Report(models=tuple(served.residency(name) for name, served in self._models.items())))
+
+
+def _return_freed() -> None:
+    """Give the system what numpy freed: glibc keeps it until it is asked."""
+    ctypes.CDLL(None).malloc_trim(0)

@@ -115,6 +115,8 @@ class Served:
             base_nbytes=self.resident.stack.base_nbytes,
             target_nbytes=self.target_nbytes,
             kv_nbytes=self.engine.kv_nbytes,
+            work_nbytes=self.engine.work_nbytes,
+            cache_nbytes=self.engine.cache_nbytes,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             arrived_nbytes=self.resident.stack.edges[self.resident.present] if self.resident.arriving else None,

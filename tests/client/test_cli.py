@@ -37,6 +37,7 @@ from ebbflow.formats.messages import (
     ModelDetail,
     ModelList,
     ModelSummary,
+    Pause,
     ProcessMemory,
     Progress,
     RemoveModel,
@@ -44,12 +45,14 @@ from ebbflow.formats.messages import (
     Residency,
     Resize,
     Resized,
+    Resume,
     Sampling,
     ShowModel,
     Started,
     Status,
+    YieldMemory,
 )
-from ebbflow.formats.units import SizeWish
+from ebbflow.formats.units import AUTO, SizeWish
 
 from support.fake_daemon import VANISH, FakeDaemon, Item
 
@@ -105,7 +108,7 @@ def working(request: Request) -> Iterable[Item]:
         case ImportModel() | ExportModel():
             yield Progress(id=request.id, stage="copying", done=1000, total=2000)
             yield Added(id=request.id, summary=SUMMARY, seconds=1.0)
-        case RemoveModel():
+        case RemoveModel() | YieldMemory() | Pause() | Resume():
             yield Done(id=request.id)
         case Resize():
             after = msgspec.structs.replace(RESIDENCY, nbytes=6_100_000)
@@ -336,10 +339,53 @@ def test_ps_shows_sizes_reasons_and_what_the_kernel_counts(daemon: FakeDaemon):
     output = ebb("ps").stdout
     row = output.splitlines()[1].split("  ")
     assert [cell.strip() for cell in row if cell.strip()] == [
-        "tiny", "12.3 MB", "24.0 MB", "51%", "120/240", "400 kB", "1/2", "31.3", "50%", "as asked",
+        "tiny", "12.3 MB", "24.0 MB", "51%", "120/240", "400 kB", "0 B", "1/2", "31.3", "50%", "as asked",
     ]  # fmt: skip
     assert "supervisor 25.0 MB, worker 90.0 MB (and 1.0 MB swapped out)" in output
     assert "2.0 GB available (MemAvailable)" in output
+    assert "held by the worker: 12.7 MB: stacks 12.3 MB, keys and values 400 kB, work space 0 B, runtime 0 B" in output
+
+
+def test_ps_shows_terms_and_what_was_yielded(daemon: FakeDaemon):
+    terms = msgspec.structs.replace(
+        RESIDENCY, wish=AUTO, floor_nbytes=5_000_000, cap_nbytes=20_000_000, priority=2.0, work_nbytes=3_000_000
+    )
+
+    def script(request: Request) -> Iterable[Item]:
+        yield msgspec.structs.replace(
+            status(request.id), models=(terms,), yielded_nbytes=10**9, yield_seconds=90.0, paused=True,
+            runtime_nbytes=40_000_000,
+        )  # fmt: skip
+
+    daemon.script = script
+    output = ebb("ps").stdout
+    assert "auto, at least 5.0 MB, at most 20.0 MB, priority 2" in output
+    assert "55.7 MB: stacks 12.3 MB, keys and values 400 kB, work space 3.0 MB, runtime 40.0 MB" in output
+    assert "left to everything else (1.0 GB for another 1 min 30 s); paused" in output
+
+
+@pytest.mark.parametrize(
+    ("command", "asked", "said"),
+    [
+        (("yield", "2GB", "--for", "20m"), YieldMemory(id=0, nbytes=2 * 10**9, seconds=1200), "2.0 GB more are left"),
+        (("yield", "1GiB"), YieldMemory(id=0, nbytes=2**30, seconds=3600), "for 1 h 0 min"),
+        (("yield", "0"), YieldMemory(id=0, nbytes=0), "nothing is yielded"),
+        (("pause",), Pause(id=0), "ebb resume"),
+        (("resume",), Resume(id=0), "grow again"),
+    ],
+)
+def test_memory_for_something_else(daemon: FakeDaemon, command: tuple[str, ...], asked: Request, said: str):
+    assert said in ebb(*command).stderr
+    assert msgspec.structs.replace(daemon.wait_for(type(asked)), id=0) == asked
+
+
+def test_resize_with_terms(daemon: FakeDaemon):
+    ebb("resize", "tiny", "auto", "--floor", "5MB", "--cap", "0", "--priority", "2")
+    asked = daemon.wait_for(Resize)
+    assert (asked.wish, asked.floor_nbytes, asked.cap_nbytes, asked.priority) == (AUTO, 5_000_000, 0, 2.0)
+    ebb("resize", "tiny", "auto")
+    asked = daemon.wait_for(Resize)
+    assert (asked.floor_nbytes, asked.cap_nbytes, asked.priority) == (None, None, None)
 
 
 def test_resize_says_what_came_back(daemon: FakeDaemon):
@@ -376,7 +422,16 @@ def test_without_a_daemon_stop_is_content_and_ps_and_status_say_so(address: str)
 
 
 @pytest.mark.parametrize(
-    "arguments", [["resize", "tiny", "some"], ["add", "./nowhere"], ["run", "tiny", "x", "--top-p", "2"], ["what"]]
+    "arguments",
+    [
+        ["resize", "tiny", "some"],
+        ["resize", "tiny", "auto", "--cap", "x"],
+        ["yield", "1GB", "--for", "x"],
+        ["yield", "a"],
+        ["add", "./nowhere"],
+        ["run", "tiny", "x", "--top-p", "2"],
+        ["what"],
+    ],
 )
 def test_wrong_usage_exits_2(arguments: list[str], daemon: FakeDaemon):
     ebb(*arguments, code=2)

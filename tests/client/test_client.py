@@ -28,13 +28,16 @@ from ebbflow.formats.messages import (
     ListModels,
     ModelList,
     ModelSummary,
+    Pause,
     Progress,
     Request,
     Resize,
     Resized,
+    Resume,
     Sampling,
     Shutdown,
     Started,
+    YieldMemory,
 )
 from ebbflow.formats.units import AUTO, SizeWish
 
@@ -84,6 +87,8 @@ def library(request: Request) -> Iterable[Item]:
             yield Added(id=request.id, summary=SUMMARY, seconds=1.0)
         case Resize():
             yield Resized(id=request.id)
+        case YieldMemory() | Pause() | Resume():
+            yield Done(id=request.id)
         case _:
             yield Failed(id=request.id, code="unknown_model", message="no such model")  # type: ignore[union-attr]
 
@@ -319,6 +324,11 @@ def test_adding_reports_progress_and_gives_the_summary(address: str, tmp_path: P
         (lambda c: c.generate("m", "p", heat=1), errors.InvalidRequest),
         (lambda c: c.chat("m", [{"role": "user"}]), errors.InvalidRequest),
         (lambda c: c.resize("m", "some"), errors.InvalidSize),
+        (lambda c: c.resize("m", "auto", floor="much"), errors.InvalidSize),
+        (lambda c: c.resize("m", "auto", flor=1), errors.InvalidRequest),
+        (lambda c: c.resize("m", "auto", priority="high"), errors.InvalidRequest),
+        (lambda c: c.yield_memory("2GB", "soon"), errors.InvalidRequest),
+        (lambda c: c.yield_memory("all"), errors.InvalidSize),
     ],
 )
 def test_what_cannot_be_asked_is_refused_before_anything_is_sent(call, error, address: str):  # type: ignore[no-untyped-def]
@@ -371,6 +381,8 @@ def test_coroutines_ask_everything_else(address: str, tmp_path: Path):
             stream = client.add(tmp_path, "tiny")
             assert [progress.done async for progress in stream] == [1, 2]
             assert await stream.result() == SUMMARY
+            for favour in (client.yield_memory("2GB", "20m"), client.pause(), client.resume()):
+                await favour
             for call in (client.show("x"), client.remove("x"), client.status()):
                 with pytest.raises(errors.UnknownModel):
                     await call

@@ -16,12 +16,12 @@ from ebbflow.formats.messages import (
     Cancel,
     ChatMessage,
     Chunk,
+    Continue,
     Failed,
     Finished,
     Generate,
     Ping,
     Progress,
-    Resume,
     Sampling,
     Started,
 )
@@ -177,7 +177,7 @@ def test_a_dead_workers_streams_go_on_in_the_next_and_the_others_end(house) -> N
     assert {(e.id, e.stage) for e in heard if isinstance(e, Progress)} == {(1, RESTARTING), (3, RESTARTING)}
     again = house.ready_worker()
     _, first, third = again.hear()
-    assert (first, third.ids) == (Resume(request=first.request, ids=(10, 11, 12)), (10,))
+    assert (first, third.ids) == (Continue(request=first.request, ids=(10, 11, 12)), (10,))
     assert (first.request.id, first.request.prompt, third.request.id) == (ids["p1"], "p1", ids["p3"])
     again.say(
         Started(id=ids["p1"], prompt_tokens=4), Chunk(id=ids["p1"], text="c", tokens=4, ids=(13,)), finished(ids["p1"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ebbflow.daemon.supervisor.reading import Reading
-from ebbflow.daemon.supervisor.sensor import Sensor
+from ebbflow.daemon.supervisor.sensor import BATTERY_SECONDS, Sensor
 
 GIB = 2**30
 MIB = 2**20
@@ -41,7 +41,7 @@ class Tree:
         self.write("proc/self/cgroup", "\n".join(lines))
 
     def read(self, **options) -> Reading:
-        return Sensor(self.root, **options).read([41, 42])
+        return Sensor(self.root, clocks=lambda: (7.0, 7.0), **options).read([41, 42], worker=42)
 
 
 @pytest.fixture
@@ -121,10 +121,75 @@ def test_where_there_is_no_proc_the_library_is_asked(tmp_path):
     reading = Sensor(tmp_path).read()
     assert reading.source == "system memory"
     assert reading.available > 0
+    assert reading.fixed_only
     assert Sensor(tmp_path).total() >= reading.available
     memory = Sensor(tmp_path).process("worker", os.getpid())
     assert memory.private_nbytes > 1_000_000
     assert Sensor(tmp_path).oom_kills() == 0
+
+
+def test_the_workers_own_limits_bound_what_it_may_hold(tree):
+    limits = "Limit  Soft Limit  Hard Limit  Units\nMax cpu time  unlimited  unlimited  seconds\n"
+    tree.write(
+        "proc/42/limits", limits + f"Max data size  {3 * GIB}  unlimited  bytes\nMax address space unlimited 9 bytes"
+    )
+    tree.write("proc/42/status", f"RssAnon:\t {2**20} kB")
+    tree.write("proc/41/limits", limits + "Max data size  5  5  bytes")  # a job's: set by us, and its own affair
+    assert tree.read() == Reading(2 * GIB, "process limit")
+    tree.write("proc/42/limits", f"Max address space  {GIB // 2}  unlimited  bytes")
+    assert tree.read() == Reading(0, "process limit")
+
+
+def test_what_is_swapped_out_of_ours_is_counted(tree):
+    tree.write("proc/41/status", "RssAnon:\t 1 kB\nVmSwap:\t 5 kB")
+    tree.write("proc/42/status", "RssAnon:\t 1 kB\nVmSwap:\t 7 kB")
+    assert tree.read().swapped == 12 * 1024
+
+
+def test_programs_that_wait_for_memory_are_noticed(tree):
+    stalls = "some avg10={} avg60=0.00 avg300=0.00 total=5\nfull avg10=99.00 avg60=0.00 avg300=0.00 total=5"
+    tree.write("proc/pressure/memory", stalls.format("9.99"))
+    assert not tree.read().pressure
+    tree.write("proc/pressure/memory", stalls.format("10.00"))
+    assert tree.read().pressure
+    tree.write("proc/pressure/memory", stalls.format("0.00"))
+    tree.inside("0::/user.slice/app.scope")
+    tree.write("sys/fs/cgroup/user.slice/memory.pressure", stalls.format("55.10"))
+    assert tree.read() == Reading(8 * GIB, "system memory", pressure=True)
+
+
+@pytest.mark.parametrize(
+    ("supply", "found"),
+    [
+        ({"type": "Battery", "status": "Discharging"}, True),
+        ({"type": "Battery", "status": "Charging"}, False),
+        ({"type": "Battery", "status": "Discharging", "scope": "Device"}, False),
+        ({"type": "Mains", "online": "1"}, False),
+        ({}, False),
+    ],
+)
+def test_a_battery_that_feeds_the_machine(tree, supply, found):
+    tree.write("sys/class/power_supply/AC/type", "Mains")
+    for name, text in supply.items():
+        tree.write(f"sys/class/power_supply/BAT0/{name}", text)
+    assert tree.read().battery is found
+
+
+def test_a_battery_is_not_asked_at_every_look(tree):
+    now = [5.0]
+    sensor = Sensor(tree.root, clocks=lambda: (now[0], now[0]))
+    assert not sensor.read().battery
+    tree.write("sys/class/power_supply/BAT0/type", "Battery")
+    tree.write("sys/class/power_supply/BAT0/status", "Discharging")
+    now[0] += BATTERY_SECONDS - 1
+    assert not sensor.read().battery
+    now[0] += 1
+    assert sensor.read().battery
+
+
+def test_the_time_asleep(tree):
+    assert Sensor(tree.root, clocks=lambda: (100.0, 60.0)).read().slept == 40.0
+    assert Sensor().read().slept >= 0.0 - 1e-3
 
 
 def test_processes_are_counted_as_the_kernel_does(tree):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ebbflow.daemon.supervisor.adding import JOB_NBYTES
+from ebbflow.daemon.supervisor.adding import HOLD_LEAST_SECONDS, HOLD_MOST_SECONDS, JOB_NBYTES, WAIT_MOST_SECONDS
 from ebbflow.daemon.supervisor.children import LAST_WORDS_SECONDS, LEAVE_SECONDS
 from ebbflow.formats.manifest import STACK
 from ebbflow.formats.messages import (
@@ -23,12 +23,14 @@ from ebbflow.formats.messages import (
     Progress,
     Ready,
     RemoveModel,
+    SetTarget,
     Shutdown,
+    UnloadModel,
 )
 from ebbflow.formats.stack import mark_of
 from ebbflow.formats.summary import summary
 
-from support.house import GB, MB, House, generate, holds
+from support.house import GB, MB, House, finished, generate, holds
 from support.models import write_model
 
 
@@ -257,18 +259,107 @@ def test_a_job_may_take_what_an_automatic_model_would_give_back(house, client):
     assert house.launcher.job_memory == 100 * MB + 800 * MB
 
 
-def test_a_job_that_could_not_even_begin_is_not_started(house, client):
+def test_a_job_waits_for_room_and_says_how_much_there_is(house, client):
     house.sensor.available = GB // 2 + JOB_NBYTES - 1
+    client.say(add(1), add(2, "second"))
+    house.turn()
+    waiting = Progress(id=1, stage="waiting for memory", done=JOB_NBYTES - 1, total=JOB_NBYTES)
+    assert waiting in client.hear()
+    assert house.launcher.jobs == []
+    house.turn(0.5)
+    assert client.hear() == []
+    client.say(Ping())
+    house.turn(0.6)
+    assert waiting in client.hear()
+    house.sensor.available += 1
+    house.turn(1)
+    assert [job.request.name for job in house.launcher.jobs] == ["new"]
+
+
+def test_waiting_for_room_ends_with_a_cancel_or_after_a_long_time(house, client):
+    house.sensor.available = 0
+    client.say(add(1))
+    house.turn()
+    client.hear()
+    client.say(Cancel(id=1), add(2, "second"))
+    house.turn()
+    assert failures(client.hear()) == [(1, "cancelled")]
+    for _ in range(int(WAIT_MOST_SECONDS / 5)):
+        client.say(Ping())
+        house.turn(5)
+    [failed] = [message for message in client.hear() if isinstance(message, Failed)]
+    assert (failed.id, failed.code) == (2, "out_of_memory")
+    assert house.launcher.jobs == []
+
+
+def test_a_job_for_which_there_will_never_be_room_is_refused_at_once(house, client):
+    house.server.adding._most_nbytes = JOB_NBYTES - 1
+    house.sensor.available = GB
     client.say(add(1), add(2))
     house.turn()
     heard = client.hear()
     assert failures(heard) == [(1, "out_of_memory"), (2, "out_of_memory")]
     assert "needs at least 700 MB" in heard[0].message
     assert house.launcher.jobs == []
-    house.sensor.available += 1
-    client.say(add(3))
+
+
+def test_when_memory_is_short_a_job_stands_still_and_goes_on_when_there_is_room(house, client):
+    process, _, _ = begin(house, client)
+    house.turn(0.1)
+    assert process.signals == []
+    house.sensor.available = 400 * MB
+    house.turn(0.3)
+    assert process.signals == ["STOP"]
+    assert client.hear()[-1] == Progress(id=1, stage="waiting for memory")
+    house.sensor.available = 2 * GB
+    house.turn(HOLD_LEAST_SECONDS / 2)
+    assert process.signals == ["STOP"]
+    house.turn(HOLD_LEAST_SECONDS / 2)
+    assert process.signals == ["STOP", "CONT"]
+    house.sensor.available = 400 * MB
+    house.turn(0.3)
+    client.say(Cancel(id=1))
     house.turn()
-    assert len(house.launcher.jobs) == 1
+    assert process.signals == ["STOP", "CONT", "STOP", "TERM", "CONT"]
+
+
+def test_a_job_does_not_stand_still_for_ever(house, client):
+    process, _, folder = begin(house, client)
+    house.sensor.available = 400 * MB
+    for _ in range(int(HOLD_MOST_SECONDS / 5) + 1):
+        client.say(Ping())
+        house.turn(5)
+    assert process.signals == ["STOP", "KILL"]
+    [failed] = [message for message in client.hear() if isinstance(message, Failed)]
+    assert (failed.id, failed.code) == (1, "out_of_memory")
+    assert "stood still for 5 min" in failed.message
+    house.turn()
+    house.turn(LAST_WORDS_SECONDS * 1.5)
+    assert not folder.exists()
+
+
+def test_a_job_stands_still_before_an_idle_model_goes(house, client):
+    process, _, _ = begin(house, client)
+    client.say(generate(2))
+    house.turn()
+    worker = house.ready_worker()
+    load, asked = worker.hear()
+    worker.say(holds(load), finished(asked.id))
+    house.turn(0.3)
+    house.sensor.available = 300 * MB
+    house.turn(0.3)
+    [_, order] = [message for message in worker.hear() if not isinstance(message, UnloadModel)]
+    worker.say(holds(order))
+    for _ in range(9):
+        house.turn(0.1)
+        for message in worker.hear():
+            if isinstance(message, SetTarget):
+                worker.say(holds(message))
+            assert not isinstance(message, UnloadModel) or process.signals == ["STOP"]
+    for _ in range(30):
+        house.turn(0.1)
+    assert process.signals == ["STOP"]
+    assert UnloadModel(model="demo") in worker.hear()
 
 
 def test_a_copy_is_a_job_like_any_other_and_needs_no_memory(house, client):

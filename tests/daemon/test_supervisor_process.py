@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from ebbflow.daemon.supervisor.library import _owner_lives
+from ebbflow.daemon.supervisor.library import Library, _owner_lives
 from ebbflow.formats.errors import AlreadyRunning
 from ebbflow.formats.messages import (
     AddModel,
@@ -33,6 +33,7 @@ from ebbflow.formats.messages import (
     Shutdown,
     Started,
     Status,
+    YieldMemory,
     decode,
     encode,
     event_decoder,
@@ -42,6 +43,7 @@ from ebbflow.formats.units import SizeWish
 
 from support.house import GB, generate
 from support.models import write_model
+from support.real_daemon import until
 
 SCRIPT = Path(__file__).parent.parent / "support" / "fake_supervisor.py"
 PATIENCE_MS = 20_000
@@ -328,6 +330,37 @@ def test_a_resumed_answer_is_told_once_and_whole_whichever_worker_says_it(daemon
     [*heard, failed] = daemon.hear_until(Failed)
     assert (failed.id, failed.code) == (2, "worker_died")
     assert "".join(event.text for event in heard if isinstance(event, Chunk)) == "words that "
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_a_job_stands_still_while_memory_is_short_and_then_goes_on(daemon):
+    daemon.say(AddModel(id=1, source="/x", name="new"))
+    daemon.hear_until(Progress)
+    job = daemon.children()["job"]
+    daemon.ask(YieldMemory(id=2, nbytes=10**15))
+    until(lambda: state_of(job) == "T", 5)
+    assert daemon.hear() == Progress(id=1, stage="waiting for memory")
+    daemon.ask(YieldMemory(id=3, nbytes=0))
+    until(lambda: state_of(job) != "T", 10)
+    daemon.ask(YieldMemory(id=4, nbytes=10**15))
+    until(lambda: state_of(job) == "T", 5)
+    daemon.say(Cancel(id=1))
+    wait_until_gone(job)
+    assert isinstance(daemon.hear_until(Failed)[-1], Failed)
+
+
+def test_a_job_that_stood_still_when_its_daemon_was_killed_is_woken_by_the_next(tmp_path):
+    command = [sys.executable, "-c", "import signal, os; os.kill(os.getpid(), signal.SIGSTOP)"]
+    stopped = subprocess.Popen(command)
+    until(lambda: state_of(stopped.pid) == "T", 10)
+    folder = tmp_path / f".adding-new-{stopped.pid}"
+    folder.mkdir()
+    Library(tmp_path).clean()
+    assert stopped.wait(10) == 0
+    assert folder.exists()
 
 
 def test_the_target_follows_a_cap(start):

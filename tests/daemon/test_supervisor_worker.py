@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ebbflow.daemon.supervisor.children import LAST_WORDS_SECONDS, LEAVE_SECONDS
 from ebbflow.daemon.supervisor.silence import HUNG_SECONDS, LOADING_SECONDS
+from ebbflow.daemon.supervisor.terms import Terms, read_terms, write_terms
 from ebbflow.daemon.supervisor.worker import READY_SECONDS, START_ATTEMPTS
 from ebbflow.formats.messages import (
     LEASE_SECONDS,
@@ -20,16 +21,23 @@ from ebbflow.formats.messages import (
     Exit,
     Failed,
     Generate,
+    GetStatus,
     LoadModel,
+    Pause,
     Ping,
     Ready,
+    RemoveModel,
     Report,
     Resize,
     Resized,
+    Resume,
     SetTarget,
     Shutdown,
+    Trim,
+    UnloadModel,
+    YieldMemory,
 )
-from ebbflow.formats.units import SizeWish
+from ebbflow.formats.units import AUTO, SizeWish
 
 from support.house import GB, MB, House, finished, generate, holds
 from support.models import write_model
@@ -229,7 +237,7 @@ def test_an_idle_worker_is_sent_home(house, client):
     assert len(house.launcher.workers) == 1
 
 
-def test_the_sensor_rests_while_nothing_is_loaded(house, client):
+def test_the_sensor_rests_while_nothing_is_loaded_and_looks_more_often_where_memory_is_near(house, client):
     for _ in range(20):
         house.turn(0.2)
     assert house.sensor.readings == 0
@@ -239,7 +247,15 @@ def test_the_sensor_rests_while_nothing_is_loaded(house, client):
     readings = house.sensor.readings
     for _ in range(20):
         house.turn(0.1)
-    assert house.sensor.readings - readings == pytest.approx(10, abs=1)
+    assert house.sensor.readings - readings <= 8
+    assert house.server.following.wait_seconds(house.now) <= 0.25
+    house.sensor.available = 700 * MB  # 200 MB above the reserve
+    house.turn(0.3)
+    readings = house.sensor.readings
+    for _ in range(20):
+        house.turn(0.05)
+    assert house.sensor.readings - readings == pytest.approx(20, abs=1)
+    assert house.server.following.wait_seconds(house.now) <= 0.05
 
 
 def test_a_request_that_comes_while_the_worker_leaves_gets_the_next_one(house, client):
@@ -383,8 +399,9 @@ def test_memory_getting_short_shrinks_a_model_in_the_same_turn(house, client):
     worker.say(holds(load))
     house.turn(0.2)
     house.sensor.available = 400 * MB
-    house.turn(0.2)
-    [order] = worker.hear()
+    house.turn(0.3)
+    [trim, order] = worker.hear()
+    assert trim == Trim()
     assert order.id == 0
     assert GB - 130 * MB < order.target_nbytes <= GB - 100 * MB
     worker.say(holds(order))
@@ -407,6 +424,180 @@ def test_a_worker_that_reads_nothing_is_killed(house, client, monkeypatch):
     assert house.launcher.workers[0].signals == ["KILL"]
     mourn(house)
     assert failures(client.hear()) == [(1, "worker_died")]
+
+
+# -- several models, and none ---------------------------------------------------------------------------------------
+
+
+def two_models(house, client):
+    """Two loaded models of 1 GB with bases of 200 MB: `demo` is asked something, `other` is idle."""
+    write_model(house.root, "other")
+    worker, load, _ = begin(house, client)
+    client.say(generate(2, "other"))
+    house.turn()
+    second, asked = worker.hear()
+    worker.say(*(both(load, second)), finished(asked.id))
+    house.turn(0.3)
+    client.hear()
+    return worker, load, second
+
+
+def both(*orders):
+    """One report of a worker that does as each of these says."""
+    return [Report(models=tuple(model for order in orders for model in holds(order).models))]
+
+
+def obey(worker, held):
+    """Do as the worker is told; what else it heard."""
+    others = []
+    for order in worker.hear():
+        match order:
+            case SetTarget() | LoadModel():
+                held[order.model] = order
+            case UnloadModel():
+                held.pop(order.model)
+                others.append(order)
+            case _:
+                others.append(order)
+    if held:
+        worker.say(*both(*held.values()))
+    return others
+
+
+def test_when_all_are_at_their_least_idle_ones_are_unloaded_and_come_back_on_demand(house, client):
+    worker, load, second = two_models(house, client)
+    held, heard = {"demo": load, "other": second}, []
+    house.sensor.available = 100 * MB
+    for _ in range(60):
+        client.say(Ping())
+        house.turn(0.1)
+        heard += obey(worker, held)
+    assert UnloadModel(model="other") in heard
+    assert {name: order.target_nbytes for name, order in held.items()} == {"demo": GB // 5}
+    client.hear()
+    client.say(generate(3), generate(4, "other"))
+    house.turn()
+    assert failures(client.hear()) == [(3, "out_of_memory"), (4, "out_of_memory")]
+    house.sensor.available = 2 * GB
+    house.turn(0.3)
+    client.say(generate(5), generate(6, "other"))
+    house.turn()
+    again = [type(message) for message in worker.hear()]
+    assert again == [Generate, LoadModel, Generate]
+
+
+def test_an_idle_model_makes_room_for_one_that_is_asked(house, client):
+    worker, load, second = two_models(house, client)
+    write_model(house.root, "third")
+    held = {"demo": load, "other": second}
+    house.sensor.available = GB // 2 + 150 * MB
+    for _ in range(10):
+        house.turn(0.1)
+        obey(worker, held)
+    assert failures(client.hear()) == []
+    worker.say(*both(*(SetTarget(model=model, target_nbytes=GB // 5) for model in held)))
+    house.turn(0.1)
+    worker.hear()
+    client.say(generate(7, "third"))
+    house.turn()
+    orders = worker.hear()
+    assert UnloadModel(model="other") in orders
+    assert [order.model for order in orders if isinstance(order, LoadModel)] == ["third"]
+    assert not any(isinstance(order, UnloadModel) and order.model == "demo" for order in orders)
+
+
+def test_paused_everything_gives_way_and_the_worker_goes_home_when_nobody_waits(house, client):
+    worker, load, second = two_models(house, client)
+    held = {"demo": load, "other": second}
+    client.say(Pause(id=20))
+    house.turn()
+    assert client.hear() == [Done(id=20)]
+    heard = []
+    for _ in range(20):
+        client.say(Ping())
+        house.turn(0.1)
+        heard += obey(worker, held)
+    assert heard == [UnloadModel(model="other")]
+    assert held["demo"].target_nbytes == GB // 5
+    client.hear()
+    client.say(GetStatus(id=21), Resume(id=22))
+    house.turn()
+    status, done = client.hear()
+    assert status.paused
+    assert status.models[0].reason == "paused (`ebb resume` ends it)"
+    assert done == Done(id=22)
+    client.say(Pause(id=23), Cancel(id=1))
+    house.turn()
+    worker.say(Failed(id=1, code="cancelled", message=""))
+    for _ in range(20):
+        house.turn(0.1)
+        heard += obey(worker, held)
+    assert heard[-2:] == [UnloadModel(model="demo"), Exit()]
+
+
+def test_memory_is_yielded_for_a_while(house, client):
+    worker, load, _ = begin(house, client)
+    held = {"demo": load}
+    worker.say(holds(load))
+    house.sensor.available = 700 * MB
+    house.turn(0.3)
+    client.say(YieldMemory(id=2, nbytes=500 * MB, seconds=60), GetStatus(id=3))
+    house.turn(0.1)
+    done, status = client.hear()
+    assert done == Done(id=2)
+    assert (status.yielded_nbytes, round(status.yield_seconds), status.reserve_nbytes) == (500 * MB, 60, GB)
+    house.turn(0.1)
+    obey(worker, held)
+    assert GB - 330 * MB <= held["demo"].target_nbytes <= GB - 300 * MB
+    client.say(YieldMemory(id=4, nbytes=0), GetStatus(id=5))
+    house.turn(0.1)
+    assert client.hear()[-1].yielded_nbytes == 0
+
+
+@pytest.mark.parametrize(
+    ("ask", "code"),
+    [
+        (YieldMemory(id=1, nbytes=-1), "invalid_size"),
+        (YieldMemory(id=1, nbytes=1, seconds=0), "invalid_request"),
+        (YieldMemory(id=1, nbytes=1, seconds=float("nan")), "invalid_request"),
+        (Resize(id=1, model="demo", wish=AUTO, floor_nbytes=2 * GB), "invalid_size"),
+        (Resize(id=1, model="demo", wish=AUTO, floor_nbytes=-1), "invalid_size"),
+        (Resize(id=1, model="demo", wish=AUTO, cap_nbytes=100 * MB), "invalid_size"),
+        (Resize(id=1, model="demo", wish=AUTO, floor_nbytes=500 * MB, cap_nbytes=400 * MB), "invalid_size"),
+        (Resize(id=1, model="demo", wish=AUTO, priority=0.0), "invalid_request"),
+        (Resize(id=1, model="demo", wish=AUTO, priority=float("nan")), "invalid_request"),
+    ],
+)
+def test_terms_that_cannot_be(house, client, ask, code):
+    client.say(ask)
+    house.turn()
+    assert failures(client.hear()) == [(1, code)]
+    assert house.server.budget.demand.terms == {}
+
+
+def test_terms_are_kept_over_a_restart_and_forgotten_with_the_model(house, client, tmp_path):
+    client.say(Resize(id=1, model="demo", wish=AUTO, floor_nbytes=300 * MB, priority=2.0))
+    client.say(Resize(id=2, model="demo", wish=AUTO, cap_nbytes=600 * MB))
+    house.turn()
+    wanted = {"demo": Terms(floor=300 * MB, cap=600 * MB, priority=2.0)}
+    assert read_terms(tmp_path) == wanted
+    with contextlib.closing(House(tmp_path)) as again:
+        assert again.server.budget.demand.terms == wanted
+        other = again.client()
+        _, load, _ = begin(again, other)
+        assert load.target_nbytes == 600 * MB
+    client.say(RemoveModel(id=3, model="demo"))
+    house.turn()
+    assert read_terms(tmp_path) == {}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"demo": {"floor": "much"}}', "\xff"])
+def test_terms_that_cannot_be_read_are_ignored(tmp_path, text, caplog):
+    (tmp_path / ".terms.json").write_text(text)
+    assert read_terms(tmp_path) == {}
+    assert "is ignored" in caplog.text
+    write_terms(tmp_path / "nowhere", {})
+    assert "cannot be written" in caplog.text
 
 
 # -- the end ------------------------------------------------------------------------------------------------------

@@ -9,9 +9,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
+from ebbflow.daemon.library.synthetic_stack import write_random_stack
 from ebbflow.daemon.mapping import Mapping
 
 from support.cgroups import measure
@@ -148,3 +150,23 @@ def test_serving_does_not_wake_the_compiler(tmp_path: Path, write: Callable[[Pat
     assert found["compiled"] == 0
     assert found["before"] > 20 * MIB
     assert found["after"] < found["before"] / 4
+
+
+SHAPE = msgspec.structs.replace(
+    TINY, vocab=4000, hidden=1024, layers=5, heads=8, kv_heads=4, head_dim=128, intermediate=4096, context=512
+)
+
+
+def test_the_kernel_moves_by_what_the_ledger_says(tmp_path: Path) -> None:
+    """Blocks, keys and values, work space: all that a model holds, and no more, each time something comes or goes."""
+    write_random_stack(SHAPE, tmp_path, "m", levels=3)
+    found = Found(measure("ledger", str(tmp_path / "m")))
+    moves = [name.removesuffix(" ours") for name in found if name.endswith(" ours")]
+    assert moves == ["grown", "shrunk", "running", "finished", "trimmed", "unloaded"]
+    for move in moves:
+        ours = found[f"{move} ours"]
+        assert abs(found[f"{move} kernel"] - ours) <= max(0.05 * abs(ours), 4 * MIB), (move, found)
+    assert found["grown ours"] > 15 * MIB
+    assert found["grown ours"] - found["shrunk ours"] > 5 * MIB
+    assert found["running ours"] - found["shrunk ours"] > 5 * MIB
+    assert found["trimmed ours"] <= found["shrunk ours"]

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebbflow.formats.errors import InvalidSize
-from ebbflow.formats.units import AUTO, SizeWish, format_seconds, format_size, parse_size, parse_wish
+from ebbflow.formats.errors import InvalidRequest, InvalidSize
+from ebbflow.formats.units import AUTO, SizeWish, format_seconds, format_size, parse_seconds, parse_size, parse_wish
 
 
 @pytest.mark.parametrize(
@@ -98,3 +98,16 @@ def test_sizes_come_back_within_what_is_shown(nbytes):
 )
 def test_format_seconds(seconds, text):
     assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("45s", 45), (" 20 m", 1200), ("1.5H", 5400), ("2d", 172800)]
+)
+def test_parse_seconds(text, seconds):
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-1m", "1e3", "5 weeks", "1:30", "9" * 20])
+def test_not_a_time(text):
+    with pytest.raises(InvalidRequest, match="is not a time"):
+        parse_seconds(text)

@@ -16,6 +16,7 @@ from ebbflow.formats.errors import Cancelled
 from ebbflow.formats.messages import (
     Cancel,
     Chunk,
+    Continue,
     Exit,
     Finished,
     Generate,
@@ -25,7 +26,6 @@ from ebbflow.formats.messages import (
     Report,
     Residency,
     Resized,
-    Resume,
     SetTarget,
     Started,
     UnloadModel,
@@ -60,7 +60,7 @@ class FakeWorker:
                     del self.targets[message.model]
                 case Generate():
                     self.generate(message.id, message.prompt or "")
-                case Resume():
+                case Continue():
                     self.generate(message.request.id, message.request.prompt or "", len(message.ids))
                 case Cancel():
                     if self.streams.pop(message.id, None) is not None:

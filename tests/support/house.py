@@ -82,6 +82,12 @@ class FakeProcess:
         self.signals.append("KILL")
         self.code = -9
 
+    def suspend(self) -> None:
+        self.signals.append("STOP")
+
+    def go_on(self) -> None:
+        self.signals.append("CONT")
+
     def last_words(self) -> str:
         return self.words
 
@@ -115,10 +121,11 @@ class FakeSensor:
     def __init__(self) -> None:
         self.available = 10 * GB
         self.source = "system memory"
+        self.memory = 16 * GB
         self.kills = 0
         self.readings = 0
 
-    def read(self, pids=()) -> Reading:
+    def read(self, pids=(), worker=None) -> Reading:
         self.readings += 1
         return Reading(self.available, self.source)
 
@@ -126,7 +133,7 @@ class FakeSensor:
         self.cap = cap
 
     def total(self) -> int:
-        return 16 * GB
+        return self.memory
 
     def process(self, role: str, pid: int) -> ProcessMemory | None:
         return ProcessMemory(role=role, pid=pid, private_nbytes=1000)

@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 import sys
+import time
 from pathlib import Path
 
 import numba.core.event
@@ -21,7 +22,17 @@ from ebbflow.daemon.worker.loop import Loop
 from ebbflow.daemon.worker.resident import Resident
 from ebbflow.formats.architecture import Architecture
 from ebbflow.formats.manifest import STACK
-from ebbflow.formats.messages import Exit, Generate, LoadModel, Sampling, SetTarget, UnloadModel
+from ebbflow.formats.messages import (
+    Chunk,
+    Exit,
+    Generate,
+    LoadModel,
+    Sampling,
+    SetTarget,
+    ToWorker,
+    Trim,
+    UnloadModel,
+)
 from ebbflow.formats.stack import read_stack
 
 from support.fake_line import FakeClock, FakeLine
@@ -213,9 +224,56 @@ def _code(library: str) -> int:
     return total
 
 
+def ledger() -> dict[str, int]:
+    """What the kernel and what the ledger says moved, in pairs, through the life of a model."""
+    line = FakeLine()
+    loop, moved = Loop(line, 2, time.monotonic), {}
+
+    def play(*messages: ToWorker) -> None:
+        line.script.append(list(messages))
+        loop.turn()
+        while line.script or any(served.engine.busy or not served.arrived for served in loop.models.values()):
+            loop.turn()
+
+    def booked() -> int:
+        held = [served.residency("m") for served in loop.models.values()]
+        return sum(r.nbytes + r.kv_nbytes + r.work_nbytes for r in held)
+
+    def ask(key: int, prompt: str, tokens: int) -> Generate:
+        return Generate(id=key, model="m", prompt=prompt, sampling=Sampling(max_tokens=tokens))
+
+    play(LoadModel(model="m", folder=sys.argv[3], target_nbytes=0))
+    play(ask(1, "warm up", 2), Trim())  # what is compiled or imported late belongs to the runtime
+    play(Trim())
+    kernel, ours = private_nbytes(), booked()
+
+    def note(what: str) -> None:
+        moved[what + " kernel"], moved[what + " ours"] = private_nbytes() - kernel, booked() - ours
+
+    full = loop.models["m"].resident.stack.nbytes
+    play(SetTarget(model="m", target_nbytes=full))
+    note("grown")
+    play(SetTarget(model="m", target_nbytes=full * 3 // 4))
+    note("shrunk")
+    line.script.append([ask(2, "x" * 450, 50)])
+    while not any(isinstance(message, Chunk) and message.id == 2 for message in line.sent):
+        loop.turn()
+    note("running")
+    play()
+    note("finished")
+    play(Trim())
+    note("trimmed")
+    play(UnloadModel(model="m"))
+    note("unloaded")
+    return moved
+
+
 if __name__ == "__main__":
     GROUP = sys.argv[2]
     if GROUP:
         (Path(GROUP) / "cgroup.procs").write_text(str(os.getpid()))
-    measurements = (mapping, shared_mapping, huge_pages, kv_blocks, resident, loop_rounds, unload_trims, compiler_idle)
+    measurements = (
+        *(mapping, shared_mapping, huge_pages, kv_blocks, resident, loop_rounds, unload_trims),
+        *(compiler_idle, ledger),
+    )
     print(json.dumps({m.__name__: m for m in measurements}[sys.argv[1]]() | {"counted": bool(GROUP)}))

@@ -1,0 +1,59 @@
+"""What people asked for a model: its size, limits and priority. Kept in a file, so that a restart forgets nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from ...formats.units import AUTO, SizeWish
+
+log = logging.getLogger(__name__)
+
+FILE: Final = ".terms.json"  # in the library's folder; the dot keeps it from being taken for a model
+
+
+class Terms(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """`floor` and `cap` (bytes; a cap of 0 is none) hold an automatic size; `priority` multiplies what it is worth."""
+
+    size: SizeWish = AUTO
+    floor: int = 0
+    cap: int = 0
+    priority: float = 1.0
+
+    def least(self, base: int, full: int) -> int:
+        """The smallest automatic size of a model with such a stack, in bytes."""
+        return max(base, min(self.floor, full))
+
+    def most(self, base: int, full: int) -> int:
+        """The largest automatic size, in bytes."""
+        return max(self.least(base, full), min(self.cap or full, full))
+
+
+def read_terms(folder: Path) -> dict[str, Terms]:
+    """What was kept; nothing when there is no such file or it cannot be read, which is logged."""
+    path = folder / FILE
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Terms])
+    except FileNotFoundError:
+        return {}
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        log.warning("%s is ignored, sizes asked for earlier are forgotten: %s", path, error)
+        return {}
+
+
+def write_terms(folder: Path, terms: dict[str, Terms]) -> None:
+    """Keep them, atomically. What cannot be written is logged: it holds as long as this daemon."""
+    path = folder / FILE
+    temporary = path.with_name(FILE + ".partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(terms), indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError as error:
+        log.warning("%s cannot be written; sizes asked for hold until the daemon ends: %s", path, error)
