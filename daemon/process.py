@@ -17,6 +17,9 @@ from typing import Final
 PARENT_VARIABLE: Final = "EBBFLOW_PARENT"  # the supervisor tells a child its own process id
 MEMORY_VARIABLE: Final = "EBBFLOW_JOB_MEMORY"  # the supervisor tells a job how much memory it may take
 PR_SET_PDEATHSIG: Final = 1  # <linux/prctl.h>
+M_TRIM_THRESHOLD: Final = -1  # <malloc.h>
+M_MMAP_THRESHOLD: Final = -3
+LARGE_NBYTES: Final = 1 << 20
 
 
 def die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
@@ -33,6 +36,16 @@ def die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
     parent = os.environ.get(PARENT_VARIABLE)
     if parent and parent != str(os.getppid()):
         raise SystemExit(f"process {parent}, which started this one, is gone")
+
+
+def free_at_once() -> None:
+    """Make glibc give large arrays back when they are freed: by itself it keeps tens of megabytes for the next ones."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            libc.mallopt(option, LARGE_NBYTES)
 
 
 def set_oom_score(value: int) -> None:

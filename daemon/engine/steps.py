@@ -103,7 +103,8 @@ class Steps:
     @property
     def work_nbytes(self) -> int:
         """Bytes of all work space."""
-        return self.cache_nbytes + sum(array.nbytes for array in (self._levels, self._rows, self._units))
+        scratch = (self._levels, self._rows, self._floats, self._integers, self._tables, self._units)
+        return self.cache_nbytes + sum(array.nbytes for array in (*scratch, self._blocks, self._made))
 
     @property
     def cache_nbytes(self) -> int:

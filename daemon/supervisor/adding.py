@@ -98,8 +98,9 @@ class Adding:
 
     @property
     def running(self) -> bool:
-        """Whether a job is at work, or stopped in the middle of it."""
-        return self._job is not None and not self._job.ward.ending
+        """Whether a job that takes memory (a copy does not) is at work, or stopped in the middle of it."""
+        job = self._job
+        return job is not None and isinstance(job.message, AddModel) and not job.ward.ending
 
     def held_for(self, now: float) -> float:
         """For how many seconds the job has been stopped."""
@@ -108,7 +109,9 @@ class Adding:
     def hold(self, now: float) -> None:
         """Stop the job where it stands, because memory is short; it takes no more, and keeps what it has."""
         job = self._job
-        if job is None or job.held_since is not None or job.cancelled or not self._requests.is_open(job.request):
+        if job is None or not self.running or job.held_since is not None:
+            return
+        if job.cancelled or not self._requests.is_open(job.request):
             return
         log.info("job %s stands still: memory is short", job.ward.process.pid)
         job.held_since = now

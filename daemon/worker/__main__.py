@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 
-from ..process import PARENT_VARIABLE, die_with_parent, set_oom_score
+from ..process import PARENT_VARIABLE, die_with_parent, free_at_once, set_oom_score
 
 OOM_SCORE = 600  # the kernel shall choose the worker, never the supervisor or the user's programs
 COMPILING = "compiling kernels for this machine, which the first start does once"
@@ -18,6 +18,7 @@ def main() -> None:
     die_with_parent()
     os.environ[PARENT_VARIABLE] = str(os.getpid())  # for what this process starts
     set_oom_score(OOM_SCORE)
+    free_at_once()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the supervisor, which then says Exit
     address, identity, *flags = sys.argv[1:]
 

@@ -22,14 +22,15 @@ def test_without_anything_the_defaults(file):
 
 
 def test_everything_can_be_set_everywhere(file):
-    wanted = Options(5.0, 10**9, 2**31, "debug", "json", "/l", 2.5, "tcp://127.0.0.1:5555")
+    wanted = Options(5.0, 10**9, 2 * 10**9, 2**31, "debug", "json", "/l", 2.5, "tcp://127.0.0.1:5555")
     wanted = replace(wanted, worker=WorkerSettings("i8", exact=True, threads=3))
-    flags = "--idle-seconds=5 --reserve=1GB --cap=2GiB --log-level=debug --log-format=json --log-file=/l"
-    flags += " --kv=i8 --threads=3 --exact"
+    flags = "--idle-seconds=5 --reserve=1GB --battery-reserve=2GB --cap=2GiB --log-level=debug --log-format=json"
+    flags += " --log-file=/l --kv=i8 --threads=3 --exact"
     assert gather([*flags.split(), "--drain-seconds", "2.5", "--listen", "tcp://127.0.0.1:5555"], {}, file) == wanted
     variables = {
         "EBBFLOW_IDLE_SECONDS": "5",
         "EBBFLOW_RESERVE": "1GB",
+        "EBBFLOW_BATTERY_RESERVE": "2GB",
         "EBBFLOW_CAP": "2GiB",
         "EBBFLOW_LOG_LEVEL": "debug",
         "EBBFLOW_LOG_FORMAT": "json",
@@ -43,8 +44,8 @@ def test_everything_can_be_set_everywhere(file):
     }
     assert gather([], variables, file) == wanted
     file.write_text(
-        'idle_seconds = 5\nreserve = 1000000000\ncap = "2GiB"\nlog_level = "debug"\nlog_format = "json"\n'
-        'log_file = "/l"\ndrain_seconds = 2.5\nlisten = "tcp://127.0.0.1:5555"\n'
+        'idle_seconds = 5\nreserve = 1000000000\nbattery_reserve = "2GB"\ncap = "2GiB"\nlog_level = "debug"\n'
+        'log_format = "json"\nlog_file = "/l"\ndrain_seconds = 2.5\nlisten = "tcp://127.0.0.1:5555"\n'
         'kv = "i8"\nexact = true\nthreads = 3\n'
     )
     assert gather([], {}, file) == wanted
@@ -60,7 +61,7 @@ def test_the_command_line_wins_over_variables_and_those_over_the_file(file):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("idel_seconds = 1", "'idel_seconds' cannot be set; what can is cap, drain_seconds"),
+        ("idel_seconds = 1", "'idel_seconds' cannot be set; what can is battery_reserve, cap, drain_seconds"),
         ('idle_seconds = "5"', "idle_seconds cannot be '5'"),
         ("idle_seconds = nan", "idle_seconds cannot be nan"),
         ("drain_seconds = -1", "drain_seconds cannot be -1"),

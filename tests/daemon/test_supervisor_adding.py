@@ -293,7 +293,7 @@ def test_waiting_for_room_ends_with_a_cancel_or_after_a_long_time(house, client)
 
 
 def test_a_job_for_which_there_will_never_be_room_is_refused_at_once(house, client):
-    house.server.adding._most_nbytes = JOB_NBYTES - 1
+    house.server.adding.most_nbytes = JOB_NBYTES - 1
     house.sensor.available = GB
     client.say(add(1), add(2))
     house.turn()

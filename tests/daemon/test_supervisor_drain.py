@@ -81,7 +81,7 @@ def test_draining_ends_when_its_time_is_over_or_it_is_asked_again(house, how):
 
 
 def test_other_limits_hold_from_the_next_look(house):
-    house.server.configure(reserve=123, cap=456, idle_seconds=1.0)
+    house.server.configure(reserve=123, battery_reserve=4, cap=456, idle_seconds=1.0)
     client = house.client()
     client.say(GetStatus(id=1))
     house.turn()

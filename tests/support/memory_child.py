@@ -18,6 +18,7 @@ import numpy as np
 
 from ebbflow.daemon.engine.kv import KvCache
 from ebbflow.daemon.mapping import Mapping, drop_clean_pages, private_nbytes
+from ebbflow.daemon.process import free_at_once
 from ebbflow.daemon.worker.loop import Loop
 from ebbflow.daemon.worker.resident import Resident
 from ebbflow.formats.architecture import Architecture
@@ -226,6 +227,7 @@ def _code(library: str) -> int:
 
 def ledger() -> dict[str, int]:
     """What the kernel and what the ledger says moved, in pairs, through the life of a model."""
+    free_at_once()
     line = FakeLine()
     loop, moved = Loop(line, 2, time.monotonic), {}
 
