@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from .rows import JIT_OFF
 
 LINE: Final = 8  # i64 in one cache line: counters of different phases do not share one
-SPINS: Final = 20000  # turns of about 10 ns: phases of one token are shorter
+SPINS: Final = 500_000  # turns of about 0.7 ns: longer than one share of a phase takes
 NAP_MICROSECONDS: Final = 50
 
 I64 = NDArray[np.int64]
