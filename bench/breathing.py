@@ -41,7 +41,7 @@ ROUNDS = int(os.environ.get("EBBFLOW_BENCH_ROUNDS", "50"))
 SHRINKS, RESIZES = 2 * ROUNDS, 20 * ROUNDS
 STEP = 100_000_000
 SEEN = 0.95  # of what was dropped: counters of a group are kept per processor and settled in batches
-LIMIT, RESERVE = 1_700_000_000, 200_000_000
+LIMIT, RESERVE = 1_300_000_000, 200_000_000
 STREAMS = 4
 PICTURE = Path(__file__).parent.parent / "docs" / "breathing.svg"
 
