@@ -23,6 +23,7 @@ from ebbflow.daemon.engine.program import Program, build_program
 from ebbflow.daemon.engine.scheduler import Piece, Sequence
 from ebbflow.daemon.engine.serving import ServingNetwork
 from ebbflow.daemon.engine.steps import Steps
+from ebbflow.daemon.worker.processors import usable_threads
 from ebbflow.daemon.worker.resident import Resident
 from ebbflow.formats.blocks import unpack_dense
 from ebbflow.formats.manifest import STACK, read_manifest
@@ -71,7 +72,7 @@ def milliseconds(works: dict[str, Callable[[], object]]) -> dict[str, float]:
 def main() -> int:
     """Measure and print."""
     restart_with_kernels()
-    report, threads = Report("The parts of a step, 1.1 B shape"), set_threads()
+    report, threads = Report("The parts of a step, 1.1 B shape"), set_threads(usable_threads())
     folder = full_shape()
     a, resident = read_manifest(folder).architecture, Resident(read_stack(folder / STACK))
     kv = KvCache(a)

@@ -50,7 +50,8 @@ from .terms import Terms
 
 log = logging.getLogger(__name__)
 
-READY_SECONDS: Final = 300.0
+READY_SECONDS: Final = 120.0
+COMPILING_SECONDS: Final = 1800.0  # instead, when it says that this time it takes longer
 START_ATTEMPTS: Final = 3  # in a row without `Ready`; after that every new request gets one attempt
 RESTARTING: Final = "the worker died; going on in a new one"
 RUNTIME_NBYTES: Final = 110_000_000  # what a worker holds before it loads anything
@@ -94,6 +95,7 @@ class Worker:
         self.runtime_nbytes = 0  # what the worker held before it loaded anything
         self._silence = Silence()
         self._hung = False
+        self._patience = READY_SECONDS
         self._stage = ""  # what a worker that is not ready yet is at, if that takes long
 
     @property
@@ -178,6 +180,10 @@ class Worker:
                 self._pass_on(message, now)
             case Progress():
                 self._stage = message.stage
+                if self._phase == "starting" and self._ward:
+                    self._patience = COMPILING_SECONDS
+                    self._ward.spare()
+                    self._ward.kill_at(self._ward.started + self._patience)
                 self._tell_all_that_wait(self._stage)
             case Added():
                 log.warning("the worker sent %s, which only jobs send", type(message).__name__)
@@ -235,7 +241,8 @@ class Worker:
             return
         log.info("worker %s started", process.pid)
         self._ward = Ward(process, identity, now)
-        self._ward.kill_at(now + READY_SECONDS)
+        self._patience = READY_SECONDS
+        self._ward.kill_at(now + self._patience)
         self._phase = "starting"
         self._stage = ""
         self._hung = False
@@ -264,10 +271,10 @@ class Worker:
         log.log(logging.INFO if phase == "leaving" else logging.WARNING, "worker %s %s", ward.process.pid, end)
         out_of_memory = ward.process.exit_code() == -signal.SIGKILL and self._oom_kills() > self._oom_kills_before
         self._forget_models(now, out_of_memory and phase != "leaving")
-        late = phase == "starting" and now - ward.started >= READY_SECONDS
+        late = phase == "starting" and now - ward.started >= self._patience
         self._failed_starts += phase == "starting"
         again = phase == "leaving" or (phase == "starting" and self._failed_starts < START_ATTEMPTS and not late)
-        hint = f"it was not ready after {READY_SECONDS:.0f} s and " if late else ""
+        hint = f"it was not ready after {self._patience:.0f} s and " if late else ""
         hint = "it hung and " if self._hung else hint
         hint = "the kernel killed it, for memory, and " if out_of_memory else hint
         if phase == "ready":

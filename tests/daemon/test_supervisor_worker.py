@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ebbflow.daemon.supervisor.children import LAST_WORDS_SECONDS, LEAVE_SECONDS
 from ebbflow.daemon.supervisor.silence import HUNG_SECONDS, LOADING_SECONDS
 from ebbflow.daemon.supervisor.terms import Terms, read_terms, write_terms
-from ebbflow.daemon.supervisor.worker import READY_SECONDS, START_ATTEMPTS
+from ebbflow.daemon.supervisor.worker import COMPILING_SECONDS, READY_SECONDS, START_ATTEMPTS
 from ebbflow.formats.messages import (
     LEASE_SECONDS,
     Added,
@@ -25,6 +25,7 @@ from ebbflow.formats.messages import (
     LoadModel,
     Pause,
     Ping,
+    Progress,
     Ready,
     RemoveModel,
     Report,
@@ -182,6 +183,20 @@ def test_a_worker_that_does_not_get_ready_is_killed(house, client):
     assert failed.code == "worker_died"
     assert f"not ready after {READY_SECONDS:.0f} s" in failed.message
     assert len(house.launcher.workers) == 1
+
+
+def test_a_worker_that_compiles_gets_more_time(house, client):
+    client.say(generate(1))
+    house.turn()
+    worker = house.child(house.launcher.workers[0])
+    worker.say(Progress(id=0, stage="compiling"))
+    pass_time(house, client, COMPILING_SECONDS - 1)
+    assert house.launcher.workers[0].signals == []
+    client.say(Ping())
+    house.turn(1)
+    assert house.launcher.workers[0].signals == ["KILL"]
+    mourn(house)
+    assert f"not ready after {COMPILING_SECONDS:.0f} s" in client.hear()[-1].message
 
 
 def test_a_worker_that_is_ready_may_live_for_ever(house, client):
