@@ -1,4 +1,4 @@
-"""Two models and a neighbour, by simulation: one pool for the most valuable bytes, against whole models, least used out.
+"""Two models and a neighbour, by simulation: one pool for the most valuable bytes, against whole models.
 
 The real controller (`supervisor/budget`) and the real curve of size against KL (the demo's, stretched to two stacks of
 832 MB) on a made-up machine: a neighbour's memory walks by 50 to 400 MB, requests come at random, four of five for the

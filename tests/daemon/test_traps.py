@@ -169,4 +169,4 @@ def test_the_kernel_moves_by_what_the_ledger_says(tmp_path: Path) -> None:
     assert found["grown ours"] > 15 * MIB
     assert found["grown ours"] - found["shrunk ours"] > 5 * MIB
     assert found["running ours"] - found["shrunk ours"] > 5 * MIB
-    assert found["trimmed ours"] <= found["shrunk ours"]
+    assert found["trimmed ours"] <= found["shrunk ours"] + 4096  # tables of blocks are made by the next step
