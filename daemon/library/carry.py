@@ -18,7 +18,6 @@ import msgspec
 
 from ...formats.errors import (
     BadBlock,
-    CorruptManifest,
     DiskFull,
     InvalidRequest,
     ModelExists,
@@ -26,10 +25,10 @@ from ...formats.errors import (
     TruncatedStack,
     storage_failed,
 )
-from ...formats.manifest import MANIFEST, STACK, Manifest, read_manifest, write_manifest
+from ...formats.manifest import STACK, Manifest, read_manifest, write_manifest
 from ...formats.messages import ExportModel, ImportModel, ModelSummary, Progress
 from ...formats.paths import check_name
-from ...formats.stack import Stack, content_hash, mark_of, padded, read_stack
+from ...formats.stack import Stack, check_manifest, content_hash, mark_of, padded, read_stack
 from ...formats.summary import summary
 from .place import check_room, copy_tokenizer, making
 
@@ -52,6 +51,8 @@ def carry_model(request: ImportModel | ExportModel, library: Path, tell: Tell) -
         source, place = home, Path(request.target)
         if not place.parent.is_dir():
             raise InvalidRequest(f"{place.parent} is not a folder")
+        if place.resolve().is_relative_to(library.resolve()):
+            raise InvalidRequest(f"{place} is in the library itself, which holds only what was added or imported")
     try:
         return _carry(request, source, place, tell)
     except OSError as error:
@@ -64,8 +65,7 @@ def _carry(request: ImportModel | ExportModel, source: Path, place: Path, tell: 
     manifest, stack = read_manifest(source), read_stack(source / STACK)
     if stack.arriving:
         raise NotArrived(f"{source} is itself still arriving; wait until it is complete")
-    if (manifest.nbytes, manifest.blocks) != (stack.nbytes, len(stack.blocks)):
-        raise CorruptManifest(f"{source / MANIFEST} and {STACK} are not of the same model")
+    check_manifest(stack, manifest)
     manifest = msgspec.structs.replace(manifest, name=request.name)
     there = (place / STACK).stat().st_size if (place / STACK).exists() else 0
     check_room({place.parent: stack.data_start + stack.nbytes - there})
@@ -101,7 +101,8 @@ def _check_same(place: Path, manifest: Manifest) -> None:
 
 
 def _copy_stack(stack: Stack, target: Path, tell: Callable[[int], None]) -> None:
-    with stack.path.open("rb") as source, os.fdopen(os.open(target, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # a link in a half copied folder is nobody's we know
+    with stack.path.open("rb") as source, os.fdopen(os.open(target, flags, 0o666), "r+b") as file:
         whole = _whole_blocks(stack, source, file)
         file.seek(stack.data_start + stack.edges[whole])
         file.truncate()
