@@ -30,6 +30,7 @@ PIPE_MESSAGES: Final = 100  # what ZeroMQ itself may hold for one peer; the rest
 RETRY_SECONDS: Final = 0.02
 HEARD_NBYTES: Final = 4 * MAX_MESSAGE  # after which `receive` has heard enough: what it gives, its caller holds
 ZAP: Final = "inproc://zeromq.zap.01"  # where ZeroMQ asks who may enter (RFC 27)
+ASKED_AT_ONCE: Final = 100  # strangers who may knock in one turn; the others wait for the next
 BACKLOG: Final = 1024  # connections that may wait to be accepted; ZeroMQ's own 100 refuses a crowd
 
 M = TypeVar("M")
@@ -89,7 +90,9 @@ class _Gate:
         self.socket.bind(ZAP)
 
     def answer(self) -> None:
-        while self.socket.poll(0):
+        for _ in range(ASKED_AT_ONCE):
+            if not self.socket.poll(0):
+                return
             version, number, _domain, _address, _identity, mechanism, *credentials = self.socket.recv_multipart()
             allowed = mechanism == b"CURVE" and self._may_enter(z85.encode(credentials[0]).decode())
             if not allowed:
