@@ -135,7 +135,15 @@ def mark_of(path: Path) -> Path:
 
 def content_hash(payload: bytes | memoryview) -> str:
     """BLAKE2b-128 of a block's bytes without padding, as hexadecimal digits."""
-    return hashlib.blake2b(payload, digest_size=16).hexdigest()
+    return content_hash_of([payload])
+
+
+def content_hash_of(pieces: Iterable[bytes | memoryview]) -> str:
+    """The same of bytes that come in pieces."""
+    digest = hashlib.blake2b(digest_size=16)
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def padded(nbytes: int) -> int:

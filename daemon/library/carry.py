@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -28,12 +28,15 @@ from ...formats.errors import (
 from ...formats.manifest import STACK, Manifest, read_manifest, write_manifest
 from ...formats.messages import ExportModel, ImportModel, ModelSummary, Progress
 from ...formats.paths import check_name
-from ...formats.stack import Stack, check_manifest, content_hash, mark_of, padded, read_stack
+from ...formats.stack import Stack, check_manifest, content_hash_of, mark_of, padded, read_stack
 from ...formats.summary import summary
 from .place import check_room, copy_tokenizer, making
 
 STAGE: Final = "copying"
 TELL_NBYTES: Final = 4_000_000  # copied between two words about it
+PIECE_NBYTES: Final = (
+    4_000_000  # held at once: a block may be a gigabyte, and a copy is not stopped when memory is short
+)
 
 Tell = Callable[[Progress], None]
 
@@ -114,7 +117,9 @@ def _copy_stack(stack: Stack, target: Path, tell: Callable[[int], None]) -> None
         told = stack.edges[whole]
         tell(told)
         for position in range(whole, len(stack.blocks)):
-            file.write(_block(stack, source, position))
+            if not _holds(stack, source, position, file.write):
+                tensor = stack.blocks[position].tensor
+                raise BadBlock(f"block {position} of {stack.path} ({tensor}) does not match its hash")
             file.flush()
             if stack.edges[position + 1] - told >= TELL_NBYTES or position + 1 == len(stack.blocks):
                 told = stack.edges[position + 1]
@@ -130,22 +135,36 @@ def _whole_blocks(stack: Stack, source: BinaryIO, file: BinaryIO) -> int:
     """How many blocks an earlier copy left whole in `file`."""
     if file.read(stack.data_start) != source.read(stack.data_start):
         return 0
-    for position, entry in enumerate(stack.blocks):
-        data = file.read(padded(entry.nbytes))
-        if len(data) < padded(entry.nbytes) or content_hash(data[: entry.nbytes]) != entry.hash:
+    for position in range(len(stack.blocks)):
+        whole = False
+        with contextlib.suppress(TruncatedStack):
+            whole = _holds(stack, file, position)
+        if not whole:
             return position
     return len(stack.blocks)
 
 
-def _block(stack: Stack, source: BinaryIO, position: int) -> bytes:
-    """A block with its padding. Raises `TruncatedStack` or `BadBlock`."""
-    entry = stack.blocks[position]
-    data = source.read(padded(entry.nbytes))
-    if len(data) < padded(entry.nbytes):
-        raise TruncatedStack(f"{stack.path} ends inside block {position}")
-    if content_hash(data[: entry.nbytes]) != entry.hash:
-        raise BadBlock(f"block {position} of {stack.path} ({entry.tensor}) does not match its hash")
-    return data
+def _holds(stack: Stack, file: BinaryIO, position: int, copy: Callable[[bytes], object] = len) -> bool:
+    """Whether that block, with which `file` goes on, matches its hash; `copy` gets its bytes, with the padding.
+
+    Raises `TruncatedStack`.
+    """
+    return content_hash_of(_pieces(stack, file, position, copy)) == stack.blocks[position].hash
+
+
+def _pieces(stack: Stack, file: BinaryIO, position: int, copy: Callable[[bytes], object]) -> Iterator[bytes]:
+    left = stack.blocks[position].nbytes
+    padding = padded(left) - left
+    while left or padding:
+        piece = file.read(min(left or padding, PIECE_NBYTES))
+        if not piece:
+            raise TruncatedStack(f"{stack.path} ends inside block {position}")
+        copy(piece)
+        if left:
+            left -= len(piece)
+            yield piece
+        else:
+            padding -= len(piece)
 
 
 def _sync(folder: Path) -> None:

@@ -30,6 +30,7 @@ class Kept:
         self._first: float | None = None
         self._started = False
         self._died = float("-inf")
+        self.waits = False  # for memory, since its worker died
 
     @property
     def may_resume(self) -> bool:
@@ -39,7 +40,7 @@ class Kept:
     def resume(self, now: float) -> None:
         """Its worker died."""
         self.resumes += 1
-        self._died = now
+        self._died, self.waits = now, False
 
     def may_wait(self, now: float) -> bool:
         """Whether it shall wait for memory: what took it from its worker may need it for a moment only."""

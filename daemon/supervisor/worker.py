@@ -331,10 +331,12 @@ class Worker:
                 self._say(message)
             request.forwarded = True
         except EbbflowError as error:
-            if isinstance(error, OutOfMemory) and request.kept and request.kept.may_wait(now):
-                self._requests.answer(Progress(id=request.id, stage=WAITING_FOR_MEMORY))
-            else:
+            kept = request.kept
+            if not (isinstance(error, OutOfMemory) and kept and kept.may_wait(now)):
                 self._requests.fail(request, error)
+            elif not kept.waits:
+                kept.waits = True
+                self._requests.answer(Progress(id=request.id, stage=WAITING_FOR_MEMORY))
 
     def _resume_waiting(self, now: float) -> None:
         """Answers that outlived their worker, and for whose model there was no room since."""

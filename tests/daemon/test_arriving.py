@@ -219,6 +219,7 @@ def library(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(carry, "TELL_NBYTES", 1)
+    monkeypatch.setattr(carry, "PIECE_NBYTES", 100)
 
 
 def same(one: Path, two: Path) -> bool:
@@ -294,15 +295,15 @@ def test_what_is_in_the_library_is_not_overwritten(source: Path, library: Path, 
 def test_a_disk_that_fills_up_keeps_what_is_there(
     source: Path, stack: Stack, library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block = carry._block
+    holds = carry._holds
 
-    def full(stack: Stack, file: Any, position: int) -> bytes:
+    def full(stack: Stack, file: Any, position: int, copy: Any) -> bool:
         if position > stack.base:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return block(stack, file, position)
+        return holds(stack, file, position, copy)
 
     with monkeypatch.context() as patch:
-        patch.setattr(carry, "_block", full)
+        patch.setattr(carry, "_holds", full)
         with pytest.raises(DiskFull, match="goes on"):
             bring(source, library)
     assert Worker(library / "m").blocks == stack.base + 1

@@ -310,6 +310,7 @@ def test_a_stream_whose_model_finds_no_room_in_the_next_worker_waits_for_it(hous
         house.turn(1.0)
     heard = client.hear()
     assert [(e.id, e.code) for e in heard if isinstance(e, Failed)] == [(2, "cancelled")]
+    assert not [e for e in heard if isinstance(e, Progress)]  # it was told once
     assert not any(isinstance(message, Continue) for message in again.hear())
     house.sensor.available = 10 * GB
     house.turn(1.0)
