@@ -234,8 +234,8 @@ class Exchange:
         self._ping(now)
 
     def _ping(self, now: float) -> None:
-        self._pinged = now
         """Say what is waited for: a daemon that has given some of it up, while we were stopped, then says so."""
+        self._pinged = now
         waiting = (id_ for id_, entry in self._open.items() if not isinstance(entry.request, Watch | Ping))
         self._outgoing.append(encode(Ping(open=tuple(waiting))))
 

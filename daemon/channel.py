@@ -28,7 +28,9 @@ LINGER_MS: Final = 500
 FRAMES: Final = 3  # sender, header, body; what a longer message has more is read and dropped
 PIPE_MESSAGES: Final = 100  # what ZeroMQ itself may hold for one peer; the rest waits in an outbox that we can count
 RETRY_SECONDS: Final = 0.02
+HEARD_NBYTES: Final = 4 * MAX_MESSAGE  # after which `receive` has heard enough: what it gives, its caller holds
 ZAP: Final = "inproc://zeromq.zap.01"  # where ZeroMQ asks who may enter (RFC 27)
+ASKED_AT_ONCE: Final = 100  # strangers who may knock in one turn; the others wait for the next
 BACKLOG: Final = 1024  # connections that may wait to be accepted; ZeroMQ's own 100 refuses a crowd
 
 M = TypeVar("M")
@@ -88,7 +90,9 @@ class _Gate:
         self.socket.bind(ZAP)
 
     def answer(self) -> None:
-        while self.socket.poll(0):
+        for _ in range(ASKED_AT_ONCE):
+            if not self.socket.poll(0):
+                return
             version, number, _domain, _address, _identity, mechanism, *credentials = self.socket.recv_multipart()
             allowed = mechanism == b"CURVE" and self._may_enter(z85.encode(credentials[0]).decode())
             if not allowed:
@@ -229,17 +233,19 @@ class Hub(Generic[M]):
         return bool(self._outboxes)
 
     def receive(self, limit: int = 500) -> list[tuple[bytes, M]]:
-        """What has arrived, at most `limit` messages, each with its sender.
+        """What has arrived, at most `limit` messages (fewer, if they are large), each with its sender.
 
         A sender whose message cannot be understood gets `Failed` with id 0 instead, if this hub explains.
         """
         if self._gate:
             self._gate.answer()
         messages: list[tuple[bytes, M]] = []
+        nbytes = 0
         for _ in range(limit):
-            frames = self._read()
+            frames = self._read() if nbytes < HEARD_NBYTES else None
             if frames is None:
                 break
+            nbytes += sum(map(len, frames))
             peer, *rest = frames
             try:
                 messages.append((peer, decode(self._decoder, rest)))

@@ -14,6 +14,7 @@ from .errors import CorruptManifest, UnsupportedVersion
 MANIFEST: Final = "manifest.json"
 STACK: Final = "stack.safetensors"
 VERSION: Final = 1
+MOST_NBYTES: Final = 1_000_000  # of a manifest; the supervisor, which must stay small, reads that of every model
 TOKENIZER_FILES: Final = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -66,7 +67,10 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of the model in `folder`. Raises `CorruptManifest` or `UnsupportedVersion`."""
     path = folder / MANIFEST
     try:
-        text = path.read_bytes()
+        with path.open("rb") as file:
+            text = file.read(MOST_NBYTES + 1)
+        if len(text) > MOST_NBYTES:
+            raise CorruptManifest(f"{path} is larger than the {MOST_NBYTES} bytes that a manifest may have")
         version = msgspec.json.decode(text, type=_Versioned).version
         if version != VERSION:
             raise UnsupportedVersion(f"{path} is manifest version {version}; this ebbflow reads version {VERSION}")

@@ -26,6 +26,7 @@ HEADER: Final = MAGIC + bytes([PROTOCOL])
 MAX_MESSAGE: Final = 2_000_000
 PING_SECONDS: Final = 2.0
 LEASE_SECONDS: Final = 10.0
+ERROR_LETTERS: Final = 4_000  # of an error on the wire: it may quote what somebody sent, at any length
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=True):
@@ -504,5 +505,11 @@ def decode(decoder: msgspec.msgpack.Decoder[M], frames: list[bytes]) -> M:
 
 
 def failure(id: int, error: EbbflowError) -> Failed:  # noqa: A002 - the wire's own word
-    """The terminal event for an error."""
-    return Failed(id=id, code=error.code, message=str(error))
+    """The terminal event for an error. It can always be sent."""
+    return Failed(id=id, code=error.code, message=in_short(error))
+
+
+def in_short(error: EbbflowError) -> str:
+    """An error's message, cut where it is so long that it might not fit in one of ours."""
+    text = str(error)
+    return text if len(text) <= ERROR_LETTERS else text[:ERROR_LETTERS] + " ..."

@@ -50,8 +50,18 @@ from typing import Final
 
 import msgspec
 
-from .errors import BadBlock, BadHeader, BadOffsets, CorruptStack, NotArrived, TruncatedStack, UnsupportedVersion
+from .errors import (
+    BadBlock,
+    BadHeader,
+    BadOffsets,
+    CorruptManifest,
+    CorruptStack,
+    NotArrived,
+    TruncatedStack,
+    UnsupportedVersion,
+)
 from .kinds import payload_nbytes
+from .manifest import MANIFEST, Manifest
 
 FORMAT: Final = "ebbflow-stack"
 VERSION: Final = 2
@@ -125,7 +135,15 @@ def mark_of(path: Path) -> Path:
 
 def content_hash(payload: bytes | memoryview) -> str:
     """BLAKE2b-128 of a block's bytes without padding, as hexadecimal digits."""
-    return hashlib.blake2b(payload, digest_size=16).hexdigest()
+    return content_hash_of([payload])
+
+
+def content_hash_of(pieces: Iterable[bytes | memoryview]) -> str:
+    """The same of bytes that come in pieces."""
+    digest = hashlib.blake2b(digest_size=16)
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def padded(nbytes: int) -> int:
@@ -311,6 +329,13 @@ def read_blocks(stack: Stack, positions: Iterable[int] | None = None) -> Iterato
             if content_hash(data) != entry.hash:
                 raise BadBlock(f"block {position} ({entry.tensor} level {entry.level}) does not match its hash")
             yield entry, data
+
+
+def check_manifest(stack: Stack, manifest: Manifest) -> None:
+    """Raises `CorruptManifest` when it says other sizes than the stack has: memory is divided by what it says."""
+    said = (manifest.nbytes, manifest.base_nbytes, manifest.blocks)
+    if said != (stack.nbytes, stack.base_nbytes, len(stack.blocks)):
+        raise CorruptManifest(f"{stack.path} and the {MANIFEST} beside it are not of the same model")
 
 
 def prefix_edges(entries: Sequence[BlockEntry]) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ def console(*, stderr: bool = False) -> Console:
 
 def note(text: str) -> None:
     """A line for the person, not for the pipe."""
-    click.echo(text, err=True)
+    click.echo(harmless(text), err=True)
 
 
 def harmless(text: str) -> str:
@@ -67,7 +67,7 @@ def write_table(titles: Sequence[str], rows: Iterable[Sequence[object]], *, righ
     for title in titles:
         table.add_column(title, justify="right" if title in right else "left", no_wrap=not sys.stdout.isatty())
     for row in rows:
-        table.add_row(*(cell if hasattr(cell, "__rich_console__") else str(cell) for cell in row))
+        table.add_row(*(cell if hasattr(cell, "__rich_console__") else harmless(str(cell)) for cell in row))
     console().print(table)
 
 
@@ -76,7 +76,7 @@ def write_fields(fields: Iterable[tuple[str, object]]) -> None:
     pairs = list(fields)
     width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
-        click.echo(f"{name:<{width}}  {value}")
+        click.echo(f"{name:<{width}}  {harmless(str(value))}")
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")

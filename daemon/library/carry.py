@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -18,7 +18,6 @@ import msgspec
 
 from ...formats.errors import (
     BadBlock,
-    CorruptManifest,
     DiskFull,
     InvalidRequest,
     ModelExists,
@@ -26,15 +25,18 @@ from ...formats.errors import (
     TruncatedStack,
     storage_failed,
 )
-from ...formats.manifest import MANIFEST, STACK, Manifest, read_manifest, write_manifest
+from ...formats.manifest import STACK, Manifest, read_manifest, write_manifest
 from ...formats.messages import ExportModel, ImportModel, ModelSummary, Progress
 from ...formats.paths import check_name
-from ...formats.stack import Stack, content_hash, mark_of, padded, read_stack
+from ...formats.stack import Stack, check_manifest, content_hash_of, mark_of, padded, read_stack
 from ...formats.summary import summary
 from .place import check_room, copy_tokenizer, making
 
 STAGE: Final = "copying"
 TELL_NBYTES: Final = 4_000_000  # copied between two words about it
+PIECE_NBYTES: Final = (
+    4_000_000  # held at once: a block may be a gigabyte, and a copy is not stopped when memory is short
+)
 
 Tell = Callable[[Progress], None]
 
@@ -52,6 +54,8 @@ def carry_model(request: ImportModel | ExportModel, library: Path, tell: Tell) -
         source, place = home, Path(request.target)
         if not place.parent.is_dir():
             raise InvalidRequest(f"{place.parent} is not a folder")
+        if place.resolve().is_relative_to(library.resolve()):
+            raise InvalidRequest(f"{place} is in the library itself, which holds only what was added or imported")
     try:
         return _carry(request, source, place, tell)
     except OSError as error:
@@ -64,8 +68,7 @@ def _carry(request: ImportModel | ExportModel, source: Path, place: Path, tell: 
     manifest, stack = read_manifest(source), read_stack(source / STACK)
     if stack.arriving:
         raise NotArrived(f"{source} is itself still arriving; wait until it is complete")
-    if (manifest.nbytes, manifest.blocks) != (stack.nbytes, len(stack.blocks)):
-        raise CorruptManifest(f"{source / MANIFEST} and {STACK} are not of the same model")
+    check_manifest(stack, manifest)
     manifest = msgspec.structs.replace(manifest, name=request.name)
     there = (place / STACK).stat().st_size if (place / STACK).exists() else 0
     check_room({place.parent: stack.data_start + stack.nbytes - there})
@@ -101,7 +104,8 @@ def _check_same(place: Path, manifest: Manifest) -> None:
 
 
 def _copy_stack(stack: Stack, target: Path, tell: Callable[[int], None]) -> None:
-    with stack.path.open("rb") as source, os.fdopen(os.open(target, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # a link in a half copied folder is nobody's we know
+    with stack.path.open("rb") as source, os.fdopen(os.open(target, flags, 0o666), "r+b") as file:
         whole = _whole_blocks(stack, source, file)
         file.seek(stack.data_start + stack.edges[whole])
         file.truncate()
@@ -113,7 +117,9 @@ def _copy_stack(stack: Stack, target: Path, tell: Callable[[int], None]) -> None
         told = stack.edges[whole]
         tell(told)
         for position in range(whole, len(stack.blocks)):
-            file.write(_block(stack, source, position))
+            if not _holds(stack, source, position, file.write):
+                tensor = stack.blocks[position].tensor
+                raise BadBlock(f"block {position} of {stack.path} ({tensor}) does not match its hash")
             file.flush()
             if stack.edges[position + 1] - told >= TELL_NBYTES or position + 1 == len(stack.blocks):
                 told = stack.edges[position + 1]
@@ -129,22 +135,36 @@ def _whole_blocks(stack: Stack, source: BinaryIO, file: BinaryIO) -> int:
     """How many blocks an earlier copy left whole in `file`."""
     if file.read(stack.data_start) != source.read(stack.data_start):
         return 0
-    for position, entry in enumerate(stack.blocks):
-        data = file.read(padded(entry.nbytes))
-        if len(data) < padded(entry.nbytes) or content_hash(data[: entry.nbytes]) != entry.hash:
+    for position in range(len(stack.blocks)):
+        whole = False
+        with contextlib.suppress(TruncatedStack):
+            whole = _holds(stack, file, position)
+        if not whole:
             return position
     return len(stack.blocks)
 
 
-def _block(stack: Stack, source: BinaryIO, position: int) -> bytes:
-    """A block with its padding. Raises `TruncatedStack` or `BadBlock`."""
-    entry = stack.blocks[position]
-    data = source.read(padded(entry.nbytes))
-    if len(data) < padded(entry.nbytes):
-        raise TruncatedStack(f"{stack.path} ends inside block {position}")
-    if content_hash(data[: entry.nbytes]) != entry.hash:
-        raise BadBlock(f"block {position} of {stack.path} ({entry.tensor}) does not match its hash")
-    return data
+def _holds(stack: Stack, file: BinaryIO, position: int, copy: Callable[[bytes], object] = len) -> bool:
+    """Whether that block, with which `file` goes on, matches its hash; `copy` gets its bytes, with the padding.
+
+    Raises `TruncatedStack`.
+    """
+    return content_hash_of(_pieces(stack, file, position, copy)) == stack.blocks[position].hash
+
+
+def _pieces(stack: Stack, file: BinaryIO, position: int, copy: Callable[[bytes], object]) -> Iterator[bytes]:
+    left = stack.blocks[position].nbytes
+    padding = padded(left) - left
+    while left or padding:
+        piece = file.read(min(left or padding, PIECE_NBYTES))
+        if not piece:
+            raise TruncatedStack(f"{stack.path} ends inside block {position}")
+        copy(piece)
+        if left:
+            left -= len(piece)
+            yield piece
+        else:
+            padding -= len(piece)
 
 
 def _sync(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Adding and copying models: one job process at a time, the others in line. What a job does is in `daemon/library/job`.
 
-Whatever becomes of the job, its request gets one terminal event and the library keeps nothing half done.
+Whatever becomes of the job, its request gets one terminal event. The library keeps nothing half added; what was half
+copied serves as far as it goes (`daemon/library/carry`).
 """
 
 from __future__ import annotations

@@ -139,6 +139,11 @@ class Budget:
             room = max(0, self._free(self.outlook.reading, but=name)) if self.outlook.known else high
             model.target = max(low, min(high, model.resident + room))
 
+    def keep_free(self, reserve: int, battery_reserve: int) -> None:
+        """Leave so much free from now on, and so much beyond that on battery."""
+        self.outlook.reserve, self.outlook.battery_reserve = reserve, battery_reserve
+        self._quiet.excuse()
+
     def concede(self, nbytes: int, until: float) -> None:
         """Leave so many bytes more free until then; 0 ends it."""
         self.outlook.concede(nbytes, until)

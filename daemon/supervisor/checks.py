@@ -8,7 +8,7 @@ from typing import Final
 from ...formats.errors import InvalidRequest, InvalidSize
 from ...formats.manifest import Manifest
 from ...formats.messages import Generate, Resize, YieldMemory
-from ...formats.units import SizeWish, format_size
+from ...formats.units import LARGEST, SizeWish, format_size
 from .terms import Terms
 
 PRIORITY_MOST: Final = 1000.0
@@ -60,7 +60,7 @@ def changed_terms(before: Terms, message: Resize) -> Terms:
 
 def check_yield(message: YieldMemory) -> None:
     """Raises `InvalidSize` or `InvalidRequest` for memory that cannot be yielded."""
-    if message.nbytes < 0:
+    if not 0 <= message.nbytes <= LARGEST:
         raise InvalidSize(f"{message.nbytes} bytes cannot be left free")
     if not (message.seconds > 0 and math.isfinite(message.seconds)):
         raise InvalidRequest(f"memory is yielded for some seconds, not for {message.seconds:g}")

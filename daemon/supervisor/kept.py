@@ -15,6 +15,7 @@ import msgspec
 from ...formats.messages import Chunk, Continue, Failed, Finished, Generate, Started
 
 RESUMES: Final = 3  # of one request; one that kills each worker it meets ends then
+ROOM_SECONDS: Final = 60.0  # for which it waits, after a death, until its model can be loaded again
 
 Word = Started | Chunk | Finished | Failed
 
@@ -28,15 +29,22 @@ class Kept:
         self._began = now
         self._first: float | None = None
         self._started = False
+        self._died = float("-inf")
+        self.waits = False  # for memory, since its worker died
 
     @property
     def may_resume(self) -> bool:
         """Whether another worker shall try."""
         return self.resumes < RESUMES
 
-    def resume(self) -> None:
+    def resume(self, now: float) -> None:
         """Its worker died."""
         self.resumes += 1
+        self._died, self.waits = now, False
+
+    def may_wait(self, now: float) -> bool:
+        """Whether it shall wait for memory: what took it from its worker may need it for a moment only."""
+        return now - self._died < ROOM_SECONDS
 
     def message(self, request: Generate) -> Generate | Continue:
         """What to send to the worker."""

@@ -6,6 +6,7 @@ lines of one kind are found. Into a file it is rotated by the standard library; 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -118,12 +119,16 @@ class Logs:
     def reopen(self) -> None:
         """Write to a new file if somebody moved the old one away."""
         if isinstance(self._handler, RotatingFileHandler):
-            self._handler.close()  # the next line opens it again
+            self._release()  # the next line opens it again
 
     def close(self) -> None:
         """Write no more."""
         logging.getLogger().removeHandler(self._handler)
-        self._handler.close()
+        self._release()
+
+    def _release(self) -> None:
+        with contextlib.suppress(OSError):  # the disk is full: what it could not take is lost, and no more than that
+            self._handler.close()
 
 
 def _extra(record: logging.LogRecord) -> dict[str, Any]:

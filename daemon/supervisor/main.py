@@ -81,7 +81,7 @@ class Daemon:
                     self._obey(number)
                 now = self._clock()
                 self._server.turn(now)
-                self._notifier.feed(now)
+                self._notifier.feed(time.monotonic())  # the watchdog's clock does not stand still when we do
 
     def _obey(self, number: int) -> None:
         if number == signal.SIGHUP and self._reloads:
@@ -99,9 +99,8 @@ class Daemon:
         except EbbflowError as error:
             log.error("not reloaded: %s", error)
         else:
-            fixed = [
-                name for name in ("listen", "log_format", "log_file", "worker") if _differ(name, options, self._options)
-            ]
+            fixed = _changed(self._options, options, ("listen", "log_format", "log_file"))
+            fixed += _changed(self._options.worker, options.worker, ("kv", "threads", "exact"))
             if fixed:
                 log.warning("%s will change at the next start only", ", ".join(fixed))
             self._options = options
@@ -148,8 +147,8 @@ def _outside(options: Options, paths: Paths, launcher: Launcher) -> Iterator[Out
         yield Outside(clients, children, launcher, Sensor(cap=options.cap))
 
 
-def _differ(name: str, one: Options, other: Options) -> bool:
-    return bool(getattr(one, name) != getattr(other, name))
+def _changed(before: object, after: object, names: Sequence[str]) -> list[str]:
+    return [name for name in names if getattr(before, name) != getattr(after, name)]
 
 
 def parse(arguments: Sequence[str], paths: Paths) -> Options:

@@ -39,7 +39,7 @@ from ...formats.messages import (
 from .kept import Kept
 
 OPEN_PER_CLIENT: Final = 256
-HELD_PER_CLIENT: Final = 16_000_000  # bytes of prompts, as they lie in memory; one alone may have more
+HELD_PER_CLIENT: Final = 16_000_000  # bytes of text, as they lie in memory; one alone may have more
 HELD_BY_ALL: Final = 64_000_000
 
 Lasting = Generate | JobRequest | Resize | Shutdown
@@ -73,9 +73,12 @@ class OpenRequest:
 
 
 def _text_nbytes(message: Lasting) -> int:
-    if not isinstance(message, Generate):
-        return 0
-    return sys.getsizeof(message.prompt or "") + sum(sys.getsizeof(turn.content) for turn in message.chat or ())
+    """Bytes of all the text in a request, as it lies in memory."""
+    texts = [value for value in msgspec.structs.astuple(message) if isinstance(value, str)]
+    if isinstance(message, Generate):
+        texts += message.sampling.stop
+        texts += [text for turn in message.chat or () for text in (turn.role, turn.content)]
+    return sum(map(sys.getsizeof, texts))
 
 
 @dataclass

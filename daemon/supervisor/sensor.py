@@ -9,6 +9,7 @@ There is no GPU figure yet: nothing of ours lives on one.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -58,7 +59,8 @@ def read_clocks() -> tuple[float, float]:
 class Sensor:
     """The machine as this process may use it. `cap` is the most that all of our processes together may hold, in bytes.
 
-    No method raises: a figure that cannot be read limits nothing.
+    No method raises: a figure that cannot be read limits nothing, and where none can be (a crowd of clients has taken
+    every descriptor) the last ones hold.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Sensor:
         self._cap = cap
         self._clocks = clocks
         self._battery, self._battery_at = False, float("-inf")
+        self._last, self._machine = Reading(0, SYSTEM), 0
 
     def set_cap(self, cap: int | None) -> None:
         """Another cap from now on, or none."""
@@ -85,7 +88,10 @@ class Sensor:
         held = {pid: _kib_figures(_text(self._proc / str(pid) / "status")) for pid in pids}
         anonymous = {pid: figures.get("RssAnon", 0) for pid, figures in held.items()}
         system = self._meminfo().get("MemAvailable")
-        limits = [(int(psutil.virtual_memory().available) if system is None else system, SYSTEM)]
+        try:
+            limits = [(int(psutil.virtual_memory().available) if system is None else system, SYSTEM)]
+        except OSError:
+            return self._last
         groups = list(self._groups())
         limits += [(headroom, CGROUP) for headroom in _headrooms(groups)]
         if worker is not None:
@@ -94,7 +100,7 @@ class Sensor:
             limits.append((max(0, self._cap - sum(anonymous.values())), CAP))
         available, source = min(limits)
         since_start, running = self._clocks()
-        return Reading(
+        self._last = Reading(
             available,
             source,
             swapped=sum(figures.get("VmSwap", 0) for figures in held.values()),
@@ -103,11 +109,13 @@ class Sensor:
             battery=self._on_battery(running),
             fixed_only=system is None,
         )
+        return self._last
 
     def total(self) -> int:
         """Bytes of memory that we could ever have: the machine's, or the tightest cgroup limit."""
-        machine = self._meminfo().get("MemTotal") or int(psutil.virtual_memory().total)
-        return min([machine, *(limit for folder, files in self._groups() if (limit := _limit(folder, files)))])
+        with contextlib.suppress(OSError):
+            self._machine = self._meminfo().get("MemTotal") or int(psutil.virtual_memory().total)
+        return min([self._machine, *(limit for folder, files in self._groups() if (limit := _limit(folder, files)))])
 
     def process(self, role: str, pid: int) -> ProcessMemory | None:
         """What the kernel says one of our processes holds; absent when it is gone."""

@@ -161,7 +161,7 @@ class Server:
 
     def configure(self, *, reserve: int, battery_reserve: int, cap: int | None, idle_seconds: float) -> None:
         """Other limits from now on, and a look at what is in the library."""
-        self.budget.outlook.reserve, self.budget.outlook.battery_reserve = reserve, battery_reserve
+        self.budget.keep_free(reserve, battery_reserve)
         self.adding.most_nbytes = self._sensor.total() - reserve
         self._sensor.set_cap(cap)
         self.worker.idle_seconds = idle_seconds

@@ -14,7 +14,7 @@ from typing import Final, Literal, assert_never
 
 import msgspec
 
-from ...formats.errors import Cancelled, EbbflowError, WorkerDied, from_wire
+from ...formats.errors import Cancelled, EbbflowError, OutOfMemory, WorkerDied, from_wire
 from ...formats.messages import (
     Added,
     Cancel,
@@ -55,6 +55,8 @@ COMPILING_SECONDS: Final = 1800.0  # instead, when it says that this time it tak
 START_ATTEMPTS: Final = 3  # in a row without `Ready`; after that every new request gets one attempt
 RESTARTING: Final = "the worker died; going on in a new one"
 RUNTIME_NBYTES: Final = 110_000_000  # what a worker holds before it loads anything
+WAITING_FOR_MEMORY: Final = "waiting for memory to go on"
+ROOM_LOOK_SECONDS: Final = 1.0  # between two looks whether there is some
 TRIM_SECONDS: Final = 1.0  # between two orders to give back what is kept for later
 
 Phase = Literal["absent", "starting", "ready", "leaving"]
@@ -97,6 +99,7 @@ class Worker:
         self._hung = False
         self._patience = READY_SECONDS
         self._stage = ""  # what a worker that is not ready yet is at, if that takes long
+        self._resumed_at = float("-inf")  # when answers that wait for memory were tried last
 
     @property
     def phase(self) -> Phase:
@@ -118,7 +121,7 @@ class Worker:
         elif self._phase == "starting" and self._stage:
             self._requests.answer(Progress(id=request.id, stage=self._stage))
         if self._phase == "ready":
-            self._forward(request)
+            self._forward(request, now)
 
     def check_room(self, model: str) -> None:
         """Raises `OutOfMemory` when memory is too short for one request more, or for the model that it needs."""
@@ -206,6 +209,7 @@ class Worker:
             self._bury(self._ward, now)
         elif self._phase == "ready" and not self._ward.ending:
             self._kill_if_hung(self._ward, now)
+            self._resume_waiting(now)
             self._go_home_if_idle(now)
 
     def stop(self, now: float) -> None:
@@ -255,8 +259,9 @@ class Worker:
         self._phase = "ready"
         self._failed_starts = 0
         self._busy_at = now
+        self._resumed_at = now
         for request in self._served():
-            self._forward(request)
+            self._forward(request, now)
 
     def _leave(self, now: float) -> None:
         self._say(Exit())
@@ -278,20 +283,20 @@ class Worker:
         hint = "it hung and " if self._hung else hint
         hint = "the kernel killed it, for memory, and " if out_of_memory else hint
         if phase == "ready":
-            self._part(WorkerDied(f"the worker is gone: {hint}{end}"))
+            self._part(WorkerDied(f"the worker is gone: {hint}{end}"), now)
             again = True
         if not again:
             self._fail_all(WorkerDied(f"the worker is gone: {hint}{end}"))
         elif self._served():
             self._start(now)
 
-    def _part(self, error: EbbflowError) -> None:
+    def _part(self, error: EbbflowError, now: float) -> None:
         """A worker died at work: what asked to be resumed goes on in the next one, all else ends."""
         for request in self._served():
             if request.cancelled:
                 self._requests.fail(request, Cancelled("cancelled while its worker died"))
             elif request.kept and request.kept.may_resume:
-                request.kept.resume()
+                request.kept.resume(now)
                 request.forwarded = False
                 self._requests.answer(Progress(id=request.id, stage=RESTARTING))
             else:
@@ -323,7 +328,7 @@ class Worker:
         if self._ward and self._phase == "ready":
             self._send(self._ward.identity, message)
 
-    def _forward(self, request: OpenRequest) -> None:
+    def _forward(self, request: OpenRequest, now: float) -> None:
         message = msgspec.structs.replace(request.message, id=request.id)
         try:
             self._load(request.model)
@@ -333,7 +338,20 @@ class Worker:
                 self._say(message)
             request.forwarded = True
         except EbbflowError as error:
-            self._requests.fail(request, error)
+            kept = request.kept
+            if not (isinstance(error, OutOfMemory) and kept and kept.may_wait(now)):
+                self._requests.fail(request, error)
+            elif not kept.waits:
+                kept.waits = True
+                self._requests.answer(Progress(id=request.id, stage=WAITING_FOR_MEMORY))
+
+    def _resume_waiting(self, now: float) -> None:
+        """Answers that outlived their worker, and for whose model there was no room since."""
+        if now - self._resumed_at >= ROOM_LOOK_SECONDS:
+            self._resumed_at = now
+            for request in self._served():
+                if not request.forwarded:
+                    self._forward(request, now)
 
     def _load(self, model: str) -> None:
         if model in self._loaded:

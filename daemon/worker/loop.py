@@ -30,6 +30,7 @@ from ...formats.messages import (
     Trim,
     UnloadModel,
     failure,
+    in_short,
 )
 from ..mapping import private_nbytes
 from ..settings import DEFAULTS, WorkerSettings
@@ -128,7 +129,7 @@ class Loop:
             known = (
                 error if isinstance(error, EbbflowError) else OutOfMemory(f"no room for the base of {message.model}")
             )
-            self._line.send(LoadFailed(model=message.model, code=known.code, message=str(known)))
+            self._line.send(LoadFailed(model=message.model, code=known.code, message=in_short(known)))
             return
         self._models[message.model] = served
         self._report()

@@ -11,7 +11,7 @@ from ...formats.architecture import Architecture, weight_shapes
 from ...formats.errors import BadBlock, NotArrived
 from ...formats.manifest import STACK, read_manifest
 from ...formats.messages import Residency
-from ...formats.stack import Stack, read_stack
+from ...formats.stack import Stack, check_manifest, read_stack
 from ..engine.engine import Engine
 from ..mapping import private_nbytes
 from ..settings import DEFAULTS, WorkerSettings
@@ -46,7 +46,9 @@ class Served:
     ) -> None:
         self.manifest = read_manifest(folder)
         self._clock = clock
-        self.resident = Resident(_fitting(read_stack(folder / STACK), self.manifest.architecture))
+        stack = read_stack(folder / STACK)
+        check_manifest(stack, self.manifest)
+        self.resident = Resident(_fitting(stack, self.manifest.architecture))
         self._looked = clock()
         try:
             while self.resident.blocks < self.resident.stack.base:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from ebbflow.daemon.library import carry
@@ -22,9 +23,10 @@ from ebbflow.formats.errors import (
     InvalidRequest,
     ModelExists,
     NotArrived,
+    StorageFailed,
     TruncatedStack,
 )
-from ebbflow.formats.manifest import STACK, read_manifest
+from ebbflow.formats.manifest import STACK, read_manifest, write_manifest
 from ebbflow.formats.messages import (
     Chunk,
     ExportModel,
@@ -217,6 +219,7 @@ def library(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(carry, "TELL_NBYTES", 1)
+    monkeypatch.setattr(carry, "PIECE_NBYTES", 100)
 
 
 def same(one: Path, two: Path) -> bool:
@@ -292,15 +295,15 @@ def test_what_is_in_the_library_is_not_overwritten(source: Path, library: Path, 
 def test_a_disk_that_fills_up_keeps_what_is_there(
     source: Path, stack: Stack, library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block = carry._block
+    holds = carry._holds
 
-    def full(stack: Stack, file: Any, position: int) -> bytes:
+    def full(stack: Stack, file: Any, position: int, copy: Any) -> bool:
         if position > stack.base:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return block(stack, file, position)
+        return holds(stack, file, position, copy)
 
     with monkeypatch.context() as patch:
-        patch.setattr(carry, "_block", full)
+        patch.setattr(carry, "_holds", full)
         with pytest.raises(DiskFull, match="goes on"):
             bring(source, library)
     assert Worker(library / "m").blocks == stack.base + 1
@@ -333,6 +336,10 @@ def test_what_cannot_be_imported(source: Path, stack: Stack, library: Path, tmp_
     harmed("b", lambda folder: os.truncate(folder / STACK, 9000), TruncatedStack)
     harmed("c", spoil, BadBlock)
     harmed("d", lambda folder: (folder / "manifest.json").unlink(), CorruptManifest)
+    endless = msgspec.structs.replace(read_manifest(source), created="x" * 1_000_000)
+    harmed("f", lambda folder: write_manifest(folder, endless), CorruptManifest)
+    modest = msgspec.structs.replace(read_manifest(source), base_nbytes=1)
+    harmed("g", lambda folder: write_manifest(folder, modest), CorruptManifest)
     other = write_planes_model(tmp_path / "two-levels", levels=2)
     harmed("e", lambda folder: (folder / STACK).write_bytes((other / STACK).read_bytes()), CorruptManifest)
 
@@ -349,5 +356,19 @@ def test_an_export_can_be_imported_elsewhere(source: Path, library: Path, tmp_pa
     assert Worker(second / "again").answer() == Worker(source).answer()
     with pytest.raises(ModelExists):
         carry_model(ExportModel(id=1, name="m", target=str(target)), library, lambda progress: None)
-    with pytest.raises(InvalidRequest):
-        carry_model(ExportModel(id=1, name="m", target=str(tmp_path / "no" / "where")), library, lambda progress: None)
+    (tmp_path / "link").symlink_to(library)
+    for nowhere in (tmp_path / "no" / "where", library / "n", library / "m" / "n", tmp_path / "link" / "n"):
+        with pytest.raises(InvalidRequest):
+            carry_model(ExportModel(id=1, name="m", target=str(nowhere)), library, lambda progress: None)
+
+
+def test_a_half_copied_stack_is_not_written_through_a_link(source: Path, library: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        bring(source, library, lambda progress: stop_at(progress, 1))
+    elsewhere = tmp_path / "precious"
+    elsewhere.write_text("keep")
+    (library / "m" / STACK).unlink()
+    (library / "m" / STACK).symlink_to(elsewhere)
+    with pytest.raises(StorageFailed):
+        bring(source, library)
+    assert elsewhere.read_text() == "keep"

@@ -387,6 +387,16 @@ def test_paused_models_are_at_their_least_and_idle_ones_go():
     assert machine.resident == {"a": GB, "b": GB, "c": 500 * MB}
 
 
+def test_a_shrink_because_more_is_to_be_left_free_is_no_reversal():
+    machine = Machine(6 * GB, steady(0))
+    machine.load("a", 100 * MB, 8 * GB)
+    machine.run(10)
+    machine.budget.keep_free(2 * GB, 0)
+    machine.run(1)
+    assert machine.available >= 2 * GB
+    assert machine.budget.statistics(machine.now).quiet_seconds == QUIET_LEAST_SECONDS
+
+
 def test_on_battery_more_is_left_free():
     machine = Machine(6 * GB, steady(0), budget=Budget(Outlook(RESERVE, GB)))
     machine.load("a", 100 * MB, 8 * GB)

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
 from hypothesis import given, settings
@@ -20,6 +21,7 @@ from ebbflow.formats.messages import (
     Chunk,
     Exit,
     Failed,
+    Generate,
     ListModels,
     Ping,
     Pong,
@@ -70,6 +72,27 @@ def test_messages_arrive_with_their_sender_and_answers_go_back(hub, peer):
     assert peer.hear() == [Pong()]
     assert not hub.pending
     assert hub.lost() == []
+
+
+def test_a_strangers_word_is_not_quoted_at_any_length(hub, peer):
+    meet(hub, peer)
+    word = "x" * (MAX_MESSAGE - 100)
+    peer.socket.send_multipart([HEADER, msgspec.msgpack.encode({"type": word})])
+    assert hub.receive() == []
+    (failed,) = [event for event in peer.hear() if isinstance(event, Failed)]
+    assert failed.code == "invalid_request"
+    assert len(failed.message) < 5000
+
+
+def test_receive_holds_only_so_much_at_once(context, hub):
+    peers = [Peer(context, ADDRESS, event_decoder) for _ in range(12)]
+    for number, peer in enumerate(peers):
+        peer.say(Generate(id=number, model="m", prompt="x" * 1_900_000))
+    rounds = [len(hub.receive()) for _ in range(4)]
+    assert sum(rounds) == 12
+    assert max(rounds) <= 5
+    for peer in peers:
+        peer.close()
 
 
 def test_receive_takes_no_more_than_it_is_asked_to(hub, peer):

@@ -6,9 +6,9 @@ import pytest
 
 from ebbflow.daemon.supervisor.requests import HELD_BY_ALL, HELD_PER_CLIENT, Requests
 from ebbflow.formats.errors import TooBusy
-from ebbflow.formats.messages import ChatMessage, Generate, Shutdown
+from ebbflow.formats.messages import AddModel, ChatMessage, Generate, ShowModel, Shutdown
 
-from support.house import generate
+from support.house import House, generate
 
 LARGE = "x" * 1_900_000  # nearly as much as a message can have
 
@@ -48,3 +48,40 @@ def test_all_of_them_together_too():
 def test_one_request_always_fits():
     requests = Requests(lambda *_: None)
     requests.open(b"a", generate(1, prompt="\U0001f40b" + "x" * (HELD_PER_CLIENT // 4)), 0.0)
+
+
+@pytest.mark.parametrize("where", ["roles", "stops", "source"])
+def test_all_text_counts_not_only_prompts(where):
+    requests = Requests(lambda *_: None)
+
+    def ask(number: int) -> Generate | AddModel:
+        if where == "roles":
+            return Generate(id=number, model="m", chat=(ChatMessage(LARGE, ""),))
+        if where == "stops":
+            return generate(number, stop=(LARGE,))
+        return AddModel(id=number, source=LARGE, name="m")
+
+    for number in range(HELD_PER_CLIENT // len(LARGE)):
+        requests.open(b"a", ask(number), 0.0)
+    with pytest.raises(TooBusy, match="this client"):
+        requests.open(b"a", ask(1000), 0.0)
+    requests.check_integrity()
+
+
+@pytest.mark.parametrize("name", ["m" * 1_999_900, "\x01" * 1_999_900], ids=["as long as can be", "longer when quoted"])
+def test_an_error_that_quotes_what_was_sent_can_always_be_sent(tmp_path, name):
+    house = House(tmp_path)
+    try:
+        client = house.client()
+        client.say(generate(1, model=name), ShowModel(id=2, model=name), AddModel(id=3, source="/x", name=name))
+        for _ in range(3):
+            house.turn()
+        heard = client.hear()
+        assert [(event.id, event.code) for event in heard] == [
+            (1, "unknown_model"),
+            (2, "unknown_model"),
+            (3, "invalid_name"),
+        ]
+        assert all(len(event.message) < 5000 for event in heard)
+    finally:
+        house.close()

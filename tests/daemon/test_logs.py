@@ -107,3 +107,14 @@ def test_a_file_is_rotated_and_opened_again(tmp_path, monkeypatch, root):
         logs.close()
     root.error("after the end")
     assert "after the end" not in file.read_text()
+
+
+def test_a_full_disk_ends_nothing(root, capsys):
+    logs = Logs("info", "text", "/dev/full")
+    try:
+        root.info("this does not fit")
+        assert "No space left" in capsys.readouterr().err
+        logs.reopen()  # as on SIGHUP
+        root.info("nor does this")
+    finally:
+        logs.close()

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from ebbflow.daemon.engine.engine import Engine
-from ebbflow.daemon.supervisor.kept import RESUMES, Kept
-from ebbflow.daemon.supervisor.worker import RESTARTING
+from ebbflow.daemon.supervisor.kept import RESUMES, ROOM_SECONDS, Kept
+from ebbflow.daemon.supervisor.worker import RESTARTING, WAITING_FOR_MEMORY
 from ebbflow.daemon.worker.resident import Resident
 from ebbflow.formats.errors import from_wire
 from ebbflow.formats.messages import (
@@ -27,7 +27,7 @@ from ebbflow.formats.messages import (
 )
 
 from support.engines import engine_of
-from support.house import House, finished
+from support.house import GB, House, finished
 from support.models import write_model
 from support.residents import load
 from support.stacks import write_signs_model
@@ -131,7 +131,7 @@ def test_times_count_from_the_beginning_and_started_is_told_once() -> None:
     assert kept.hear(end, 50.0) == end
     assert kept.hear(Started(id=1, prompt_tokens=3), 11.0)
     assert kept.hear(Chunk(id=1, text="a", tokens=1, ids=(7, 8)), 12.0)
-    kept.resume()
+    kept.resume(3.0)
     assert kept.hear(Started(id=1, prompt_tokens=3), 19.0) is None
     told_ = kept.hear(end, 30.0)
     assert isinstance(told_, Finished)
@@ -284,3 +284,49 @@ def test_what_a_starting_worker_is_at_is_told_to_all_that_wait(house) -> None:
     client.say(ask(2))
     house.turn()
     assert client.hear() == [Progress(id=1, stage="compiling"), Progress(id=2, stage="compiling")]
+
+
+def test_a_stream_whose_model_finds_no_room_in_the_next_worker_waits_for_it(house) -> None:
+    client = house.client()
+    client.say(ask(1), ask(2))
+    house.turn()
+    worker = house.ready_worker()
+    _, first, second = worker.hear()
+    for id_ in (first.id, second.id):
+        worker.say(Chunk(id=id_, text="a", tokens=1, ids=(10,)))
+    house.turn()
+    client.hear()
+    house.sensor.available = 0
+    die(house)
+    again = house.ready_worker()
+    client.say(ask(3))  # nothing of this one can be lost yet: it is refused
+    house.turn()
+    heard = client.hear()
+    assert [(e.id, e.code) for e in heard if isinstance(e, Failed)] == [(3, "out_of_memory")]
+    assert {(e.id, e.stage) for e in heard if isinstance(e, Progress)} >= {(1, WAITING_FOR_MEMORY)}
+    client.say(Cancel(id=2))
+    for _ in range(20):
+        client.say(Ping())
+        house.turn(1.0)
+    heard = client.hear()
+    assert [(e.id, e.code) for e in heard if isinstance(e, Failed)] == [(2, "cancelled")]
+    assert not [e for e in heard if isinstance(e, Progress)]  # it was told once
+    assert not any(isinstance(message, Continue) for message in again.hear())
+    house.sensor.available = 10 * GB
+    house.turn(1.0)
+    assert [message.ids for message in again.hear() if isinstance(message, Continue)] == [(10,)]
+
+
+def test_it_does_not_wait_for_ever(house) -> None:
+    client = house.client()
+    client.say(ask(1))
+    house.turn()
+    house.ready_worker()
+    house.sensor.available = 0
+    die(house)
+    house.ready_worker()
+    for _ in range(int(ROOM_SECONDS) + 2):
+        client.say(Ping())
+        house.turn(1.0)
+    assert [event.code for event in client.hear() if isinstance(event, Failed)] == ["out_of_memory"]
+    assert len(house.server.requests) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -216,3 +217,15 @@ def test_this_machine_can_be_read():
     sensor = Sensor()
     assert 0 < sensor.read([os.getpid()]).available <= sensor.total()
     assert sensor.process("test", os.getpid()).private_nbytes > 1_000_000
+
+
+def test_without_a_descriptor_left_the_last_figures_hold():
+    sensor = Sensor()
+    read, total = sensor.read([os.getpid()]), sensor.total()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        assert sensor.read([os.getpid()]) == read
+        assert sensor.total() >= total  # a cgroup's limit cannot be seen either
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -573,6 +573,7 @@ def test_memory_is_yielded_for_a_while(house, client):
     ("ask", "code"),
     [
         (YieldMemory(id=1, nbytes=-1), "invalid_size"),
+        (YieldMemory(id=1, nbytes=2**63), "invalid_size"),
         (YieldMemory(id=1, nbytes=1, seconds=0), "invalid_request"),
         (YieldMemory(id=1, nbytes=1, seconds=float("nan")), "invalid_request"),
         (Resize(id=1, model="demo", wish=AUTO, floor_nbytes=2 * GB), "invalid_size"),
