@@ -5,7 +5,8 @@ Three parts, each with a real daemon in a memory cgroup of its own (v1; needs ro
 * `resize`: 100 MB dropped while a stream decodes and while prompts of 512 tokens are read, until the group's usage
   shows it; growing against a plain read of the same file; what the processes hold, against what was asked.
 * `hog`: a program in the same group takes 50 to 400 MB at 1 GB/s and gives it back, ROUNDS times, while four streams
-  run. Then the same with a fixed size instead of the automatic one, which has to end in an out-of-memory kill.
+  run. Then the same with a fixed size instead of the automatic one, which has to end in an out-of-memory kill; its
+  streams, which were opened with `resume=True`, go on in the next worker.
 * `many`: RESIZES random sizes under load; answers at some of them against those of a fresh daemon at the same size.
 
 The second part's first minute is drawn into docs/, if matplotlib is there.
@@ -74,6 +75,7 @@ class Load:
     prompt: str
     tokens: int
     streams: int
+    resume: bool = False
     failures: list[EbbflowError] = field(default_factory=list)
     refusals: list[EbbflowError] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
@@ -98,7 +100,9 @@ class Load:
         while not self._stopping.is_set():
             started = False
             try:
-                with self.client.generate(self.model, self.prompt, max_tokens=self.tokens) as stream:
+                with self.client.generate(
+                    self.model, self.prompt, max_tokens=self.tokens, resume=self.resume
+                ) as stream:
                     for _ in stream:
                         started = True
                         self.produced += 1
@@ -258,12 +262,17 @@ def hog(report: Report) -> None:
         draw(watch, load)
     with serving(LIMIT) as (client, group, model):
         client.resize(model, "100%")
-        with contextlib.suppress(EbbflowError), Load(client, model, "hello", 64, 1):
+        load = Load(client, model, "hello", 64, STREAMS, resume=True)
+        with load:
             for _ in range(10):
                 if group.oom_kills:
                     break
                 hog_rounds(group, 5)
+            finished = load.finished
+            while load.finished < finished + STREAMS and not load.failures:
+                time.sleep(0.1)
         report.bar("hog_oom_kills_without_automatic_mode", group.oom_kills, ">=", 1)
+        report.bar("hog_answers_lost_with_their_worker", len(load.failures) + len(load.broken), "<=", 0)
 
 
 def draw(watch: Watch, load: Load) -> None:

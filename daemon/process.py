@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import resource
 import signal
@@ -46,6 +47,14 @@ def free_at_once() -> None:
     if hasattr(libc, "mallopt"):  # glibc
         for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
             libc.mallopt(option, LARGE_NBYTES)
+
+
+def give_back_freed() -> None:
+    """Collect garbage, and have glibc return what it keeps of what was freed."""
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def set_oom_score(value: int) -> None:

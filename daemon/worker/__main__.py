@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
 import time
 
-from ..process import PARENT_VARIABLE, die_with_parent, free_at_once, set_oom_score
+from ..process import PARENT_VARIABLE, die_with_parent, free_at_once, give_back_freed, set_oom_score
 
 OOM_SCORE = 600  # the kernel shall choose the worker, never the supervisor or the user's programs
 COMPILING = "compiling kernels for this machine, which the first start does once"
@@ -48,6 +49,8 @@ def main() -> None:
         threads = set_threads(usable_threads() if settings.threads is None else settings.threads)
         loop = Loop(channel, threads, time.monotonic, settings)
         drop_clean_pages("llvmlite")  # 70 MB of a compiler that has nothing more to do
+        give_back_freed()
+        gc.freeze()  # what is here stays, and need not be looked at again
         channel.send(Ready(pid=os.getpid(), private_nbytes=private_nbytes()))
         while loop.turn():
             pass

@@ -6,7 +6,6 @@ full speed, and one that was just loaded grows before its first request starts.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -33,6 +32,7 @@ from ...formats.messages import (
     in_short,
 )
 from ..mapping import private_nbytes
+from ..process import give_back_freed
 from ..settings import DEFAULTS, WorkerSettings
 from .served import LOOK_SECONDS, Served
 
@@ -87,7 +87,7 @@ class Loop:
         self._step_next()
         idle = active and not any(served.engine.busy for served in self._models.values())
         if idle and busy:
-            _return_freed()
+            give_back_freed()
         if idle or (active and self._clock() - self._reported >= REPORT_SECONDS):
             self._report()
         return self._running
@@ -142,13 +142,13 @@ class Loop:
         self._answer(name, served)
         served.close()
         del served
-        _return_freed()
+        give_back_freed()
         self._report()
 
     def _trim(self) -> None:
         for served in self._models.values():
             served.engine.trim()
-        _return_freed()
+        give_back_freed()
         self._report()
 
     def _aim(self, message: SetTarget) -> None:
@@ -229,8 +229,3 @@ class Loop:
     def _report(self) -> None:
         self._reported = self._clock()
         self._line.send(Report(models=tuple(served.residency(name) for name, served in self._models.items())))
-
-
-def _return_freed() -> None:
-    """Give the system what numpy freed: glibc keeps it until it is asked."""
-    ctypes.CDLL(None).malloc_trim(0)
