@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import os
 import resource
 import signal
@@ -50,8 +49,7 @@ def free_at_once() -> None:
 
 
 def give_back_freed() -> None:
-    """Collect garbage, and have glibc return what it keeps of what was freed."""
-    gc.collect()
+    """Have glibc return what it keeps of what was freed."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

@@ -49,6 +49,7 @@ def main() -> None:
         threads = set_threads(usable_threads() if settings.threads is None else settings.threads)
         loop = Loop(channel, threads, time.monotonic, settings)
         drop_clean_pages("llvmlite")  # 70 MB of a compiler that has nothing more to do
+        gc.collect()
         give_back_freed()
         gc.freeze()  # what is here stays, and need not be looked at again
         channel.send(Ready(pid=os.getpid(), private_nbytes=private_nbytes()))
