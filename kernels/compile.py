@@ -6,6 +6,7 @@ A process of its own, because the compiler leaves about 100 MB behind in whoever
 from __future__ import annotations
 
 from . import attention, elementwise, hadamard, matmul, planes, quantize, signs, step
+from .later import LATER
 
 KERNEL_FILES = (
     attention,
@@ -17,3 +18,5 @@ KERNEL_FILES = (
     signs,
     step,
 )  # explicit signatures: importing them compiled them
+for kernel in LATER:
+    kernel.load()

@@ -15,6 +15,7 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from .later import loaded_later
 from .rows import JIT_OFF, LANES, ROWS, decode_rows, fused
 
 TOKENS: Final = 4  # tokens multiplied together with ROWS rows: 16 accumulators stay in registers
@@ -130,7 +131,7 @@ def _rows_times_tokens(
         t += 1
 
 
-@njit("void(u2[::1],i8[:,::1],i8,f4[:,::1],f4[:,:,::1],f4[:,::1])", nogil=True, parallel=True, cache=True)
+@loaded_later("void(u2[::1],i8[:,::1],i8,f4[:,::1],f4[:,:,::1],f4[:,::1])")
 def matmul(
     stored: NDArray[np.uint16],
     blocks: NDArray[np.int64],

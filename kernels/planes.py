@@ -30,6 +30,7 @@ from numba.extending import intrinsic, register_jitable
 from numpy.typing import NDArray
 
 from .instructions import AVX2, AVX512, NAMES, NEON, PORTABLE, compiled
+from .later import loaded_later
 from .rows import BASE_PLANES, JIT_OFF, PLANE, ROWS, bf16_to_float
 from .vectors import (
     LANE,
@@ -448,12 +449,7 @@ def multiply_rows(
             t += count
 
 
-@njit(
-    "void(i8,u1[::1],i8[:,::1],i8,i1[:,::1],f4[:,::1],i4[:,::1],u1[:,:,::1],f4[:,::1])",
-    nogil=True,
-    parallel=True,
-    cache=True,
-)
+@loaded_later("void(i8,u1[::1],i8[:,::1],i8,i1[:,::1],f4[:,::1],i4[:,::1],u1[:,:,::1],f4[:,::1])")
 def multiply_planes(
     instructions: int,
     stored: U8,

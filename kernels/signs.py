@@ -27,6 +27,7 @@ from numba.extending import intrinsic, register_jitable
 from numpy.typing import NDArray
 
 from .instructions import PORTABLE
+from .later import loaded_later
 from .planes import (
     AHEAD,
     COLUMNS,
@@ -541,12 +542,7 @@ def multiply_sum_rows(
             t += count
 
 
-@njit(
-    "void(i8,u1[::1],i8[:,::1],u1[::1],i8,i1[:,::1],f4[:,::1],i4[:,::1],u1[:,:,::1],f4[:,:,::1],f4[:,::1])",
-    nogil=True,
-    parallel=True,
-    cache=True,
-)
+@loaded_later("void(i8,u1[::1],i8[:,::1],u1[::1],i8,i1[:,::1],f4[:,::1],i4[:,::1],u1[:,:,::1],f4[:,:,::1],f4[:,::1])")
 def multiply_sum(
     instructions: int,
     stored: U8,

@@ -132,6 +132,7 @@ class Loop:
             self._line.send(LoadFailed(model=message.model, code=known.code, message=in_short(known)))
             return
         self._models[message.model] = served
+        give_back_freed()  # reading a tokenizer takes much more than it leaves
         self._report()
 
     def _unload(self, name: str) -> None:
