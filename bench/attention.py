@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from ebbflow.daemon.engine.kv import KvCache, blocks_for
 from ebbflow.daemon.engine.scheduler import Piece, Sequence
 from ebbflow.daemon.engine.serving import Batch
+from ebbflow.daemon.library.shapes import SHAPES
 from ebbflow.daemon.settings import KV_TYPES, KvType
-from ebbflow.formats.architecture import Architecture
 from ebbflow.kernels.attention import KINDS, attend_unit, store_token, unit_floats
 from ebbflow.kernels.elementwise import gated, rms_norm
 
@@ -36,19 +36,7 @@ from places import restart_with_kernels
 from report import Report
 
 F32 = NDArray[np.float32]
-SHAPE = Architecture(
-    family="llama",
-    vocab=32000,
-    hidden=2048,
-    layers=22,
-    heads=32,
-    kv_heads=4,
-    head_dim=64,
-    intermediate=5632,
-    context=2048,
-    norm_eps=1e-5,
-    rotary_theta=1e4,
-)
+SHAPE = SHAPES["tinyllama-1.1b"]
 CASES = ((1, 128), (1, 1024), (64, 128), (64, 1024))
 GOALS = {(1, 128): 0.3, (1, 1024): 2.0, (64, 1024): 60.0}  # ms
 ROUNDS = 5
