@@ -33,6 +33,7 @@
     │   ├── WorkerDied
     │   ├── JobDied
     │   ├── LeaseLost
+    │   ├── DeadlineExceeded
     │   ├── NotArrived
     │   └── DaemonGone
     │       └── NotRunning
@@ -245,6 +246,12 @@ class LeaseLost(Retryable):
     """The daemon heard nothing of this client for so long (it was stopped, perhaps) that it gave the request up."""
 
     code = "lease_lost"
+
+
+class DeadlineExceeded(Retryable):
+    """The request had not ended when its deadline was there."""
+
+    code = "deadline_exceeded"
 
 
 class NotArrived(Retryable):

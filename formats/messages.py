@@ -72,6 +72,9 @@ class Residency(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker holds of one model. All sizes in bytes; `reason` says why it is this size and not another.
 
     `arrived_nbytes`: how much of the stack is on disk, while its file is still arriving.
+    `prompt_tokens` were asked for since the model was loaded, of which `reused_tokens` had been computed before, and
+    `preemptions` times a request gave its place to another and went on later. Of `kv_nbytes`, which stay within
+    `kv_limit_nbytes`, `kv_cached_nbytes` belong to no running request; `kv_pinned_nbytes` to pins.
     Beside the stack (`nbytes`) these are keys and values, the work space of steps, and of that the part that is kept
     only so that the next step finds it (`cache_nbytes`). An automatic size stays between floor and cap (0: none).
     """
@@ -95,6 +98,26 @@ class Residency(msgspec.Struct, frozen=True, kw_only=True):
     floor_nbytes: int = 0
     cap_nbytes: int = 0
     priority: float = 1.0
+    kv_limit_nbytes: int = 0
+    kv_cached_nbytes: int = 0
+    kv_pinned_nbytes: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    preemptions: int = 0
+
+
+class PinSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """A prefix whose keys and values are kept: `tokens` of it are (whole blocks only), in `nbytes` bytes.
+
+    `saved`: on disk too, for the next start. `current`: computed at no less than the quality that the model has now; a
+    pin that is not is computed again when nothing else is to do.
+    """
+
+    name: str
+    tokens: int
+    nbytes: int
+    saved: bool = False
+    current: bool = True
 
 
 class ProcessMemory(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,9 +156,14 @@ class Ping(Message, frozen=True):
 
 
 class Generate(Message, frozen=True):
-    """Continue `prompt`, or answer the conversation `chat`; exactly one of the two is given.
+    """Continue `prompt`, or the token ids `ids`, or answer the conversation `chat`; exactly one of the three is given.
 
     `resume`: if the worker dies, the answer goes on in the next one where it was, instead of ending in an error.
+    Of waiting requests those of higher `priority` go first, and may take the place of running ones of a lower, which
+    go on later. A request that has not ended `deadline_seconds` after it arrived (0: no such limit) fails with
+    `deadline_exceeded`. Computed prefixes are shared within a `namespace` only, and with those computed at another size
+    of the model that is about as good, unless `exact_prefix` asks for the very same. `owner` is set by the supervisor:
+    a number for each client, between which the engine is fair.
     """
 
     id: int
@@ -144,6 +172,43 @@ class Generate(Message, frozen=True):
     chat: tuple[ChatMessage, ...] | None = None
     sampling: Sampling = Sampling()
     resume: bool = False
+    ids: tuple[int, ...] | None = None
+    priority: int = 0
+    deadline_seconds: float = 0.0
+    namespace: str = ""
+    exact_prefix: bool = False
+    owner: int = 0
+
+
+class Pin(Message, frozen=True):
+    """Compute the prefix `prompt`, `ids` or `chat` once and keep its keys and values as `name`, until `Unpin`.
+
+    `save`: on disk too, so that they are there after a restart. A pin of that name is replaced. Answered by `Pinned`.
+    """
+
+    id: int
+    model: str
+    name: str
+    prompt: str | None = None
+    chat: tuple[ChatMessage, ...] | None = None
+    ids: tuple[int, ...] | None = None
+    namespace: str = ""
+    save: bool = False
+
+
+class Unpin(Message, frozen=True):
+    """Let the prefix `name` go, and its file. Answered by `Pins`: those that are left."""
+
+    id: int
+    model: str
+    name: str
+
+
+class ListPins(Message, frozen=True):
+    """Answered by `Pins`."""
+
+    id: int
+    model: str
 
 
 class Cancel(Message, frozen=True):
@@ -256,6 +321,9 @@ JobRequest = AddModel | ImportModel | ExportModel
 Request = (
     Ping
     | Generate
+    | Pin
+    | Unpin
+    | ListPins
     | Cancel
     | ListModels
     | ShowModel
@@ -312,7 +380,14 @@ class Progress(Message, frozen=True):
 
 
 class Finished(Message, frozen=True):
-    """Terminal: a generation ended. `reason` is `stop` (end token or stop string) or `length`."""
+    """Terminal: a generation ended. `reason` is `stop` (end token or stop string) or `length`.
+
+    `queued_seconds` passed before it first ran, `longest_gap_seconds` at most between two of its tokens. Of the
+    prompt, `reused_tokens` had been computed for other requests, and `shareable_tokens` could have been, had nothing
+    been forgotten. `miss` says why there were not more: `new` (nobody had them), `evicted`, `quality` (computed at a
+    smaller size of the model), `size` (an exact prefix was wanted), `short` (less than a block), or nothing. `band` is
+    the quality band it ended in, `preemptions` how often it gave its place to another and went on later.
+    """
 
     id: int
     reason: str
@@ -320,6 +395,27 @@ class Finished(Message, frozen=True):
     tokens: int
     seconds_to_first: float
     seconds: float
+    queued_seconds: float = 0.0
+    longest_gap_seconds: float = 0.0
+    reused_tokens: int = 0
+    shareable_tokens: int = 0
+    miss: str = ""
+    band: int = 0
+    preemptions: int = 0
+
+
+class Pinned(Message, frozen=True):
+    """Terminal answer to `Pin`."""
+
+    id: int
+    pin: PinSummary
+
+
+class Pins(Message, frozen=True):
+    """Terminal answer to `ListPins` and `Unpin`."""
+
+    id: int
+    pins: tuple[PinSummary, ...]
 
 
 class Failed(Message, frozen=True):
@@ -401,7 +497,7 @@ class Done(Message, frozen=True):
     id: int
 
 
-Terminal = Finished | Failed | ModelList | ModelDetail | Added | Resized | Status | Done
+Terminal = Finished | Failed | Pinned | Pins | ModelList | ModelDetail | Added | Resized | Status | Done
 Event = Pong | Started | Chunk | Progress | Terminal
 
 
@@ -438,7 +534,18 @@ class Continue(Message, frozen=True):
 
 
 class Trim(Message, frozen=True):
-    """Give back what is kept only to be faster next time."""
+    """Give back what is kept only to be faster next time: work space, and then `nbytes` of finished requests' KV."""
+
+    nbytes: int = 0
+
+
+class LimitKv(Message, frozen=True):
+    """Hold at most so many bytes of keys and values for each model (0: as many as the settings say), from now on.
+
+    Running requests beyond that give their places up, youngest first, and go on when there is room.
+    """
+
+    nbytes: int
 
 
 class Exit(Message, frozen=True):
@@ -469,11 +576,13 @@ class Report(Message, frozen=True):
     models: tuple[Residency, ...]
 
 
-ToWorker = LoadModel | UnloadModel | SetTarget | Trim | Generate | Continue | Cancel | Exit
-FromWorker = Ready | Progress | Report | LoadFailed | Resized | Started | Chunk | Finished | Failed
+ToWorker = (
+    LoadModel | UnloadModel | SetTarget | Trim | LimitKv | Generate | Continue | Pin | Unpin | ListPins | Cancel | Exit
+)
+FromWorker = Ready | Progress | Report | LoadFailed | Resized | Started | Chunk | Finished | Pinned | Pins | Failed
 FromJob = Ready | Progress | Added | Failed
 
-TERMINAL: Final = (Finished, Failed, ModelList, ModelDetail, Added, Resized, Status, Done)
+TERMINAL: Final = (Finished, Failed, Pinned, Pins, ModelList, ModelDetail, Added, Resized, Status, Done)
 
 M = TypeVar("M")
 
