@@ -114,7 +114,7 @@ class Piece:
 
 @dataclass
 class Totals:
-    """Tokens since the beginning: of prompts that began, those of them that were there already, all that were computed."""
+    """Tokens so far: of prompts that began, those of them that were there already, and all that were computed."""
 
     prompt: int = 0
     reused: int = 0
