@@ -20,8 +20,9 @@ from itertools import count
 from typing import Final, Protocol
 
 from ...formats.errors import OutOfMemory, PromptTooLong, TooBusy
+from ...kernels.attention import BLOCK_TOKENS
 from .kv import MAX_SEQUENCES, blocks_for
-from .prefixes import BLOCK_TOKENS, MIXED, Blocks, Node, Prefixes
+from .prefixes import MIXED, Blocks, Node, Prefixes
 
 MAX_WAITING: Final = 4096
 OVERTAKEN_MOST: Final = 16
@@ -323,7 +324,8 @@ class Scheduler:
         free = most - len(self.running)
         if free <= 0 and max(self._waiting_of) <= min(s.priority for s in self.running):
             return None
-        best, best_key = None, ()
+        best: Sequence | None = None
+        best_key: tuple[float, ...] = ()
         gated: Counter[tuple[int, int]] = Counter()
         for sequence in self.waiting.values():
             held_back = self._match(sequence)
