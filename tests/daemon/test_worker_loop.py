@@ -33,6 +33,7 @@ from ebbflow.formats.messages import (
     Sampling,
     SetTarget,
     ToWorker,
+    Trim,
     UnloadModel,
 )
 from ebbflow.formats.stack import read_stack
@@ -370,9 +371,11 @@ def test_resizing_under_requests_fails_none_and_leaves_no_trace(
                 assert isinstance(end, Failed)
                 assert end.code == "cancelled"
                 assert key in cancelled
-        worker.hear(SetTarget(model="m", target_nbytes=edges[depth]), ask(900))
+        last = msgspec.structs.replace(ask(900), exact_prefix=True)
+        worker.hear(SetTarget(model="m", target_nbytes=edges[depth]), last)
         worker.settle()
         assert worker.answers.by_id[900].text == fresh[depth]
+        worker.hear(Trim(nbytes=1 << 40))
         assert worker.residency().kv_nbytes == 0
 
 
@@ -418,6 +421,7 @@ def test_a_step_without_memory_ends_its_requests_with_a_retryable_error(
         with monkeypatch.context() as patch:
             patch.setattr(worker.loop.models["m"].engine, "_forward", refuse)
             worker.hear(ask(2))
+            worker.settle()
         for key in (1, 2):
             end = worker.answers.by_id[key].end
             assert isinstance(end, Failed)

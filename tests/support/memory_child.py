@@ -123,7 +123,7 @@ def kv_blocks() -> dict[str, int]:
     kv.free(blocks[::2])
     half = used() - before
     kv.free(blocks[1::2])
-    return {"reserved": reserved, "filled": filled, "half": half, "none": used() - before, "held": kv.statistics().held}
+    return {"reserved": reserved, "filled": filled, "half": half, "none": used() - before, "held": kv.held}
 
 
 def resident() -> dict[str, int]:
