@@ -228,16 +228,16 @@ def test_cancelling_all(folder: Path, resident: Resident) -> None:
 
 
 def test_keys_and_values_are_counted(folder: Path, resident: Resident) -> None:
-    engine = engine_of(folder, resident)
+    engine, answers = engine_of(folder, resident), Answers()
     engine.submit(request(prompt="x" * 30, max_tokens=10))
     assert engine.kv_nbytes == engine.kv_cached_nbytes
-    engine.step()
+    answers.hear(engine.step())
     block = TINY.layers * 2 * TINY.kv_heads * 32 * TINY.head_dim * 4
     assert (engine.kv_nbytes, engine.kv_cached_nbytes) == (block, 0)
     while engine.kv_nbytes == block:
-        engine.step()
+        answers.hear(engine.step())
     assert (engine.kv_nbytes, engine.kv_cached_nbytes) == (2 * block, 0)
-    finish(engine, Answers())
+    finish(engine, answers)
     assert (engine.kv_nbytes, engine.kv_cached_nbytes) == (block, block)  # whole blocks stay
     engine.trim(1)
     assert engine.kv_nbytes == 0
