@@ -27,7 +27,8 @@ from ...formats.errors import (
     Retryable,
 )
 from ...formats.manifest import Manifest
-from ...formats.messages import Chunk, Failed, Finished, Generate, Pin, Pinned, PinSummary, Started, failure
+from ...formats.messages import Chunk, Failed, Finished, Generate, Pin, Pinned, Started, failure
+from ...formats.values import PinSummary
 from ..settings import DEFAULTS, WorkerSettings
 from .bands import Bands
 from .batch import Batch

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from ebbflow.daemon.engine.engine import Engine
 from ebbflow.daemon.worker.resident import Resident
-from ebbflow.formats.messages import ChatMessage, Failed, Finished, Generate, Sampling
+from ebbflow.formats.messages import Failed, Finished, Generate
+from ebbflow.formats.values import ChatMessage, Sampling
 
 from support.engines import Answer, Answers, engine_of, finish
 from support.residents import load

@@ -11,8 +11,9 @@ from ebbflow.daemon.worker.served import Served
 from ebbflow.formats.errors import BadBlock, CorruptFile
 from ebbflow.formats.kinds import planes_nbytes
 from ebbflow.formats.manifest import STACK
-from ebbflow.formats.messages import Failed, Finished, Generate, Sampling
+from ebbflow.formats.messages import Failed, Finished, Generate
 from ebbflow.formats.stack import StackIndex, encode_header, read_stack
+from ebbflow.formats.values import Sampling
 
 from support.engines import Answers, engine_of, finish
 from support.fake_line import FakeClock

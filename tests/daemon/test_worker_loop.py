@@ -18,25 +18,11 @@ from ebbflow.daemon.settings import DEFAULTS, KV_TYPES, WorkerSettings
 from ebbflow.daemon.worker import loop as loop_module
 from ebbflow.daemon.worker.loop import IDLE_SECONDS, REPORT_SECONDS, Loop
 from ebbflow.daemon.worker.resident import Resident
+from ebbflow.formats.child_messages import Exit, LoadFailed, LoadModel, Report, SetTarget, ToWorker, Trim, UnloadModel
 from ebbflow.formats.manifest import MANIFEST, STACK, read_manifest, write_manifest
-from ebbflow.formats.messages import (
-    Cancel,
-    Exit,
-    Failed,
-    Finished,
-    Generate,
-    LoadFailed,
-    LoadModel,
-    Report,
-    Residency,
-    Resized,
-    Sampling,
-    SetTarget,
-    ToWorker,
-    Trim,
-    UnloadModel,
-)
+from ebbflow.formats.messages import Cancel, Failed, Finished, Generate, Resized
 from ebbflow.formats.stack import read_stack
+from ebbflow.formats.values import Residency, Sampling
 
 from support.engines import Answers, engine_of, finish
 from support.fake_line import FakeClock, FakeLine
