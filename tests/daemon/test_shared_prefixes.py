@@ -184,7 +184,7 @@ def test_a_step_without_memory_does_not_count(
     def sometimes(pieces: Any) -> Any:
         sizes.append(len(pieces))
         logits = compute(pieces)
-        if len(sizes) in (2, 5, 6) or sizes.count(6) == 2:
+        if len(sizes) in (2, 5, 6) or (len(pieces) == 6 and sizes.count(6) == 2):
             raise MemoryError
         return logits
 
