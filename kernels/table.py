@@ -292,8 +292,8 @@ def kv_step(
 ) -> Arguments:
     """A KV array of two layers, block tables, and the last `tokens` positions of each sequence.
 
-    The first sequence is a token behind the others; its first `shared` blocks are theirs too. Memory holds numbers at every position up to its sequence's last,
-    and beyond that NaN; `attend`'s first arguments.
+    The first sequence is a token behind the others; its first `shared` blocks are theirs too. Memory holds numbers at
+    every position up to its sequence's last, and beyond that NaN; `attend`'s first arguments.
     """
     count, kind = -(-context // BLOCK_TOKENS), attention.KINDS[dtype]
     nbytes = attention.head_nbytes(kind, width)
