@@ -25,7 +25,11 @@ from ebbflow.formats.messages import (
     Finished,
     Generate,
     GetStatus,
+    ListPins,
+    Pin,
     Ping,
+    Pinned,
+    Pins,
     Pong,
     Progress,
     Resize,
@@ -33,11 +37,13 @@ from ebbflow.formats.messages import (
     Shutdown,
     Started,
     Status,
+    Unpin,
     YieldMemory,
     event_decoder,
 )
 from ebbflow.formats.paths import home_paths
 from ebbflow.formats.units import SizeWish
+from ebbflow.formats.values import PinSummary
 from ebbflow.formats.wire import decode, encode
 
 from support.house import GB, generate
@@ -151,6 +157,13 @@ def test_a_worker_killed_in_mid_stream_is_told_within_a_second_and_replaced(daem
     assert "".join(event.text for event in heard if isinstance(event, Chunk)) == "alive again "
     assert all(event.id == 5 for event in heard)
     assert daemon.children()["worker"] != pid
+
+
+def test_pins_travel_like_generations(daemon):
+    made = daemon.ask(Pin(id=1, model="demo", name="system", prompt="be brief", save=True))
+    assert made == Pinned(id=1, pin=PinSummary(name="system", tokens=2, nbytes=2000, saved=True))
+    assert daemon.ask(ListPins(id=2, model="demo")) == Pins(id=2, pins=(made.pin,))
+    assert daemon.ask(Unpin(id=3, model="demo", name="system")) == Pins(id=3, pins=())
 
 
 def test_the_fake_worker_keeps_the_contract(daemon):
