@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ebbflow.daemon.supervisor.requests import HELD_BY_ALL, HELD_PER_CLIENT, Requests
+from ebbflow.daemon.supervisor.requests import HELD_BY_ALL, HELD_PER_CLIENT, ID_NBYTES, Requests
 from ebbflow.formats.errors import TooBusy
 from ebbflow.formats.messages import AddModel, Generate, Pin, ShowModel, Shutdown
 from ebbflow.formats.values import ChatMessage
@@ -59,7 +59,7 @@ def test_all_text_counts_not_only_prompts(where):
         if where == "roles":
             return Generate(id=number, model="m", chat=(ChatMessage(LARGE, ""),))
         if where == "ids":
-            return Generate(id=number, model="m", ids=(7,) * (len(LARGE) // 8))
+            return Generate(id=number, model="m", ids=(7,) * (len(LARGE) // ID_NBYTES))
         if where == "pins":
             return Pin(id=number, model="m", name="p", chat=(ChatMessage("user", LARGE),))
         if where == "stops":
