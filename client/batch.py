@@ -33,6 +33,7 @@ from .prompts import GenerateOptions, Text, contents, request
 WINDOW: Final = 256
 WINDOW_MOST: Final = OPEN_PER_CLIENT - 64  # the rest is for what else this client asks
 WINDOW_NBYTES: Final = 8_000_000  # of text; the daemon takes 16 MB from one client
+ID_NBYTES: Final = 40  # of a token's id, as the daemon counts it
 PRIORITY: Final = -1
 ATTEMPTS: Final = 6
 FIRST_WAIT_SECONDS: Final = 0.5  # doubled with each failure in a row
@@ -225,4 +226,4 @@ def _nbytes(message: Generate) -> int:
     """Of text, as the daemon will count it; not less."""
     texts = [message.prompt or "", *message.sampling.stop]
     texts += [text for turn in message.chat or () for text in (turn.role, turn.content)]
-    return sum(len(text) * (1 if text.isascii() else 4) + 80 for text in texts) + 8 * len(message.ids or ())
+    return sum(len(text) * (1 if text.isascii() else 4) + 80 for text in texts) + ID_NBYTES * len(message.ids or ())

@@ -48,7 +48,8 @@ def speed(finished: Finished) -> str:
     """How fast an answer was."""
     decode = finished.seconds - finished.seconds_to_first
     rate = f", {(finished.tokens - 1) / decode:.1f} tokens/s" if finished.tokens > 1 and decode > 0 else ""
+    reused = f" ({finished.reused_tokens} of them computed before)" if finished.reused_tokens else ""
     return (
-        f"{finished.prompt_tokens} tokens read, {finished.tokens} written ({finished.reason}), "
+        f"{finished.prompt_tokens} tokens read{reused}, {finished.tokens} written ({finished.reason}), "
         f"{finished.seconds_to_first:.2f} s to the first{rate}"
     )

@@ -48,7 +48,7 @@ from .owners import Owners
 
 HELD_PER_CLIENT: Final = 16_000_000  # bytes of text, as they lie in memory; one alone may have more
 HELD_BY_ALL: Final = 64_000_000
-ID_NBYTES: Final = 8  # of a token's id: its place in a tuple; the numbers themselves are few, or shared
+ID_NBYTES: Final = 40  # of a token's id, as Python has it: the number, and its place in a tuple
 
 PinRequest = Pin | Unpin | ListPins
 Lasting = Generate | PinRequest | JobRequest | Resize | Shutdown

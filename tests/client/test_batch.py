@@ -62,7 +62,9 @@ def test_any_mix_of_texts_becomes_requests_of_a_low_priority():
     assert {(r.sampling.temperature, r.deadline_seconds) for r in requests.values()} == {(0.5, 120.0)}
 
 
-@pytest.mark.parametrize("text", [[], [-1], [1, "a"], [1.5], [True], [{"role": "user"}], [{"role": 1, "content": ""}], 7])
+@pytest.mark.parametrize(
+    "text", [[], [-1], [1, "a"], [1.5], [True], [{"role": "user"}], [{"role": 1, "content": ""}], 7]
+)
 def test_a_text_that_is_none_is_named_before_anything_is_sent(text):
     with pytest.raises(errors.InvalidRequest, match="text 1: "):
         plan(["fine", text])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from ebbflow.client import BatchSummary
+from ebbflow.client.cli import batch as batch_module
 from ebbflow.client.cli.batch_file import open_answers, read_questions
 from ebbflow.client.cli.main import main
 from ebbflow.formats.architecture import Architecture
@@ -250,6 +253,20 @@ def test_ids_are_what_answers_are_known_by(daemon: FakeDaemon, tmp_path: Path, o
     assert [request.prompt for request in asked(daemon, 1)] == ["c"]
     answers = {line["id"]: line["text"] for line in map(json.loads, out.read_text().splitlines())}
     assert answers == {"1": "<a>", 1: "<b>", "x": "<c>"}
+
+
+def test_a_person_sees_a_bar(monkeypatch: pytest.MonkeyPatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    with batch_module._progress(10) as notify:
+        notify(BatchSummary(prompts=10, ended=5, failures=1, tokens=100, seconds=2))
+    assert "5/10" in screen.getvalue()
+    assert ", 1 failed, 50 tokens/s" in screen.getvalue()
 
 
 def test_two_cannot_write_the_same_file(file: Path, out: Path):

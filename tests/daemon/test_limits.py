@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from ebbflow.daemon.supervisor.requests import HELD_BY_ALL, HELD_PER_CLIENT, Requests
+from ebbflow.daemon.supervisor.requests import HELD_BY_ALL, HELD_PER_CLIENT, ID_NBYTES, Requests
 from ebbflow.formats.errors import TooBusy
-from ebbflow.formats.messages import AddModel, Generate, ShowModel, Shutdown
+from ebbflow.formats.messages import AddModel, Generate, Pin, ShowModel, Shutdown
 from ebbflow.formats.values import ChatMessage
 
 from support.house import House, generate
@@ -51,13 +51,17 @@ def test_one_request_always_fits():
     requests.open(b"a", generate(1, prompt="\U0001f40b" + "x" * (HELD_PER_CLIENT // 4)), 0.0)
 
 
-@pytest.mark.parametrize("where", ["roles", "stops", "source"])
+@pytest.mark.parametrize("where", ["roles", "stops", "source", "ids", "pins"])
 def test_all_text_counts_not_only_prompts(where):
     requests = Requests(lambda *_: None)
 
-    def ask(number: int) -> Generate | AddModel:
+    def ask(number: int) -> Generate | Pin | AddModel:
         if where == "roles":
             return Generate(id=number, model="m", chat=(ChatMessage(LARGE, ""),))
+        if where == "ids":
+            return Generate(id=number, model="m", ids=(7,) * (len(LARGE) // ID_NBYTES))
+        if where == "pins":
+            return Pin(id=number, model="m", name="p", chat=(ChatMessage("user", LARGE),))
         if where == "stops":
             return generate(number, stop=(LARGE,))
         return AddModel(id=number, source=LARGE, name="m")

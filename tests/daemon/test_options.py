@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from ebbflow.daemon.settings import WorkerSettings
+from ebbflow.daemon.settings import WorkerSettings, parse_settings
 from ebbflow.daemon.supervisor.options import HELP, Options, Settings, gather
 from ebbflow.formats.errors import InvalidConfig, InvalidSize
 
@@ -23,9 +23,9 @@ def test_without_anything_the_defaults(file):
 
 def test_everything_can_be_set_everywhere(file):
     wanted = Options(5.0, 10**9, 2 * 10**9, 2**31, "debug", "json", "/l", 2.5, "tcp://127.0.0.1:5555")
-    wanted = replace(wanted, worker=WorkerSettings("i8", exact=True, threads=3))
+    wanted = replace(wanted, worker=WorkerSettings("i8", exact=True, threads=3, kv_limit=10**9, kv_cached=0))
     flags = "--idle-seconds=5 --reserve=1GB --battery-reserve=2GB --cap=2GiB --log-level=debug --log-format=json"
-    flags += " --log-file=/l --kv=i8 --threads=3 --exact"
+    flags += " --log-file=/l --kv=i8 --threads=3 --exact --kv-limit=1GB --kv-cached=0"
     assert gather([*flags.split(), "--drain-seconds", "2.5", "--listen", "tcp://127.0.0.1:5555"], {}, file) == wanted
     variables = {
         "EBBFLOW_IDLE_SECONDS": "5",
@@ -40,15 +40,22 @@ def test_everything_can_be_set_everywhere(file):
         "EBBFLOW_KV": "i8",
         "EBBFLOW_EXACT": "1",
         "EBBFLOW_THREADS": "3",
+        "EBBFLOW_KV_LIMIT": "1GB",
+        "EBBFLOW_KV_CACHED": "0",
         "EBBFLOW_HOME": "/not/ours",
     }
     assert gather([], variables, file) == wanted
     file.write_text(
         'idle_seconds = 5\nreserve = 1000000000\nbattery_reserve = "2GB"\ncap = "2GiB"\nlog_level = "debug"\n'
         'log_format = "json"\nlog_file = "/l"\ndrain_seconds = 2.5\nlisten = "tcp://127.0.0.1:5555"\n'
-        'kv = "i8"\nexact = true\nthreads = 3\n'
+        'kv = "i8"\nexact = true\nthreads = 3\nkv_limit = "1GB"\nkv_cached = 0\n'
     )
     assert gather([], {}, file) == wanted
+
+
+def test_a_workers_command_line_says_what_the_settings_say():
+    for wanted in (WorkerSettings(), WorkerSettings("i8", exact=True, threads=3, kv_limit=10**9, kv_cached=7)):
+        assert parse_settings([*wanted.flags()]) == wanted
 
 
 def test_the_command_line_wins_over_variables_and_those_over_the_file(file):
@@ -67,6 +74,7 @@ def test_the_command_line_wins_over_variables_and_those_over_the_file(file):
         ("drain_seconds = -1", "drain_seconds cannot be -1"),
         ('log_level = "loud"', "log_level cannot be 'loud'"),
         ('kv = "f32"', "kv cannot be 'f32'"),
+        ("kv_limit = true", "kv_limit cannot be True"),
         ("threads = 0", "threads cannot be 0"),
         ("threads = 2.5", "threads cannot be 2.5"),
         ("cap = [1]", r"cap cannot be \[1\]"),

@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 import zmq
 
+from ebbflow.client import Client
+from ebbflow.client.batch import ATTEMPTS
+from ebbflow.client.errors import WorkerDied
 from ebbflow.daemon.supervisor.library import Library, _owner_lives
 from ebbflow.formats.errors import AlreadyRunning
 from ebbflow.formats.messages import (
@@ -25,7 +28,11 @@ from ebbflow.formats.messages import (
     Finished,
     Generate,
     GetStatus,
+    ListPins,
+    Pin,
     Ping,
+    Pinned,
+    Pins,
     Pong,
     Progress,
     Resize,
@@ -33,11 +40,13 @@ from ebbflow.formats.messages import (
     Shutdown,
     Started,
     Status,
+    Unpin,
     YieldMemory,
     event_decoder,
 )
 from ebbflow.formats.paths import home_paths
 from ebbflow.formats.units import SizeWish
+from ebbflow.formats.values import PinSummary
 from ebbflow.formats.wire import decode, encode
 
 from support.house import GB, generate
@@ -151,6 +160,27 @@ def test_a_worker_killed_in_mid_stream_is_told_within_a_second_and_replaced(daem
     assert "".join(event.text for event in heard if isinstance(event, Chunk)) == "alive again "
     assert all(event.id == 5 for event in heard)
     assert daemon.children()["worker"] != pid
+
+
+def test_pins_travel_like_generations(daemon):
+    made = daemon.ask(Pin(id=1, model="demo", name="system", prompt="be brief", save=True))
+    assert made == Pinned(id=1, pin=PinSummary(name="system", tokens=2, nbytes=2000, saved=True))
+    assert daemon.ask(ListPins(id=2, model="demo")) == Pins(id=2, pins=(made.pin,))
+    assert daemon.ask(Unpin(id=3, model="demo", name="system")) == Pins(id=3, pins=())
+
+
+def test_in_a_batch_a_prompt_that_kills_every_worker_fails_alone(daemon):
+    prompts = [f"prompt {number:02}" for number in range(60)]
+    prompts[30] = "prompt 30 kill"
+    daemon.children()  # it listens
+    with Client(daemon.paths.clients) as client:
+        batch = client.generate_batch("demo", prompts, window=20, wait=lambda _seconds: None)
+        results = {result.index: result for result in batch}
+    assert {index: result.text for index, result in results.items() if not result.error} == {
+        index: f"{prompt} " for index, prompt in enumerate(prompts) if index != 30
+    }
+    assert isinstance(results[30].error, WorkerDied)
+    assert results[30].attempts == ATTEMPTS
 
 
 def test_the_fake_worker_keeps_the_contract(daemon):

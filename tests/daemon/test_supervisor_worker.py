@@ -24,7 +24,9 @@ from ebbflow.formats.messages import (
     Generate,
     GetStatus,
     Pause,
+    Pin,
     Ping,
+    Pins,
     Progress,
     RemoveModel,
     Resize,
@@ -652,7 +654,9 @@ def test_stopping_while_a_worker_starts_starts_no_other(house, client):
 
 # -- whatever happens ---------------------------------------------------------------------------------------------
 
-WORDS = st.sampled_from(["ask", "cancel", "die", "oom", "ready", "answer", "odd", "wait", "long", "resize", "vanish"])
+WORDS = st.sampled_from(
+    ["ask", "pin", "hurry", "cancel", "die", "oom", "ready", "answer", "odd", "wait", "long", "resize", "vanish"]
+)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -673,6 +677,12 @@ def live_through(house, words):
             case "ask":
                 asked += 1
                 client.say(generate(asked))
+            case "pin":
+                asked += 1
+                client.say(Pin(id=asked, model="demo", name="p", prompt="hello"))
+            case "hurry":
+                asked += 1
+                client.say(Generate(id=asked, model="demo", prompt="hello", deadline_seconds=0.5))
             case "resize":
                 asked += 1
                 client.say(Resize(id=asked, model="demo", wish=SizeWish(fraction=0.5)))
@@ -700,6 +710,8 @@ def live_through(house, words):
                 match message:
                     case Generate():
                         forwarded.append(finished(message.id))
+                    case Pin():
+                        forwarded.append(Pins(id=message.id, pins=()))
                     case SetTarget(id=number) if number:
                         forwarded.append(Resized(id=number))
                     case LoadModel() | SetTarget():
@@ -710,7 +722,7 @@ def live_through(house, words):
         house.turn(0.2)
     heard += client.hear()
     assert house.server.finished
-    ends = [m.id for m in heard if isinstance(m, Failed | Resized) or type(m).__name__ == "Finished"]
+    ends = [m.id for m in heard if isinstance(m, Failed | Resized | Pins) or type(m).__name__ == "Finished"]
     assert len(ends) == len(set(ends))
     if "vanish" not in words:
         assert sorted(ends) == list(range(1, asked + 1))

@@ -2,7 +2,8 @@
 
 Some prompts do more: `exit` ends the process, `hang` never answers, `endless` streams until cancelled, `garbage` sends
 bytes that are no message and then answers. At the word `die` it dies, unless an earlier one has said something of this
-answer; at `kill`, always. The environment's FAKE_WORKER=`stillborn` makes it fail before `Ready`.
+answer; at `kill`, always. Of pins it keeps names and sizes. The environment's FAKE_WORKER=`stillborn` makes it fail
+before `Ready`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,33 @@ import sys
 
 from ebbflow.daemon.channel import Child
 from ebbflow.daemon.process import die_with_parent
-from ebbflow.formats.child_messages import Continue, Exit, LoadFailed, LoadModel, Ready, Report, SetTarget, UnloadModel
+from ebbflow.formats.child_messages import (
+    Continue,
+    Exit,
+    LimitKv,
+    LoadFailed,
+    LoadModel,
+    Ready,
+    Report,
+    SetTarget,
+    UnloadModel,
+)
 from ebbflow.formats.errors import Cancelled
-from ebbflow.formats.messages import Cancel, Chunk, Finished, Generate, Resized, Started, failure
-from ebbflow.formats.values import Residency
+from ebbflow.formats.messages import (
+    Cancel,
+    Chunk,
+    Finished,
+    Generate,
+    ListPins,
+    Pin,
+    Pinned,
+    Pins,
+    Resized,
+    Started,
+    Unpin,
+    failure,
+)
+from ebbflow.formats.values import PinSummary, Residency
 
 
 class FakeWorker:
@@ -23,6 +47,8 @@ class FakeWorker:
         self.line = Child(address, identity)
         self.targets: dict[str, int] = {}
         self.streams: dict[int, int] = {}
+        self.pins: dict[str, dict[str, PinSummary]] = {}
+        self.kv_limit = 0
 
     def run(self) -> None:
         self.line.send(Ready(pid=os.getpid()))
@@ -47,6 +73,15 @@ class FakeWorker:
                     self.generate(message.id, message.prompt or "")
                 case Continue():
                     self.generate(message.request.id, message.request.prompt or "", len(message.ids))
+                case Pin():
+                    self.pin(message)
+                case Unpin():
+                    self.pins.get(message.model, {}).pop(message.name, None)
+                    self.tell_pins(message)
+                case ListPins():
+                    self.tell_pins(message)
+                case LimitKv():
+                    self.kv_limit = message.nbytes
                 case Cancel():
                     if self.streams.pop(message.id, None) is not None:
                         self.line.send(failure(message.id, Cancelled("as you wish")))
@@ -81,6 +116,15 @@ class FakeWorker:
                 )
             )
 
+    def pin(self, message: Pin) -> None:
+        words = len(message.ids or (message.prompt or "").split())
+        made = PinSummary(name=message.name, tokens=words, nbytes=1000 * words, saved=message.save)
+        self.pins.setdefault(message.model, {})[message.name] = made
+        self.line.send(Pinned(id=message.id, pin=made))
+
+    def tell_pins(self, message: Unpin | ListPins) -> None:
+        self.line.send(Pins(id=message.id, pins=tuple(self.pins.get(message.model, {}).values())))
+
     def residency(self, model: str) -> Residency:
         target = self.targets[model]
         return Residency(
@@ -91,6 +135,8 @@ class FakeWorker:
             total_nbytes=10**9,
             base_nbytes=1,
             target_nbytes=target,
+            kv_limit_nbytes=self.kv_limit,
+            kv_pinned_nbytes=sum(pin.nbytes for pin in self.pins.get(model, {}).values()),
         )
 
 
