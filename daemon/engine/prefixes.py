@@ -147,9 +147,14 @@ class Prefixes:
             self._count(node, 1)
             self.drop(block)
             path.append(node)
-        for node in path:
-            self._offer(node)
+        for each in path:
+            self._offer(each)
+        self._prune(node)
         return path
+
+    def replace(self, node: Node, block: int, band: int, depth: int) -> None:
+        """A node in use takes another block for its own, even a worse one."""
+        self._fill(node, block, band, depth)
 
     def lock(self, nodes: Iterable[Node]) -> None:
         """A running sequence uses these nodes, and reads their blocks."""

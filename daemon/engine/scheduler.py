@@ -411,11 +411,12 @@ class Scheduler:
             return
         while not self.prefixes.make_room(1, spare_wanted=False):
             victim = self._youngest()
-            if victim is None:
+            if victim is not None:
+                self.preempt(victim)
+                if victim is sequence:
+                    return
+            elif not self._unite():
                 raise OutOfMemory("no block of keys and values is left")  # `_least` makes sure that one is
-            self.preempt(victim)
-            if victim is sequence:
-                return
         sequence.blocks += self.prefixes.allocate(1)
 
     def _youngest(self) -> Sequence | None:
@@ -457,10 +458,23 @@ class Scheduler:
                 self.prefixes.evict(1)
                 continue
             victim = self._youngest()
-            if victim is None:
+            if victim is not None:
+                self.preempt(victim)
+            elif not self._unite():
                 break
-            self.preempt(victim)
         self.prefixes.keep(self.cached)
+
+    def _unite(self) -> bool:
+        """Let nodes take the last running sequence's own blocks where they hold others; whether that freed any.
+
+        It computed them at another size than somebody else did. Both cannot stay where there is no room for one.
+        """
+        held = self.pool.held
+        for s in self.running:
+            for node, block in zip(s.nodes, s.blocks, strict=False):
+                if node.block != block and not node.pins:
+                    self.prefixes.replace(node, block, s.band, s.depth)
+        return self.pool.held < held
 
     def _order(self) -> None:
         if not self._ordered:
@@ -478,9 +492,11 @@ class Scheduler:
         assert self._needs == Counter(blocks_for(s.limit) for s in everything)
         assert self.pool.limit >= self._least()
         assert self.pool.held <= self.pool.limit
+        users = Counter(id(node) for s in self.running for node in s.nodes)
+        wanted = Counter(id(node) for s in self.waiting.values() for node in s.path)
         for node in self.prefixes.nodes():
-            assert node.users == sum(node in s.nodes for s in self.running)
-            assert node.wanted == sum(node in s.path for s in self.waiting.values())
+            assert node.users == users[id(node)]
+            assert node.wanted == wanted[id(node)]
             assert node.leader is None or node.leader in self.running
         for s in self.running:
             own = s.blocks[len(s.nodes) :]
