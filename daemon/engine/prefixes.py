@@ -81,6 +81,7 @@ class Prefixes:
         self.pinned = 0
         self.evicted = 0  # so far
         self.version = 0  # grows whenever what matched may not match any more
+        self.news = 0  # grows whenever something changes that a waiting sequence would read
         self._roots: dict[str, Node] = {}
         self._holders: dict[int, int] = {}
         self._leaves: list[tuple[bool, int, int, Node]] = []  # a heap of what may go next; entries may be out of date
@@ -258,6 +259,7 @@ class Prefixes:
         self.drop(block)
         self.evicted += 1
         self.version += 1
+        self.news += bool(node.wanted)
         if node.parent is not None:
             node.parent.filled -= 1
             self._offer(node.parent)
@@ -281,6 +283,7 @@ class Prefixes:
     def _fill(self, node: Node, block: int, band: int, depth: int) -> None:
         before, node.block, node.band, node.depth = node.block, block, band, depth
         self.hold(block)
+        self.news += bool(node.wanted)
         if before == NO_BLOCK:
             assert node.parent is not None
             node.parent.filled += 1
