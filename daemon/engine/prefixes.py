@@ -72,10 +72,11 @@ class Node:
 
 
 class Prefixes:
-    """All prefixes of one model, over one pool of blocks."""
+    """All prefixes of one model, over one pool of blocks. Unless `spares`, it does not matter who waits for what."""
 
-    def __init__(self, pool: Blocks) -> None:
+    def __init__(self, pool: Blocks, *, spares: bool = True) -> None:
         self.pool = pool
+        self._spares = spares
         self.evictable = 0  # blocks that nobody uses or has pinned: all can be freed, leaf by leaf
         self.unwanted = 0  # those of them that no waiting sequence will read either
         self.pinned = 0
@@ -250,7 +251,7 @@ class Prefixes:
             wanted, used_at, _, node = heapq.heappop(self._leaves)
             if not self._is_leaf(node) or used_at != node.used_at:
                 continue
-            if wanted != bool(node.wanted):
+            if wanted != self._spared(node):
                 self._offer(node)
                 continue
             break
@@ -265,16 +266,19 @@ class Prefixes:
             self._offer(node.parent)
         self._prune(node)
 
+    def _spared(self, node: Node) -> bool:
+        return self._spares and node.wanted > 0
+
     @staticmethod
     def _is_leaf(node: Node) -> bool:
         return node.block != NO_BLOCK and not (node.users or node.pins or node.filled)
 
     def _offer(self, node: Node) -> None:
         if self._is_leaf(node):
-            heapq.heappush(self._leaves, (bool(node.wanted), node.used_at, next(self._numbers), node))
+            heapq.heappush(self._leaves, (self._spared(node), node.used_at, next(self._numbers), node))
             if len(self._leaves) > 64 + 4 * len(self._holders):
                 self._leaves = [
-                    (bool(node.wanted), node.used_at, next(self._numbers), node)
+                    (self._spared(node), node.used_at, next(self._numbers), node)
                     for node in {id(entry[3]): entry[3] for entry in self._leaves}.values()
                     if self._is_leaf(node)
                 ]
@@ -299,7 +303,7 @@ class Prefixes:
             self.pinned += sign
         elif not node.users:
             self.evictable += sign
-            if not node.wanted:
+            if not self._spared(node):
                 self.unwanted += sign
 
     def _root(self, namespace: str) -> Node:
@@ -358,7 +362,7 @@ class Prefixes:
             pinned += bool(node.pins)
             unused = not node.users and not node.pins
             evictable += unused
-            unwanted += unused and not node.wanted
+            unwanted += unused and not self._spared(node)
             assert not self._is_leaf(node) or id(node) in leaves, "a leaf that would never go"
         assert (self.evictable, self.unwanted, self.pinned) == (evictable, unwanted, pinned)
         assert self._holders == holders

@@ -129,7 +129,7 @@ class Scheduler:
         self.pool = pool
         self.policy = policy or Policy()
         self.cached = pool.most if cached is None else cached
-        self.prefixes = Prefixes(pool)
+        self.prefixes = Prefixes(pool, spares=self.policy.wanted)
         self.totals = Totals()
         self.waiting: dict[int, Sequence] = {}  # by arrival
         self.running: list[Sequence] = []
