@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -33,7 +34,9 @@ requests = st.fixed_dictionaries(
     }
 )
 submissions = st.tuples(st.just("submit"), requests)
-steps = st.tuples(st.just("step"), st.tuples(st.sampled_from([1, 3, 10, 33, 64, 200, 1000]), st.sampled_from([1, 2, 32])))
+steps = st.tuples(
+    st.just("step"), st.tuples(st.sampled_from([1, 3, 10, 33, 64, 200, 1000]), st.sampled_from([1, 2, 32]))
+)
 picks = st.integers(0, 40)
 actions = st.one_of(
     submissions,
@@ -135,7 +138,9 @@ def test_without_the_gate_all_of_them_compute_it() -> None:
 
 def test_three_levels_are_each_computed_once() -> None:
     world = World(400)
-    prompts = [[1] * 64 + [2 + a] * 64 + [10 + 2 * a + b] * 64 + [c] * 5 for a in (0, 1) for b in (0, 1) for c in range(4)]
+    prompts = [
+        [1] * 64 + [2 + a] * 64 + [10 + 2 * a + b] * 64 + [c] * 5 for a in (0, 1) for b in (0, 1) for c in range(4)
+    ]
     random.Random(0).shuffle(prompts)
     for prompt in prompts:
         world.submit(prompt, 1)
@@ -398,18 +403,18 @@ def test_earlier_deadlines_first_and_passed_ones_are_listed() -> None:
 
 def test_what_cannot_be_held_is_refused_with_numbers() -> None:
     world = World(12)
-    with pytest.raises(PromptTooLong, match="385 tokens take 13 blocks of keys and values; there are 12: .*--kv-limit"):
+    with pytest.raises(PromptTooLong, match=r"385 tokens take 13 blocks of keys and values; there are 12: .*--kv-limit"):
         world.submit([1] * 384, 1)
     world.limit(6)
-    with pytest.raises(OutOfMemory, match="200 tokens take 7 blocks of keys and values; memory is short .* are 6 now;"):
+    with pytest.raises(OutOfMemory, match=r"200 tokens take 7 blocks of keys and values; memory is short .* are 6 now;"):
         world.submit([1] * 199, 1)
     world.limit(12)
     world.submit([1] * 96, samples=False)
     world.drain()
-    with pytest.raises(PromptTooLong, match="320 tokens take 10 blocks .* are 12, of which pins keep 3: ask"):
+    with pytest.raises(PromptTooLong, match=r"320 tokens take 10 blocks .* are 12, of which pins keep 3: ask"):
         world.submit([1] * 319, 1)
     world.submit([1] * 287, 1)
-    with pytest.raises(OutOfMemory, match="1 blocks .* more cannot be pinned: 3 of 12 are"):
+    with pytest.raises(OutOfMemory, match=r"1 blocks .* more cannot be pinned: 3 of 12 are"):
         other = world.submit([2] * 32, samples=False)
         while other.pending:
             world.scheduler.admit()
@@ -578,11 +583,9 @@ def test_those_that_share_blocks_are_neighbours() -> None:
         pieces = world.step()
     firsts = [piece.sequence.blocks[0] for piece in pieces]
     assert len(firsts) == 12
-    assert sum(a != b for a, b in zip(firsts, firsts[1:], strict=False)) == 2
+    assert sum(a != b for a, b in pairwise(firsts)) == 2
 
 
 @pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (32, 1), (33, 2), (64, 2)])
 def test_blocks_for(tokens: int, blocks: int) -> None:
     assert blocks_for(tokens) == blocks
-
-
