@@ -403,10 +403,10 @@ def test_earlier_deadlines_first_and_passed_ones_are_listed() -> None:
 
 def test_what_cannot_be_held_is_refused_with_numbers() -> None:
     world = World(12)
-    with pytest.raises(PromptTooLong, match=r"385 tokens take 13 blocks of keys and values; there are 12: .*--kv-limit"):
+    with pytest.raises(PromptTooLong, match=r"385 tokens take 13 blocks .*; there are 12: .*--kv-limit"):
         world.submit([1] * 384, 1)
     world.limit(6)
-    with pytest.raises(OutOfMemory, match=r"200 tokens take 7 blocks of keys and values; memory is short .* are 6 now;"):
+    with pytest.raises(OutOfMemory, match=r"200 tokens take 7 blocks .*; memory is short .* are 6 now;"):
         world.submit([1] * 199, 1)
     world.limit(12)
     world.submit([1] * 96, samples=False)
