@@ -72,15 +72,17 @@ class Node:
 
 
 class Prefixes:
-    """All prefixes of one model, over one pool of blocks."""
+    """All prefixes of one model, over one pool of blocks. Unless `spares`, it does not matter who waits for what."""
 
-    def __init__(self, pool: Blocks) -> None:
+    def __init__(self, pool: Blocks, *, spares: bool = True) -> None:
         self.pool = pool
+        self._spares = spares
         self.evictable = 0  # blocks that nobody uses or has pinned: all can be freed, leaf by leaf
         self.unwanted = 0  # those of them that no waiting sequence will read either
         self.pinned = 0
         self.evicted = 0  # so far
         self.version = 0  # grows whenever what matched may not match any more
+        self.news = 0  # grows whenever something changes that a waiting sequence would read
         self._roots: dict[str, Node] = {}
         self._holders: dict[int, int] = {}
         self._leaves: list[tuple[bool, int, int, Node]] = []  # a heap of what may go next; entries may be out of date
@@ -147,9 +149,14 @@ class Prefixes:
             self._count(node, 1)
             self.drop(block)
             path.append(node)
-        for node in path:
-            self._offer(node)
+        for each in path:
+            self._offer(each)
+        self._prune(node)
         return path
+
+    def replace(self, node: Node, block: int, band: int, depth: int) -> None:
+        """A node in use takes another block for its own, even a worse one."""
+        self._fill(node, block, band, depth)
 
     def lock(self, nodes: Iterable[Node]) -> None:
         """A running sequence uses these nodes, and reads their blocks."""
@@ -244,7 +251,7 @@ class Prefixes:
             wanted, used_at, _, node = heapq.heappop(self._leaves)
             if not self._is_leaf(node) or used_at != node.used_at:
                 continue
-            if wanted != bool(node.wanted):
+            if wanted != self._spared(node):
                 self._offer(node)
                 continue
             break
@@ -253,10 +260,14 @@ class Prefixes:
         self.drop(block)
         self.evicted += 1
         self.version += 1
+        self.news += bool(node.wanted)
         if node.parent is not None:
             node.parent.filled -= 1
             self._offer(node.parent)
         self._prune(node)
+
+    def _spared(self, node: Node) -> bool:
+        return self._spares and node.wanted > 0
 
     @staticmethod
     def _is_leaf(node: Node) -> bool:
@@ -264,10 +275,10 @@ class Prefixes:
 
     def _offer(self, node: Node) -> None:
         if self._is_leaf(node):
-            heapq.heappush(self._leaves, (bool(node.wanted), node.used_at, next(self._numbers), node))
+            heapq.heappush(self._leaves, (self._spared(node), node.used_at, next(self._numbers), node))
             if len(self._leaves) > 64 + 4 * len(self._holders):
                 self._leaves = [
-                    (bool(node.wanted), node.used_at, next(self._numbers), node)
+                    (self._spared(node), node.used_at, next(self._numbers), node)
                     for node in {id(entry[3]): entry[3] for entry in self._leaves}.values()
                     if self._is_leaf(node)
                 ]
@@ -276,6 +287,7 @@ class Prefixes:
     def _fill(self, node: Node, block: int, band: int, depth: int) -> None:
         before, node.block, node.band, node.depth = node.block, block, band, depth
         self.hold(block)
+        self.news += bool(node.wanted)
         if before == NO_BLOCK:
             assert node.parent is not None
             node.parent.filled += 1
@@ -291,7 +303,7 @@ class Prefixes:
             self.pinned += sign
         elif not node.users:
             self.evictable += sign
-            if not node.wanted:
+            if not self._spared(node):
                 self.unwanted += sign
 
     def _root(self, namespace: str) -> Node:
@@ -350,7 +362,7 @@ class Prefixes:
             pinned += bool(node.pins)
             unused = not node.users and not node.pins
             evictable += unused
-            unwanted += unused and not node.wanted
+            unwanted += unused and not self._spared(node)
             assert not self._is_leaf(node) or id(node) in leaves, "a leaf that would never go"
         assert (self.evictable, self.unwanted, self.pinned) == (evictable, unwanted, pinned)
         assert self._holders == holders

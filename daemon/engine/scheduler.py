@@ -130,7 +130,7 @@ class Scheduler:
         self.pool = pool
         self.policy = policy or Policy()
         self.cached = pool.most if cached is None else cached
-        self.prefixes = Prefixes(pool)
+        self.prefixes = Prefixes(pool, spares=self.policy.wanted)
         self.totals = Totals()
         self.waiting: dict[int, Sequence] = {}  # by arrival
         self.running: list[Sequence] = []
@@ -142,6 +142,8 @@ class Scheduler:
         self._needs: Counter[int] = Counter()  # blocks that accepted sequences may need at most
         self._timed = 0  # sequences that have a deadline
         self._ordered = True
+        self._changes = 0  # of what waits or runs
+        self._stuck: tuple[int, int, int, int] | None = None  # how things were when nothing could be admitted
 
     @property
     def busy(self) -> bool:
@@ -191,6 +193,7 @@ class Scheduler:
         if (band, depth) != (self._band, self._depth):
             self._band, self._depth = band, depth
             self.prefixes.version += 1
+            self.prefixes.news += 1
 
     def set_limit(self, blocks: int) -> None:
         """Hold at most so many blocks from now on, though never fewer than one accepted sequence may need."""
@@ -232,9 +235,10 @@ class Scheduler:
         """Start waiting sequences while there is room, so that at most `most` (>= 1) run; returns those started."""
         started: list[Sequence] = []
         most = max(1, min(most, MAX_SEQUENCES))
-        while self.waiting:
+        while self.waiting and not self._still_stuck(most):
             sequence = self._next(most)
             if sequence is None or not self._find_room(sequence, most):
+                self._stuck = self._state(most)
                 break
             self._start(sequence)
             started.append(sequence)
@@ -274,6 +278,7 @@ class Scheduler:
                 )
                 if node.leader is s:
                     node.leader = None
+                    self.prefixes.news += 1
                 s.nodes.append(node)
 
     # -- admission --------------------------------------------------------------------------------------------------
@@ -294,12 +299,14 @@ class Scheduler:
         sequence.path, known = self.prefixes.want(sequence.namespace, sequence.tokens)
         sequence.matched, sequence.version = 0, -1
         self.waiting[sequence.arrival] = sequence
+        self._changes += 1
         self._waiting_of[sequence.priority] += 1
         return known
 
     def _dequeue(self, sequence: Sequence) -> None:
         self.prefixes.unwant(sequence.path)
         del self.waiting[sequence.arrival]
+        self._changes += 1
         self._waiting_of[sequence.priority] -= 1
         if not self._waiting_of[sequence.priority]:
             del self._waiting_of[sequence.priority]
@@ -311,13 +318,30 @@ class Scheduler:
 
     def _match(self, sequence: Sequence) -> bool:
         """Count the blocks that are there; whether somebody is about to compute the next."""
-        if sequence.version != self.prefixes.version:
-            sequence.matched, sequence.version = 0, self.prefixes.version
         path, at = sequence.path, sequence.matched
+        if sequence.version != self.prefixes.version:
+            sequence.version = self.prefixes.version
+            if sequence.exact:
+                at = 0
+            while at and not self._usable(path[at - 1], sequence):  # none is better than those above it
+                at -= 1
         while at < len(path) and self._usable(path[at], sequence):
             at += 1
         sequence.matched = at
         return self.policy.gate and at < len(path) and path[at].leader is not None
+
+    def _state(self, most: int) -> tuple[int, int, int, int]:
+        """What decides whether something can be admitted."""
+        room = self.prefixes.room(spare_wanted=self.policy.wanted)
+        return most, self._changes, self.prefixes.news, room
+
+    def _still_stuck(self, most: int) -> bool:
+        """Whether nothing has happened since admission failed; looking at all that wait would take long."""
+        if self._stuck is None or not self.running:
+            return False
+        *before, room_before = self._stuck
+        *now, room = self._state(most)
+        return now == before and room <= room_before
 
     def _next(self, most: int) -> Sequence | None:
         """Who is to be admitted next, if somebody is."""
@@ -353,8 +377,11 @@ class Scheduler:
         self.prefixes.lock(matched)
         need = blocks_for(min(sequence.limit, len(sequence.tokens) + AHEAD_TOKENS)) - len(matched)
         found = len(self.running) < most and self._make_room(need)
-        while not found and self._yield_place(sequence):
-            found = len(self.running) < most and self._make_room(need)
+        if not found and self._yielding_helps(sequence, need, most):
+            while not found and self._yield_place(sequence):
+                # what those that yielded want goes too, or they would have yielded nothing
+                enough = need + len(self.running)
+                found = len(self.running) < most and self.prefixes.make_room(enough, spare_wanted=False)
         if not found:
             self._drop(matched, [node.block for node in matched])
         return found
@@ -366,6 +393,19 @@ class Scheduler:
         """
         spare_wanted = self.policy.wanted and bool(self.running)
         return self.prefixes.make_room(need + len(self.running), spare_wanted=spare_wanted)
+
+    def _yielding_helps(self, sequence: Sequence, need: int, most: int) -> bool:
+        """Whether there is room once all of a lower priority have given up their places."""
+        oldest = min(self.running, key=lambda s: s.arrival, default=None)
+        stay = [s for s in self.running if s is oldest or s.priority >= sequence.priority]
+        if len(stay) == len(self.running) or len(stay) >= most:
+            return False
+        kept = {node.block for s in stay for node in s.nodes if not node.pins}
+        for s in stay:
+            shared = {node.block for node in s.nodes}
+            kept |= {block for block in s.blocks if block not in shared}
+        kept |= {node.block for node in sequence.path[: sequence.matched] if not node.pins}
+        return need + len(stay) <= self.pool.limit - self.prefixes.pinned - len(kept)
 
     def _yield_place(self, sequence: Sequence) -> bool:
         """Have a running sequence of a lower priority give up its place; whether there was one."""
@@ -413,11 +453,12 @@ class Scheduler:
             return
         while not self.prefixes.make_room(1, spare_wanted=False):
             victim = self._youngest()
-            if victim is None:
+            if victim is not None:
+                self.preempt(victim)
+                if victim is sequence:
+                    return
+            elif not self._unite():
                 raise OutOfMemory("no block of keys and values is left")  # `_least` makes sure that one is
-            self.preempt(victim)
-            if victim is sequence:
-                return
         sequence.blocks += self.prefixes.allocate(1)
 
     def _youngest(self) -> Sequence | None:
@@ -435,6 +476,7 @@ class Scheduler:
 
     def _stop(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        self._changes += 1
         self._owners[sequence.owner] -= 1
         if not self._owners[sequence.owner]:
             del self._owners[sequence.owner]
@@ -459,10 +501,24 @@ class Scheduler:
                 self.prefixes.evict(1)
                 continue
             victim = self._youngest()
-            if victim is None:
+            if victim is not None:
+                self.preempt(victim)
+            elif not self._unite():
                 break
-            self.preempt(victim)
         self.prefixes.keep(self.cached)
+
+    def _unite(self) -> bool:
+        """Let nodes take the last running sequence's own blocks where they hold others; whether that freed any.
+
+        It computed them at another size than somebody else did. Both cannot stay where there is no room for one.
+        """
+        held = self.pool.held
+        for s in self.running:
+            for node, block in zip(s.nodes, s.blocks, strict=False):
+                # below the first all get the band that is known of them, so that none is better than those above it
+                if not node.pins and (node.block != block or self.pool.held < held):
+                    self.prefixes.replace(node, block, s.band, s.depth)
+        return self.pool.held < held
 
     def _order(self) -> None:
         if not self._ordered:
@@ -480,9 +536,11 @@ class Scheduler:
         assert self._needs == Counter(blocks_for(s.limit) for s in everything)
         assert self.pool.limit >= self._least()
         assert self.pool.held <= self.pool.limit
+        users = Counter(id(node) for s in self.running for node in s.nodes)
+        wanted = Counter(id(node) for s in self.waiting.values() for node in s.path)
         for node in self.prefixes.nodes():
-            assert node.users == sum(node in s.nodes for s in self.running)
-            assert node.wanted == sum(node in s.path for s in self.waiting.values())
+            assert node.users == users[id(node)]
+            assert node.wanted == wanted[id(node)]
             assert node.leader is None or node.leader in self.running
         for s in self.running:
             own = s.blocks[len(s.nodes) :]
