@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
-import re
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +20,7 @@ from workloads import Ask
 
 SLOTS: Final = 16
 START_SECONDS, ANSWER_SECONDS = 120.0, 600.0
-_KV_BUFFER: Final = re.compile(r"KV buffer size = +([0-9.]+) MiB")
+_GRAIN: Final = 256  # tokens: it rounds each slot's context up to that
 
 
 class LlamaServer:
@@ -86,28 +83,28 @@ class LlamaServer:
 
 
 @contextmanager
-def llama_server(path: Path, threads: int, context: int, *, unified: bool) -> Iterator[LlamaServer]:
-    """A server for the model at `path` with SLOTS slots, `context` tokens for each, warm.
+def llama_server(path: Path, threads: int, context: int, token_nbytes: int, *, unified: bool) -> Iterator[LlamaServer]:
+    """A server for the model at `path` with SLOTS slots, warm, and room for `context` tokens in each.
 
-    `unified`: one pool of keys and values for all slots, instead of as much for each.
+    `unified`: one pool of that size instead. It is written at the start; a token's keys and values (fp16) take
+    `token_nbytes` of it.
     """
+    pool = SLOTS * -(-context // _GRAIN) * _GRAIN
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    pool = "--kv-unified" if unified else "--no-kv-unified"
-    flags = ["-m", path, "-t", threads, "-tb", threads, "-np", SLOTS, "-c", SLOTS * context, "--port", port, pool]
+    kind = "--kv-unified" if unified else "--no-kv-unified"
+    flags = ["-m", path, "-t", threads, "-tb", threads, "-np", SLOTS, "-c", pool, "--port", port, kind]
     command = [str(part) for part in (programs() / "llama-server", *flags)]
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ)
-        try:
-            _wait(process, port)
-            log.seek(0)
-            server = LlamaServer(port, round(sum(float(size) for size in _KV_BUFFER.findall(log.read())) * 2**20))
-            server.run([Ask((5, 6, 7), 4)], 1)  # a prompt that no workload begins with
-            yield server
-        finally:
-            process.terminate()
-            process.wait(20)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait(process, port)
+        server = LlamaServer(port, pool * token_nbytes)
+        server.run([Ask((5, 6, 7), 4)], 1)  # a prompt that no workload begins with
+        yield server
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 def _wait(process: subprocess.Popen[bytes], port: int) -> None:

@@ -43,13 +43,13 @@ from ebbflow.formats.stack import read_stack
 from ebbflow.kernels.threads import set_threads
 
 from llama_server import LlamaServer, llama_server
-from outcomes import Answered, Outcome, Step
+from outcomes import BLOCK, Answered, Outcome, Step
 from places import demo_model, full_shape, restart_with_kernels
 from report import Report, percentile
 from workloads import Ask, Dice, alone, arriving, chats, heavy_tailed, in_turn, levels, longest, sharers, together
 
 SHARED, OWN, TOKENS, MEMBERS = 512, 50, 25, 16
-GROUP_BLOCKS: Final = SHARED // 32 + MEMBERS * (blocks_for(SHARED + OWN + TOKENS) - SHARED // 32)
+GROUP_BLOCKS: Final = SHARED // BLOCK + MEMBERS * (blocks_for(SHARED + OWN + TOKENS) - SHARED // BLOCK)
 OURS, PLAIN = "ours", "first come, first served, LRU"
 POLICIES: Final = {
     OURS: Policy(),
@@ -181,11 +181,11 @@ class Served:
         while self._resident.blocks < blocks:
             self._resident.grow(blocks)
         self.architecture, self.nbytes = self._manifest.architecture, self._resident.nbytes
+        self.block_nbytes = KvCache(self.architecture).block_nbytes
 
     def settings(self, blocks: int) -> WorkerSettings:
         """Room for so many blocks of keys and values."""
-        nbytes = blocks * KvCache(self.architecture).block_nbytes
-        return replace(DEFAULTS, kv_limit=nbytes, kv_cached=nbytes)
+        return replace(DEFAULTS, kv_limit=blocks * self.block_nbytes)
 
     def run(self, asks: list[Ask], policy: Policy = POLICIES[OURS], settings: WorkerSettings = DEFAULTS) -> Outcome:
         """A workload on a new engine, that has answered something of no use to it."""
@@ -251,7 +251,8 @@ class Bench:
 
     def _llama(self, asks: list[Ask], unified: bool) -> AbstractContextManager[LlamaServer]:
         assert self._gguf is not None
-        return llama_server(self._gguf, self._served.threads, blocks_for(longest(asks)) * 32, unified=unified)
+        served = self._served
+        return llama_server(self._gguf, served.threads, longest(asks), served.block_nbytes // BLOCK, unified=unified)
 
     def _one_group(self) -> None:
         """16 sharers, against llama-server at its best."""
