@@ -20,6 +20,8 @@ class WorkerSettings:
     kv: KvType = "f16"
     exact: bool = False
     threads: int | None = None
+    kv_limit: int = 0
+    kv_cached: int = 256_000_000
 
     def flags(self) -> tuple[str, ...]:
         """What `parse_settings` reads."""

@@ -1,11 +1,13 @@
 """One model being served: requests in, events out, one step at a time.
 
 Everything here happens between or inside steps, on the step loop's thread. What the steps hold is decided by
-`scheduler`, how large they may be by `pace`; where the weights are is `worker/resident`'s business.
+`scheduler`, how large they may be by `pace`, which prefixes stay by `pins`; where the weights are is
+`worker/resident`'s business.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
@@ -14,22 +16,33 @@ from typing import Any, Final
 
 import numpy as np
 
-from ...formats.errors import Cancelled, CorruptFile, EbbflowError, InvalidRequest, PromptTooLong
+from ...formats.errors import (
+    Cancelled,
+    CorruptFile,
+    DeadlineExceeded,
+    EbbflowError,
+    InvalidRequest,
+    OutOfMemory,
+    PromptTooLong,
+    Retryable,
+)
 from ...formats.manifest import Manifest
-from ...formats.messages import Chunk, Failed, Finished, Generate, Started, failure
+from ...formats.messages import Chunk, Failed, Finished, Generate, Pin, Pinned, PinSummary, Started, failure
 from ..settings import DEFAULTS, WorkerSettings
+from .bands import Bands
 from .batch import Batch
-from .kv import KvCache
+from .kv import MAX_SEQUENCES, MOST_NBYTES, KvCache
 from .pace import Pace
+from .pins import PinStore
 from .sampler import sample
-from .scheduler import Piece, Scheduler, Sequence
+from .scheduler import Piece, Policy, Scheduler, Sequence
 from .serving import ServingNetwork
 from .tokenizer import TextStream, Tokenizer
 from .weights import Weights
 
 _MOST_PER_TOKEN: Final = 128  # characters; the longest tokens in use are runs of so many spaces
 
-EngineEvent = Started | Chunk | Finished | Failed
+EngineEvent = Started | Chunk | Finished | Failed | Pinned
 
 
 @dataclass(eq=False)
@@ -41,7 +54,10 @@ class _Job:
     prompt_tokens: int
     text: TextStream
     accepted: float
+    began: float | None = None
     first: float | None = None
+    last: float = 0.0  # when its last token was sampled
+    longest_gap: float = 0.0
     untold: list[int] = field(default_factory=list)  # sampled since the last chunk, for a request that may be resumed
     ended: str = ""  # the reason why a resumed one has nothing left to sample
 
@@ -71,27 +87,52 @@ class Engine:
         threads: int,
         clock: Callable[[], float],
         settings: WorkerSettings = DEFAULTS,
+        policy: Policy | None = None,
     ) -> None:
-        self._manifest, self._clock = manifest, clock
+        self._manifest, self._clock, self._weights = manifest, clock, weights
         self._tokenizer = Tokenizer(folder, manifest.bos)
         self._network = ServingNetwork(manifest.architecture, weights, threads, settings.exact)
         self._threads = threads
-        self._kv = KvCache(manifest.architecture, settings.kv)
+        self._kv = KvCache(manifest.architecture, settings.kv, settings.kv_limit or MOST_NBYTES)
         self._jobs: dict[int, _Job] = {}
-        self.scheduler = Scheduler(self._kv)
+        self._bands = Bands(manifest.curve, weights.blocks, manifest.blocks)
+        self._most = MAX_SEQUENCES  # that may run; fewer after a step for which there was no memory
+        self.scheduler = Scheduler(self._kv, policy, settings.kv_cached // self._kv.block_nbytes)
+        self.pins = PinStore(folder, manifest, settings.kv, self.scheduler, self._kv.array)
         self.pace = Pace()
+        self.scheduler_seconds = 0.0  # spent on deciding, so far
         self.tokens_per_second = 0.0
         self.step_seconds = 0.0  # of the last step
 
     @property
     def busy(self) -> bool:
         """Whether a step would compute anything."""
-        return self.scheduler.busy
+        return self.scheduler.busy or self.pins.stale(self._band) is not None
+
+    @property
+    def _band(self) -> int:
+        """The quality that the model has now."""
+        return self._bands.of(self._weights.blocks)
 
     @property
     def kv_nbytes(self) -> int:
         """Bytes of keys and values held."""
-        return self._kv.statistics().nbytes
+        return self._kv.held * self._kv.block_nbytes
+
+    @property
+    def kv_limit_nbytes(self) -> int:
+        """Bytes of them that may be held now."""
+        return self._kv.limit * self._kv.block_nbytes
+
+    @property
+    def kv_cached_nbytes(self) -> int:
+        """Bytes of them that no running request uses and no pin keeps."""
+        return self.scheduler.prefixes.evictable * self._kv.block_nbytes
+
+    @property
+    def kv_pinned_nbytes(self) -> int:
+        """Bytes of them that pins keep."""
+        return self.scheduler.prefixes.pinned * self._kv.block_nbytes
 
     @property
     def work_nbytes(self) -> int:
@@ -100,13 +141,18 @@ class Engine:
 
     @property
     def cache_nbytes(self) -> int:
-        """Bytes of it that `trim` would give back: none while a step is due, which would only make it again."""
-        return 0 if self.busy else self._network.cache_nbytes
+        """Bytes that `trim` would give back: no work space while a step is due, which would only make it again."""
+        return self.kv_cached_nbytes + (0 if self.busy else self._network.cache_nbytes)
 
-    def trim(self) -> None:
-        """Give back what is kept only to be faster next time."""
+    def trim(self, nbytes: int = 0) -> None:
+        """Give back what is kept only to be faster next time: work space, and so much of finished requests' KV."""
         if not self.busy:
             self._network.trim()
+        self.scheduler.trim(-(-nbytes // self._kv.block_nbytes))
+
+    def limit_kv(self, nbytes: int) -> None:
+        """Hold at most so many bytes of keys and values (0: as many as the settings say)."""
+        self.scheduler.set_limit(nbytes // self._kv.block_nbytes if nbytes else self._kv.most)
 
     def submit(self, request: Generate, ids: Ids[int] = ()) -> list[EngineEvent]:
         """Accept a request, or answer at once with why not.
@@ -116,16 +162,20 @@ class Engine:
         """
         try:
             tokens = self._tokens(request)
-            context = self._manifest.architecture.context
-            if len(tokens) >= context:
-                raise PromptTooLong(
-                    f"the prompt has {len(tokens)} tokens; {self._manifest.name} can read {context - 1} and answer in "
-                    "what is left: shorten it"
-                )
-            limit = min(context, len(tokens) + request.sampling.max_tokens)
+            context, now = self._manifest.architecture.context, self._clock()
+            sequence = Sequence(
+                request.id,
+                list(tokens),
+                min(context, len(tokens) + request.sampling.max_tokens),
+                namespace=request.namespace,
+                exact=request.exact_prefix,
+                priority=request.priority,
+                owner=request.owner,
+                deadline=now + request.deadline_seconds if request.deadline_seconds else math.inf,
+            )
             # an answer begins a text of its own; a continuation may begin with a space
             stream = self._tokenizer.stream(request.sampling.stop, () if request.chat is not None else tokens)
-            job = _Job(request, Sequence(request.id, list(tokens), limit), len(tokens), stream, self._clock())
+            job = _Job(request, sequence, len(tokens), stream, now)
             self._replay(job, ids)
             if not job.ended:
                 self.scheduler.submit(job.sequence)
@@ -134,49 +184,150 @@ class Engine:
         self._jobs[request.id] = job
         return [self._finish(job, job.ended)] if job.ended else []
 
+    def pin(self, request: Pin) -> list[EngineEvent]:
+        """Have a prefix computed and kept; answered when it is, or at once with why not."""
+        try:
+            job = self.pins.begin(request.id, request.name, self._tokens(request), request.namespace, request.save)
+            self.scheduler.submit(job.sequence)
+        except EbbflowError as error:
+            return [failure(request.id, error)]
+        self.pins.jobs[request.id] = job
+        return []
+
+    def pin_summaries(self) -> tuple[PinSummary, ...]:
+        """The prefixes that are kept."""
+        return self.pins.summaries(self._band)
+
     def cancel(self, key: int) -> list[EngineEvent]:
         """End a request; an unknown one was answered already."""
-        job = self._jobs.pop(key, None)
-        if job is None:
-            return []
-        self.scheduler.finish(job.sequence)
-        return [failure(key, Cancelled("the request was cancelled"))]
+        return self._end(key, Cancelled("the request was cancelled"))
 
     def cancel_all(self) -> list[EngineEvent]:
         """End every request, because the model goes."""
-        return [event for key in list(self._jobs) for event in self.cancel(key)]
+        return [event for key in [*self._jobs, *self.pins.jobs] for event in self.cancel(key)]
 
     def step(self) -> list[EngineEvent]:
         """Admit, compute one step, sample; what to tell whom."""
-        admitted = self.scheduler.admit()
-        events: list[EngineEvent] = [Started(id=s.key, prompt_tokens=self._jobs[s.key].prompt_tokens) for s in admitted]
+        asked = self._clock()
+        self.scheduler.set_quality(self._band, self._weights.blocks)
+        events = self._expire(asked)
+        if not self.scheduler.busy:
+            self._renew_pins()
+        admitted = self.scheduler.admit(min(self.pace.limit, self._most))
         pieces = self.scheduler.plan(self.pace.limit)
+        began = self._clock()
+        for job in (self._jobs[s.key] for s in admitted if s.key in self._jobs):
+            if job.began is None:
+                job.began = began
+                events.append(Started(id=job.sequence.key, prompt_tokens=job.prompt_tokens))
+        self.scheduler_seconds += began - asked
         if not pieces:
             return events
-        began = self._clock()
-        logits = self._forward(pieces)
+        try:
+            logits = self._forward(pieces)
+        except MemoryError:
+            return events + self._make_do()
+        computed = self._clock()
+        self.scheduler.complete(pieces)
+        self.scheduler_seconds += self._clock() - computed
+        self._most = min(self._most + 1, MAX_SEQUENCES)
         for row, piece in enumerate(p for p in pieces if p.samples):
             events += self._take(self._jobs[piece.sequence.key], logits[row])
         for piece in pieces:
-            piece.sequence.computed = piece.start + piece.count
+            if piece.sequence.key in self.pins.jobs and not piece.sequence.pending:
+                events += self._pinned(piece.sequence)
         self.step_seconds = seconds = self._clock() - began
         self.pace.record(sum(piece.count for piece in pieces), seconds)
         if len(logits):
             self.tokens_per_second += 0.2 * (len(logits) / max(seconds, 1e-9) - self.tokens_per_second)
         return events
 
-    def _tokens(self, request: Generate) -> list[int]:
+    def _expire(self, now: float) -> list[EngineEvent]:
+        """End what has taken longer than it was given."""
+        return [
+            event
+            for sequence in self.scheduler.expired(now)
+            for event in self._end(
+                sequence.key,
+                DeadlineExceeded(
+                    f"not done after {self._jobs[sequence.key].request.deadline_seconds:g} s, as was asked; "
+                    f"{self._jobs[sequence.key].generated} tokens were generated"
+                ),
+            )
+        ]
+
+    def _end(self, key: int, error: EbbflowError) -> list[EngineEvent]:
+        """Close a request with an error, if it is open."""
+        job, pin = self._jobs.pop(key, None), self.pins.jobs.pop(key, None)
+        if job is not None:
+            self.scheduler.finish(job.sequence)
+        if pin is not None:
+            self.scheduler.finish(pin.sequence)
+        return [failure(key, error)] if job or (pin and pin.asked) else []
+
+    def _renew_pins(self) -> None:
+        """Nothing is to do: compute a pin again that was computed when the model was worse than it is."""
+        name = self.pins.stale(self._band)
+        if name is None:
+            return
+        job = self.pins.renew(name, self._band)
+        try:
+            self.scheduler.submit(job.sequence)
+        except Retryable:
+            return  # it stays as good as it is
+        self.pins.jobs[job.sequence.key] = job
+
+    def _pinned(self, sequence: Sequence) -> list[EngineEvent]:
+        """A prefix that was to be kept is computed."""
+        job = self.pins.jobs.pop(sequence.key)
+        error: EbbflowError | None = None
+        try:
+            self.pins.keep(job)
+        except EbbflowError as found:
+            error = found
+        self.scheduler.finish(sequence)
+        if not job.asked:
+            return []
+        if error is not None:
+            return [failure(sequence.key, error)]
+        return [Pinned(id=sequence.key, pin=next(pin for pin in self.pin_summaries() if pin.name == job.name))]
+
+    def _make_do(self) -> list[EngineEvent]:
+        """There was no memory for a step, and nothing of it counts: the next is smaller, or its only request ends."""
+        self._network.trim()
+        self.scheduler.trim(self._kv.most)
+        running = self.scheduler.running
+        self._most = max(1, len(running) // 2)
+        self.pace.limit = max(1, self.pace.limit // 2)
+        if len(running) == 1:
+            short = OutOfMemory("no memory for the next step; try again, or make the model smaller")
+            return self._end(running[0].key, short)
+        for sequence in sorted(running, key=lambda s: s.arrival)[self._most :]:
+            self.scheduler.preempt(sequence)
+        return []
+
+    def _tokens(self, request: Generate | Pin) -> list[int]:
+        a, name = self._manifest.architecture, self._manifest.name
         written = len(request.prompt or "") + sum(len(turn.content) for turn in request.chat or ())
-        if written > _MOST_PER_TOKEN * self._manifest.architecture.context:
+        if written > _MOST_PER_TOKEN * a.context:
             # said before the text is cut into tokens, which for megabytes takes seconds that others wait
-            raise PromptTooLong(f"the prompt has {written} characters, more than {self._manifest.name} can ever read")
-        if request.chat is not None:
+            raise PromptTooLong(f"the prompt has {written} characters, more than {name} can ever read")
+        if request.ids is not None:
+            tokens = list(request.ids)
+            if not tokens or min(tokens) < 0 or max(tokens) >= a.vocab:
+                raise InvalidRequest(f"token ids are between 0 and {a.vocab - 1} for {name}, and there is one at least")
+        elif request.chat is not None:
             tokens = self._tokenizer.render_chat(request.chat)
         else:
             tokens = self._tokenizer.encode(request.prompt or "")
         tokens = tokens or [self._manifest.bos or 0]
-        if not (min(tokens) >= 0 and max(tokens) < self._manifest.architecture.vocab):
-            raise CorruptFile(f"{self._manifest.name}'s tokenizer knows tokens that the model does not; add it again")
+        if not (min(tokens) >= 0 and max(tokens) < a.vocab):
+            raise CorruptFile(f"{name}'s tokenizer knows tokens that the model does not; add it again")
+        if len(tokens) >= a.context:
+            raise PromptTooLong(
+                f"the prompt has {len(tokens)} tokens; {name} can read {a.context - 1} and answer in what is left: "
+                "shorten it"
+            )
         return tokens
 
     def _forward(self, pieces: list[Piece]) -> Any:
@@ -191,7 +342,12 @@ class Engine:
         if not np.isfinite(logits).all():
             return [self._break(job)]
         token = sample(logits, job.request.sampling, len(sequence.tokens))
-        job.first = job.first or self._clock()
+        now = self._clock()
+        if job.first is None:
+            job.first = now
+        else:
+            job.longest_gap = max(job.longest_gap, now - job.last)
+        job.last = now
         if job.request.resume:
             job.untold.append(token)
         text, reason = self._append(job, token)
@@ -228,12 +384,19 @@ class Engine:
     def _finish(self, job: _Job, reason: str) -> Finished:
         del self._jobs[job.sequence.key]
         self.scheduler.finish(job.sequence)
-        now = self._clock()
+        now, sequence = self._clock(), job.sequence
         return Finished(
-            id=job.sequence.key,
+            id=sequence.key,
             reason=reason,
             prompt_tokens=job.prompt_tokens,
             tokens=job.generated,
-            seconds_to_first=(job.first or now) - job.accepted,
+            seconds_to_first=(now if job.first is None else job.first) - job.accepted,
             seconds=now - job.accepted,
+            queued_seconds=(now if job.began is None else job.began) - job.accepted,
+            longest_gap_seconds=job.longest_gap,
+            reused_tokens=min(sequence.reused or 0, job.prompt_tokens),
+            shareable_tokens=min(sequence.shareable, job.prompt_tokens),
+            miss=sequence.miss,
+            band=sequence.band,
+            preemptions=sequence.preemptions,
         )

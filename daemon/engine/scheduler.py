@@ -1,48 +1,97 @@
-"""Which tokens the next step computes. Pure: no clock, no arrays, no sockets.
+"""Which tokens the next step computes, and whose keys and values are kept for whom. Pure: no clock, arrays or sockets.
 
-First version: first come, first served admission by KV blocks (a sequence reserves what it may need at most), then all
-decodes and, with what is left of the step's token limit, pieces of prompts. When even the decodes do not fit, they take
-turns. The prefix-aware scheduler of a later issue replaces the inside and keeps this interface.
+Waiting sequences are admitted in this order: higher priority, then whoever was overtaken `OVERTAKEN_MOST` times, then
+clients with fewer running sequences, earlier deadlines, longer prefixes that are there already, earlier arrival. One
+whose next block is about to be computed by a running one (its leader) waits for that; and while more siblings of a
+leader wait than can run, no other prefix is begun, so that memory holds few prefixes and each is computed once.
+
+A sequence gets blocks for its prompt when it is admitted, one by one afterwards. If there are none, first what nobody
+uses or waits for is evicted, then what only waiting ones want, and then the youngest running sequence gives up its
+place: it goes on later, from what is left of its blocks. The oldest never does, so everything that was accepted ends.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from itertools import count
+from typing import Final, Protocol
 
-from ...formats.errors import TooBusy
+from ...formats.errors import OutOfMemory, PromptTooLong, TooBusy
+from ...kernels.attention import BLOCK_TOKENS
 from .kv import MAX_SEQUENCES, blocks_for
+from .prefixes import MIXED, Blocks, Node, Prefixes
 
-MAX_WAITING = 1024
+MAX_WAITING: Final = 4096
+OVERTAKEN_MOST: Final = 16
+AHEAD_TOKENS: Final = 64  # of its answer, for which a sequence must find room before it starts
+_SHARE: Final = 4  # prompts get at least one of so many parts of a step, however many sequences decode
 
 
-class Blocks(Protocol):
-    """Where KV blocks come from."""
+class Pool(Blocks, Protocol):
+    """KV blocks, of which at most `limit` shall be held: what `most` says, or less for a while."""
+
+    limit: int
 
     @property
-    def available(self) -> int:
-        """Blocks that can be allocated now."""
+    def most(self) -> int:
+        """The limit that the settings give."""
         ...
 
-    def allocate(self, count: int) -> tuple[int, ...]:
-        """Take blocks."""
+    @property
+    def held(self) -> int:
+        """Blocks that are allocated."""
         ...
 
-    def free(self, blocks: tuple[int, ...]) -> None:
-        """Give blocks back."""
-        ...
+
+@dataclass(frozen=True)
+class Policy:
+    """What is done for prefixes. Without any of it: first come, first served, and the longest unused goes first.
+
+    `longest_first`: order waiting sequences by what of them is there. `gate`: let siblings wait for their leader.
+    `wanted`: keep what waiting sequences will read.
+    """
+
+    longest_first: bool = True
+    gate: bool = True
+    wanted: bool = True
 
 
 @dataclass(eq=False)
 class Sequence:
-    """One request's tokens: prompt and what was generated. `computed` of them have keys and values."""
+    """One request's tokens: prompt and what was generated. `computed` of them have keys and values in `blocks`.
+
+    `limit`: tokens at most, prompt included. `deadline`: by the caller's clock. One that does not sample is only
+    computed. Of its blocks the first are those of `nodes`.
+    """
 
     key: int
     tokens: list[int]
-    limit: int  # tokens at most, prompt included
+    limit: int
+    namespace: str = ""
+    exact: bool = False
+    priority: int = 0
+    owner: int = 0
+    deadline: float = math.inf
+    samples: bool = True
     computed: int = 0
-    blocks: tuple[int, ...] = ()
+    blocks: list[int] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    band: int = 0
+    depth: int = MIXED
+    arrival: int = -1
+    overtaken: int = 0
+    path: list[Node] = field(default_factory=list)
+    matched: int = 0
+    version: int = -1  # of the prefixes, when that was counted
+    place: int = 0  # beside those that share blocks with it
+    prompt_tokens: int = 0
+    reused: int | None = None  # tokens of the prompt that were there when it first ran
+    shareable: int = 0
+    preemptions: int = 0
+    miss: str = ""
 
     @property
     def pending(self) -> int:
@@ -60,71 +109,383 @@ class Piece:
 
     @property
     def samples(self) -> bool:
-        """Whether the piece reaches the end of what is known."""
-        return self.start + self.count == len(self.sequence.tokens)
+        """Whether the piece reaches the end of what is known, and that is followed by something."""
+        return self.sequence.samples and self.start + self.count == len(self.sequence.tokens)
 
 
 @dataclass
-class Scheduler:
-    """Waiting and running sequences over one pool of KV blocks."""
+class Totals:
+    """Tokens so far: of prompts that began, those of them that were there already, and all that were computed."""
 
-    pool: Blocks
-    waiting: deque[Sequence] = field(default_factory=deque)
-    running: list[Sequence] = field(default_factory=list)
+    prompt: int = 0
+    reused: int = 0
+    computed: int = 0
+    preemptions: int = 0
+
+
+class Scheduler:
+    """Waiting and running sequences over one pool of KV blocks; at most `cached` blocks of no running one are kept."""
+
+    def __init__(self, pool: Pool, policy: Policy | None = None, cached: int | None = None) -> None:
+        self.pool = pool
+        self.policy = policy or Policy()
+        self.cached = pool.most if cached is None else cached
+        self.prefixes = Prefixes(pool)
+        self.totals = Totals()
+        self.waiting: dict[int, Sequence] = {}  # by arrival
+        self.running: list[Sequence] = []
+        self._arrivals = count()
+        self._asked = pool.most
+        self._band, self._depth = 0, 0
+        self._owners: Counter[int] = Counter()  # of what runs
+        self._waiting_of: Counter[int] = Counter()  # by priority
+        self._needs: Counter[int] = Counter()  # blocks that accepted sequences may need at most
+        self._timed = 0  # sequences that have a deadline
+        self._ordered = True
 
     @property
     def busy(self) -> bool:
         """Whether there is anything to compute."""
         return bool(self.waiting or self.running)
 
+    # -- what the world wants ---------------------------------------------------------------------------------------
+
     def submit(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises `TooBusy` when the queue is full."""
+        """Queue a sequence.
+
+        Raises `TooBusy` when the queue is full, `PromptTooLong` for what can never be held, `OutOfMemory` for what
+        cannot be held within the present limit.
+        """
         if len(self.waiting) >= MAX_WAITING:
             raise TooBusy(f"{MAX_WAITING} requests are waiting already; try again later")
-        self.waiting.append(sequence)
-
-    def admit(self) -> list[Sequence]:
-        """Start waiting sequences, in order, while there is room; returns those started."""
-        started: list[Sequence] = []
-        while self.waiting and len(self.running) < MAX_SEQUENCES:
-            need = blocks_for(self.waiting[0].limit)
-            if need > self.pool.available:
-                break
-            sequence = self.waiting.popleft()
-            sequence.blocks = self.pool.allocate(need)
-            self.running.append(sequence)
-            started.append(sequence)
-        return started
-
-    def plan(self, limit: int) -> list[Piece]:
-        """The next step's pieces, at most `limit` (>= 1) tokens in all; those left out come first next time."""
-        prefilling = [s for s in self.running if s.pending > 1]
-        decoding = [s for s in self.running if s.pending == 1]
-        share = 0
-        if prefilling:
-            share = max(1, limit // 4) if limit > 1 else int(self.running[0].pending > 1)
-        pieces = [Piece(s, s.computed, 1) for s in decoding[: limit - share]]
-        left = limit - len(pieces)
-        for sequence in prefilling:
-            count = min(left, sequence.pending)
-            if count:
-                pieces.append(Piece(sequence, sequence.computed, count))
-                left -= count
-        served = {id(piece.sequence) for piece in pieces}
-        self.running.sort(key=lambda s: id(s) in served)  # stable: those left out move to the front
-        return pieces
+        self._check_need(sequence)
+        sequence.arrival = next(self._arrivals)
+        sequence.prompt_tokens = len(sequence.tokens)
+        self._needs[blocks_for(sequence.limit)] += 1
+        self._timed += sequence.deadline < math.inf
+        sequence.shareable = BLOCK_TOKENS * self._queue(sequence)
 
     def finish(self, sequence: Sequence) -> None:
-        """Forget a sequence, waiting or running, and free its blocks."""
+        """Forget a sequence, waiting or running; its whole blocks stay for others while there is room."""
         if sequence in self.running:
-            self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
-        self.pool.free(sequence.blocks)
-        sequence.blocks = ()
+            self._stop(sequence)
+        elif self.waiting.get(sequence.arrival) is sequence:
+            self._dequeue(sequence)
+        else:
+            return
+        self._timed -= sequence.deadline < math.inf
+        need = blocks_for(sequence.limit)
+        self._needs[need] -= 1
+        if not self._needs[need]:
+            del self._needs[need]
+        self._settle()
+
+    def expired(self, now: float) -> list[Sequence]:
+        """Sequences whose deadline has passed."""
+        if not self._timed:
+            return []
+        return [s for group in (self.running, self.waiting.values()) for s in group if s.deadline <= now]
+
+    def set_quality(self, band: int, depth: int) -> None:
+        """What the model is from the next step on: a quality, the higher the better, and an exact size."""
+        if (band, depth) != (self._band, self._depth):
+            self._band, self._depth = band, depth
+            self.prefixes.version += 1
+
+    def set_limit(self, blocks: int) -> None:
+        """Hold at most so many blocks from now on, though never fewer than one accepted sequence may need."""
+        self._asked = min(blocks, self.pool.most)
+        self._settle()
+
+    def trim(self, blocks: int) -> None:
+        """Give back up to so many blocks that nobody uses."""
+        self.prefixes.evict(blocks)
+
+    def pin(self, nodes: list[Node]) -> None:
+        """Keep the blocks of a computed prefix. Raises `OutOfMemory` if too little would be left for what runs."""
+        more = sum(not node.pins for node in nodes)
+        if self._least() + more > self.pool.most:
+            raise OutOfMemory(
+                f"{more} blocks of keys and values more cannot be pinned: {self.prefixes.pinned} of {self.pool.most} "
+                "are, and requests need the rest; raise the daemon's --kv-limit, or unpin something"
+            )
+        self.prefixes.pin(nodes)
+        self._settle()
+
+    def unpin(self, nodes: list[Node]) -> None:
+        """Let them go."""
+        self.prefixes.pin(nodes, -1)
+        self._settle()
+
+    def restore(self, namespace: str, tokens: list[int], band: int, depth: int) -> list[Node] | None:
+        """Pinned nodes, whose blocks the caller writes, for `tokens` computed in an earlier life; None: no room."""
+        need = len(tokens) // BLOCK_TOKENS
+        if self._least() + need > self._asked or not self.prefixes.make_room(need, spare_wanted=False):
+            return None
+        nodes = self.prefixes.restore(namespace, tokens, self.prefixes.allocate(need), band, depth)
+        self.pin(nodes)
+        return nodes
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+
+    def admit(self, most: int = MAX_SEQUENCES) -> list[Sequence]:
+        """Start waiting sequences while there is room, so that at most `most` (>= 1) run; returns those started."""
+        started: list[Sequence] = []
+        most = max(1, min(most, MAX_SEQUENCES))
+        while self.waiting:
+            sequence = self._next(most)
+            if sequence is None or not self._find_room(sequence, most):
+                break
+            self._start(sequence)
+            started.append(sequence)
+        return [sequence for sequence in started if sequence in self.running]
+
+    def plan(self, limit: int) -> list[Piece]:
+        """The next step's pieces: one token of all that decode, and prompts in what is left of `limit` (>= 1) tokens.
+
+        Sequences that share blocks are neighbours, which attention wants.
+        """
+        for sequence in sorted(self.running, key=lambda s: s.arrival):
+            if sequence.pending == 1 and sequence in self.running:
+                self._grow(sequence)
+        pieces = [Piece(s, s.computed, 1) for s in self.running if s.pending == 1]
+        left = max(limit - len(pieces), limit // _SHARE, 1)
+        reading = (s for s in self.running if s.pending > 1)
+        for sequence in sorted(reading, key=lambda s: (-s.priority, s.arrival)):
+            size = min(left, sequence.pending)
+            if size:
+                pieces.append(Piece(sequence, sequence.computed, size))
+                left -= size
+        self._order()
+        return sorted(pieces, key=lambda piece: piece.sequence.place)
+
+    def complete(self, pieces: Iterable[Piece]) -> None:
+        """The step was computed; until this is said, it was not. Whole blocks are everybody's from now on."""
+        for piece in pieces:
+            s = piece.sequence
+            s.band = min(s.band, self._band) if s.computed else self._band
+            s.depth = self._depth if not s.computed or s.depth == self._depth else MIXED
+            s.computed = piece.start + piece.count
+            self.totals.computed += piece.count
+            for index in range(len(s.nodes), s.computed // BLOCK_TOKENS):
+                parent = s.nodes[-1] if s.nodes else None
+                node, s.blocks[index] = self.prefixes.publish(
+                    parent, s.namespace, s.tokens, index * BLOCK_TOKENS, s.blocks[index], s.band, s.depth
+                )
+                if node.leader is s:
+                    node.leader = None
+                s.nodes.append(node)
+
+    # -- admission --------------------------------------------------------------------------------------------------
+
+    def _check_need(self, sequence: Sequence) -> None:
+        need, pinned = blocks_for(sequence.limit), self.prefixes.pinned
+        wanted = f"{sequence.limit} tokens take {need} blocks of keys and values"
+        kept = f", of which pins keep {pinned}" if pinned else ""
+        if need > self.pool.most - pinned:
+            raise PromptTooLong(
+                f"{wanted}; there are {self.pool.most}{kept}: ask for fewer, or raise the daemon's --kv-limit"
+            )
+        if need > min(self._asked, self.pool.limit) - pinned:
+            raise OutOfMemory(f"{wanted}; memory is short and there are {self._asked} now{kept}; try again later")
+
+    def _queue(self, sequence: Sequence) -> int:
+        """Put it among those that wait; how many of its blocks somebody has, computes or waits for already."""
+        sequence.path, known = self.prefixes.want(sequence.namespace, sequence.tokens)
+        sequence.matched, sequence.version = 0, -1
+        self.waiting[sequence.arrival] = sequence
+        self._waiting_of[sequence.priority] += 1
+        return known
+
+    def _dequeue(self, sequence: Sequence) -> None:
+        self.prefixes.unwant(sequence.path)
+        del self.waiting[sequence.arrival]
+        self._waiting_of[sequence.priority] -= 1
+        if not self._waiting_of[sequence.priority]:
+            del self._waiting_of[sequence.priority]
+
+    def _usable(self, node: Node, sequence: Sequence) -> bool:
+        if node.block < 0:
+            return False
+        return node.depth == self._depth if sequence.exact else node.band >= self._band
+
+    def _match(self, sequence: Sequence) -> bool:
+        """Count the blocks that are there; whether somebody is about to compute the next."""
+        if sequence.version != self.prefixes.version:
+            sequence.matched, sequence.version = 0, self.prefixes.version
+        path, at = sequence.path, sequence.matched
+        while at < len(path) and self._usable(path[at], sequence):
+            at += 1
+        sequence.matched = at
+        return self.policy.gate and at < len(path) and path[at].leader is not None
+
+    def _next(self, most: int) -> Sequence | None:
+        """Who is to be admitted next, if somebody is."""
+        free = most - len(self.running)
+        if free <= 0 and max(self._waiting_of) <= min(s.priority for s in self.running):
+            return None
+        best: Sequence | None = None
+        best_key: tuple[float, ...] = ()
+        gated: Counter[tuple[int, int]] = Counter()
+        for sequence in self.waiting.values():
+            held_back = self._match(sequence)
+            overtaken = sequence.overtaken >= OVERTAKEN_MOST
+            if held_back:
+                gated[sequence.priority, sequence.owner] += 1
+                if not overtaken:
+                    continue
+            key: tuple[float, ...] = (-sequence.priority, not overtaken, sequence.arrival)
+            if self.policy.longest_first and not overtaken:
+                here = (self._owners[sequence.owner], sequence.deadline, -sequence.matched)
+                key = (-sequence.priority, True, *here, sequence.arrival)
+            if best is None or key < best_key:
+                best, best_key = sequence, key
+        if best is None or best.overtaken >= OVERTAKEN_MOST:
+            return None if best is None or self._match(best) else best
+        leads = best.matched < len(best.path) and best.path[best.matched].wanted > 1
+        if leads and gated[best.priority, best.owner] >= max(free, 1):
+            return None  # those that wait for a leader will fill what is free
+        return best
+
+    def _find_room(self, sequence: Sequence, most: int) -> bool:
+        """A place and blocks for a sequence, if need be those of running ones of a lower priority."""
+        matched = sequence.path[: sequence.matched]
+        self.prefixes.lock(matched)
+        need = blocks_for(min(sequence.limit, len(sequence.tokens) + AHEAD_TOKENS)) - len(matched)
+        found = len(self.running) < most and self._make_room(need)
+        while not found and self._yield_place(sequence):
+            found = len(self.running) < most and self._make_room(need)
+        if not found:
+            self._drop(matched, [node.block for node in matched])
+        return found
+
+    def _make_room(self, need: int) -> bool:
+        """Evict for a sequence that begins, and for one block more of each that runs, lest it be sent back at once.
+
+        What waiting ones want goes only if nothing runs, for then nothing else helps.
+        """
+        spare_wanted = self.policy.wanted and bool(self.running)
+        return self.prefixes.make_room(need + len(self.running), spare_wanted=spare_wanted)
+
+    def _yield_place(self, sequence: Sequence) -> bool:
+        """Have a running sequence of a lower priority give up its place; whether there was one."""
+        victim = self._youngest()
+        if victim is None or victim.priority >= sequence.priority:
+            return False
+        self.preempt(victim)
+        return True
+
+    def _start(self, sequence: Sequence) -> None:
+        matched, rest = sequence.path[: sequence.matched], sequence.path[sequence.matched :]
+        self.prefixes.lead(rest, sequence)
+        self._dequeue(sequence)
+        sequence.nodes = matched
+        more = blocks_for(len(sequence.tokens)) - len(matched)
+        sequence.blocks = [node.block for node in matched] + self.prefixes.allocate(more)
+        sequence.computed = len(matched) * BLOCK_TOKENS
+        sequence.band = min((node.band for node in matched), default=self._band)
+        depths = {node.depth for node in matched}
+        sequence.depth = depths.pop() if len(depths) == 1 else MIXED
+        if sequence.reused is None:
+            sequence.reused = sequence.computed
+            sequence.miss = self._reason(sequence, rest[0] if rest else None)
+            self.totals.prompt += sequence.prompt_tokens
+            self.totals.reused += sequence.computed
+        for other in self.waiting.values():
+            other.overtaken += other.arrival < sequence.arrival and other.priority >= sequence.priority
+        self.running.append(sequence)
+        self._owners[sequence.owner] += 1
+        self._ordered = False
+
+    def _reason(self, sequence: Sequence, missed: Node | None) -> str:
+        """Why not more of a prompt was there."""
+        if missed is None:
+            return "" if sequence.path else "short"
+        if missed.block >= 0:
+            return "size" if sequence.exact else "quality"
+        return "evicted" if missed.lost else "new"
+
+    # -- blocks -----------------------------------------------------------------------------------------------------
+
+    def _grow(self, sequence: Sequence) -> None:
+        """A block for the next token, where it needs one."""
+        if sequence.computed < len(sequence.blocks) * BLOCK_TOKENS:
+            return
+        while not self.prefixes.make_room(1, spare_wanted=False):
+            victim = self._youngest()
+            if victim is None:
+                raise OutOfMemory("no block of keys and values is left")  # `_least` makes sure that one is
+            self.preempt(victim)
+            if victim is sequence:
+                return
+        sequence.blocks += self.prefixes.allocate(1)
+
+    def _youngest(self) -> Sequence | None:
+        """Who gives up its place next: the lowest priority, then the last that came; never the very first."""
+        others = sorted(self.running, key=lambda s: s.arrival)[1:]
+        return min(others, key=lambda s: (s.priority, -s.arrival), default=None)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's place away; it waits, and goes on where it was as if nothing had been."""
+        self._stop(sequence)
+        sequence.blocks, sequence.nodes, sequence.computed = [], [], 0
+        sequence.preemptions += 1
+        self.totals.preemptions += 1
+        self._queue(sequence)
+
+    def _stop(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._owners[sequence.owner] -= 1
+        if not self._owners[sequence.owner]:
+            del self._owners[sequence.owner]
+        self._drop(sequence.nodes, sequence.blocks)
+        self.prefixes.unlead(sequence.path, sequence)
+        sequence.blocks, sequence.nodes = [], []
+
+    def _drop(self, nodes: list[Node], blocks: list[int]) -> None:
+        for block in blocks:
+            self.prefixes.drop(block)
+        self.prefixes.unlock(nodes)
+
+    def _least(self) -> int:
+        """Blocks without which something that was accepted could never end."""
+        return self.prefixes.pinned + max(self._needs, default=0)
+
+    def _settle(self) -> None:
+        """Come down to the limits."""
+        self.pool.limit = max(self._asked, self._least())
+        while self.pool.available < 0:
+            if self.prefixes.evictable:
+                self.prefixes.evict(1)
+                continue
+            victim = self._youngest()
+            if victim is None:
+                break
+            self.preempt(victim)
+        self.prefixes.keep(self.cached)
+
+    def _order(self) -> None:
+        if not self._ordered:
+            for place, sequence in enumerate(sorted(self.running, key=lambda s: s.blocks)):
+                sequence.place = place
+            self._ordered = True
 
     def check_integrity(self) -> None:
-        """Raises `AssertionError` when two sequences hold one block, or a waiting one holds any."""
-        held = [block for s in self.running for block in s.blocks]
-        assert len(set(held)) == len(held)
-        assert not any(s.blocks for s in self.waiting)
+        """Raises `AssertionError` when what is counted is not so."""
+        self.prefixes.check_integrity(s.blocks for s in self.running)
+        assert not any(s.blocks or s.nodes for s in self.waiting.values())
+        assert self._owners == Counter(s.owner for s in self.running)
+        assert self._waiting_of == Counter(s.priority for s in self.waiting.values())
+        everything = [*self.running, *self.waiting.values()]
+        assert self._needs == Counter(blocks_for(s.limit) for s in everything)
+        assert self.pool.limit >= self._least()
+        assert self.pool.held <= self.pool.limit
+        for node in self.prefixes.nodes():
+            assert node.users == sum(node in s.nodes for s in self.running)
+            assert node.wanted == sum(node in s.path for s in self.waiting.values())
+            assert node.leader is None or node.leader in self.running
+        for s in self.running:
+            own = s.blocks[len(s.nodes) :]
+            assert len(set(own)) == len(own)
+            assert s.computed <= len(s.blocks) * BLOCK_TOKENS
+            assert len(s.nodes) == s.computed // BLOCK_TOKENS

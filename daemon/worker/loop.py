@@ -19,15 +19,21 @@ from ...formats.messages import (
     Failed,
     Finished,
     Generate,
+    LimitKv,
+    ListPins,
     LoadFailed,
     LoadModel,
     Message,
+    Pin,
+    Pinned,
+    Pins,
     Report,
     Resized,
     SetTarget,
     ToWorker,
     Trim,
     UnloadModel,
+    Unpin,
     failure,
     in_short,
 )
@@ -101,11 +107,19 @@ class Loop:
             case SetTarget():
                 self._aim(message)
             case Trim():
-                self._trim()
+                self._trim(message.nbytes)
+            case LimitKv():
+                for served in self._models.values():
+                    served.engine.limit_kv(message.nbytes)
+                self._report()
             case Generate():
                 self._submit(message)
             case Continue():
                 self._submit(message.request, message.ids)
+            case Pin():
+                self._submit(message)
+            case Unpin() | ListPins():
+                self._see_to_pins(message)
             case Cancel():
                 self._cancel(message.id)
             case Exit():
@@ -146,9 +160,11 @@ class Loop:
         give_back_freed()
         self._report()
 
-    def _trim(self) -> None:
+    def _trim(self, nbytes: int) -> None:
         for served in self._models.values():
-            served.engine.trim()
+            cached = served.engine.kv_cached_nbytes
+            served.engine.trim(min(nbytes, cached))
+            nbytes -= min(nbytes, cached)
         give_back_freed()
         self._report()
 
@@ -165,13 +181,32 @@ class Loop:
         if served.arrived:
             self._answer(message.model, served)
 
-    def _submit(self, message: Generate, ids: tuple[int, ...] = ()) -> None:
+    def _submit(self, message: Generate | Pin, ids: tuple[int, ...] = ()) -> None:
+        served = self._find(message)
+        if served is None:
+            return
+        self._owner[message.id] = message.model
+        engine = served.engine
+        self._tell(engine.pin(message) if isinstance(message, Pin) else engine.submit(message, ids))
+
+    def _see_to_pins(self, message: Unpin | ListPins) -> None:
+        served = self._find(message)
+        if served is None:
+            return
+        try:
+            if isinstance(message, Unpin):
+                served.engine.pins.remove(message.name)
+        except EbbflowError as error:
+            self._line.send(failure(message.id, error))
+            return
+        self._line.send(Pins(id=message.id, pins=served.engine.pin_summaries()))
+
+    def _find(self, message: Generate | Pin | Unpin | ListPins) -> Served | None:
+        """The model that a request is about; one that is not there is told so."""
         served = self._models.get(message.model)
         if served is None:
             self._line.send(failure(message.id, UnknownModel(f"{message.model!r} is not loaded; try again")))
-            return
-        self._owner[message.id] = message.model
-        self._tell(served.engine.submit(message, ids))
+        return served
 
     def _cancel(self, key: int) -> None:
         served = self._models.get(self._owner.get(key, ""))
@@ -223,7 +258,7 @@ class Loop:
 
     def _tell(self, events: Iterable[Message]) -> None:
         for event in events:
-            if isinstance(event, Failed | Finished):
+            if isinstance(event, Failed | Finished | Pinned):
                 self._owner.pop(event.id, None)
             self._line.send(event)
 

@@ -122,6 +122,12 @@ class Served:
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             arrived_nbytes=self.resident.stack.edges[self.resident.present] if self.resident.arriving else None,
+            kv_limit_nbytes=self.engine.kv_limit_nbytes,
+            kv_cached_nbytes=self.engine.kv_cached_nbytes,
+            kv_pinned_nbytes=self.engine.kv_pinned_nbytes,
+            prompt_tokens=scheduler.totals.prompt,
+            reused_tokens=scheduler.totals.reused,
+            preemptions=scheduler.totals.preemptions,
             tokens_per_second=round(self.engine.tokens_per_second, 1) if scheduler.running else 0.0,
         )
 
