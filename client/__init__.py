@@ -11,19 +11,9 @@
 """
 
 from ..formats.keys import KeyPair
-from ..formats.messages import (
-    ChatMessage,
-    Finished,
-    ModelDetail,
-    ModelSummary,
-    ProcessMemory,
-    Progress,
-    Residency,
-    Resized,
-    Sampling,
-    Status,
-)
+from ..formats.messages import Finished, ModelDetail, Progress, Resized, Status
 from ..formats.units import AUTO, SizeWish
+from ..formats.values import ChatMessage, ModelSummary, ProcessMemory, Residency, Sampling
 from . import errors
 from .aio import AsyncClient, AsyncProgressStream, AsyncTextStream
 from .client import Client

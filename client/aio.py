@@ -12,8 +12,9 @@ from typing import Generic, Self, Unpack
 
 from ..formats.errors import DaemonGone
 from ..formats.keys import KeyPair
-from ..formats.messages import Finished, ModelDetail, ModelSummary, Progress, Resized, Status
+from ..formats.messages import Finished, ModelDetail, Progress, Resized, Status
 from ..formats.units import SizeWish
+from ..formats.values import ModelSummary
 from . import asks
 from .address import open_channel
 from .asks import AddOptions, Ask, Piece, Reader, Result, SamplingOptions, Terms, Turn

@@ -17,7 +17,6 @@ from ..formats.errors import Cancelled, InternalError, InvalidRequest, from_wire
 from ..formats.messages import (
     Added,
     AddModel,
-    ChatMessage,
     Chunk,
     Done,
     ExportModel,
@@ -29,7 +28,6 @@ from ..formats.messages import (
     ListModels,
     ModelDetail,
     ModelList,
-    ModelSummary,
     Pause,
     Ping,
     Progress,
@@ -38,7 +36,6 @@ from ..formats.messages import (
     Resize,
     Resized,
     Resume,
-    Sampling,
     ShowModel,
     Shutdown,
     Started,
@@ -48,6 +45,7 @@ from ..formats.messages import (
 )
 from ..formats.paths import check_name
 from ..formats.units import SizeWish, parse_seconds, parse_size, parse_wish
+from ..formats.values import ChatMessage, ModelSummary, Sampling
 from .exchange import Reply, Watch
 
 Piece = TypeVar("Piece")

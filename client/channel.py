@@ -22,7 +22,8 @@ from zmq.utils.monitor import recv_monitor_message
 
 from ..formats.errors import Cancelled, InvalidRequest
 from ..formats.keys import KeyPair
-from ..formats.messages import MAX_MESSAGE, Request, failure
+from ..formats.messages import Request, failure
+from ..formats.wire import MAX_MESSAGE
 from .exchange import Exchange, Frames, Lease, Sink, Watch
 
 LINGER_MS: Final = 500

@@ -11,8 +11,9 @@ from typing import Self, Unpack
 
 from ..formats.errors import DaemonGone
 from ..formats.keys import KeyPair
-from ..formats.messages import ModelDetail, ModelSummary, Resized, Status
+from ..formats.messages import ModelDetail, Resized, Status
 from ..formats.units import SizeWish
+from ..formats.values import ModelSummary
 from . import asks
 from .address import open_channel
 from .asks import AddOptions, SamplingOptions, Terms, Turn

@@ -43,12 +43,11 @@ from ..formats.messages import (
     Request,
     Started,
     Terminal,
-    decode,
-    encode,
     event_decoder,
     failure,
     request_decoder,
 )
+from ..formats.wire import decode, encode
 
 CONNECT_SECONDS: Final = 2.0
 REFUSALS: Final = 2  # one may be a full backlog

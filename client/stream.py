@@ -7,7 +7,8 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Generic, Self
 
-from ..formats.messages import TERMINAL, Finished, ModelSummary, Progress
+from ..formats.messages import TERMINAL, Finished, Progress
+from ..formats.values import ModelSummary
 from .asks import Ask, Piece, Reader, Result
 from .channel import Channel
 from .exchange import Reply

@@ -18,9 +18,11 @@ import msgspec
 import zmq
 from zmq.utils import z85
 
+from ..formats.child_messages import ToWorker, to_worker_decoder
 from ..formats.errors import DaemonFailed, InvalidRequest, Unsupported
 from ..formats.keys import KeyPair
-from ..formats.messages import MAX_MESSAGE, Message, ToWorker, decode, encode, failure, to_worker_decoder
+from ..formats.messages import failure
+from ..formats.wire import MAX_MESSAGE, Message, decode, encode
 
 log = logging.getLogger(__name__)
 

@@ -1,148 +1,27 @@
-"""What processes say to each other: one frozen type per message, msgpack on the wire.
+"""What clients and the supervisor say to each other: one frozen type per message. How they travel is in `wire`.
 
-A message travels as two frames: `HEADER` (magic and protocol version, so that a stranger is refused politely) and the
-msgpack body, a map tagged with the type's name. Unknown fields are ignored; optional fields may be added at any time.
-
-Clients and the supervisor speak `Request` and `Event`. `id` is chosen by the asker and unique among its open requests;
-every request but `Cancel` and `Ping` is answered by any number of non-terminal events (`Started`, `Chunk`, `Progress`)
-and then exactly one terminal event. The supervisor speaks to its worker in the same words, with ids of its own, plus
-the `ToWorker`, `FromWorker` and `FromJob` types below.
+Clients send a `Request` and hear `Event`s. `id` is chosen by the asker and unique among its open requests; every
+request but `Cancel` and `Ping` is answered by any number of non-terminal events (`Started`, `Chunk`, `Progress`) and
+then exactly one terminal event. The supervisor speaks to its worker in the same words, and in those of
+`child_messages`.
 """
 
 from __future__ import annotations
 
-from typing import Final, TypeVar
+from typing import Final
 
 import msgspec
 
 from .architecture import Architecture
-from .errors import EbbflowError, InvalidRequest, UnsupportedVersion
+from .errors import EbbflowError
 from .manifest import CurvePoint
-from .units import AUTO, SizeWish
+from .units import SizeWish
+from .values import ChatMessage, ModelSummary, PinSummary, ProcessMemory, Residency, Sampling
+from .wire import Message
 
-PROTOCOL: Final = 1
-MAGIC: Final = b"EBB"
-HEADER: Final = MAGIC + bytes([PROTOCOL])
-MAX_MESSAGE: Final = 2_000_000
 PING_SECONDS: Final = 2.0
 LEASE_SECONDS: Final = 10.0
 ERROR_LETTERS: Final = 4_000  # of an error on the wire: it may quote what somebody sent, at any length
-
-
-class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=True):
-    """Root of everything on the wire."""
-
-
-# -- values inside messages ---------------------------------------------------------------------------------------
-
-
-class ChatMessage(msgspec.Struct, frozen=True):
-    """One turn of a conversation; `role` is `system`, `user` or `assistant`."""
-
-    role: str
-    content: str
-
-
-class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """How the next token is chosen. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off."""
-
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-
-    def check(self) -> None:
-        """Raises `InvalidRequest` naming the first value out of range."""
-        limits = (
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature <= 100, "between 0 and 100"),
-            ("top_k", self.top_k >= 0, "at least 0"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("seed", 0 <= self.seed < 2**63, "between 0 and 2**63 - 1"),
-            ("stop", len(self.stop) <= 16 and all(self.stop), "at most 16 strings, none empty"),
-        )
-        for name, valid, wanted in limits:
-            if not valid:
-                raise InvalidRequest(f"{name} must be {wanted}, not {getattr(self, name)!r}")
-
-
-class Residency(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker holds of one model. All sizes in bytes; `reason` says why it is this size and not another.
-
-    `arrived_nbytes`: how much of the stack is on disk, while its file is still arriving.
-    `prompt_tokens` were asked for since the model was loaded, of which `reused_tokens` had been computed before, and
-    `preemptions` times a request gave its place to another and went on later. Of `kv_nbytes`, which stay within
-    `kv_limit_nbytes`, `kv_cached_nbytes` belong to no running request; `kv_pinned_nbytes` to pins.
-    Beside the stack (`nbytes`) these are keys and values, the work space of steps, and of that the part that is kept
-    only so that the next step finds it (`cache_nbytes`). An automatic size stays between floor and cap (0: none).
-    """
-
-    model: str
-    blocks: int
-    total_blocks: int
-    nbytes: int
-    total_nbytes: int
-    base_nbytes: int
-    target_nbytes: int
-    kv_nbytes: int = 0
-    running: int = 0
-    waiting: int = 0
-    tokens_per_second: float = 0.0
-    arrived_nbytes: int | None = None
-    wish: SizeWish = AUTO
-    reason: str = ""
-    work_nbytes: int = 0
-    cache_nbytes: int = 0
-    floor_nbytes: int = 0
-    cap_nbytes: int = 0
-    priority: float = 1.0
-    kv_limit_nbytes: int = 0
-    kv_cached_nbytes: int = 0
-    kv_pinned_nbytes: int = 0
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    preemptions: int = 0
-
-
-class PinSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """A prefix whose keys and values are kept: `tokens` of it are (whole blocks only), in `nbytes` bytes.
-
-    `saved`: on disk too, for the next start. `current`: computed at no less than the quality that the model has now; a
-    pin that is not is computed again when nothing else is to do.
-    """
-
-    name: str
-    tokens: int
-    nbytes: int
-    saved: bool = False
-    current: bool = True
-
-
-class ProcessMemory(msgspec.Struct, frozen=True, kw_only=True):
-    """One of our processes as the kernel counts it (smaps_rollup): private bytes and bytes swapped out."""
-
-    role: str
-    pid: int
-    private_nbytes: int
-    swapped_nbytes: int = 0
-
-
-class ModelSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """A line of `ebb list`. `arrived_nbytes`: what is there of a stack whose file is still arriving."""
-
-    name: str
-    family: str
-    codec: str
-    nbytes: int
-    base_nbytes: int
-    original_nbytes: int
-    created: str
-    arrived_nbytes: int | None = None
-
-
-# -- client to supervisor (and, with its own ids, supervisor to worker) -------------------------------------------
 
 
 class Ping(Message, frozen=True):
@@ -338,9 +217,6 @@ Request = (
 )
 
 
-# -- supervisor to client (and worker or job to supervisor) -------------------------------------------------------
-
-
 class Pong(Message, frozen=True):
     """The daemon is there."""
 
@@ -499,118 +375,9 @@ class Done(Message, frozen=True):
 
 Terminal = Finished | Failed | Pinned | Pins | ModelList | ModelDetail | Added | Resized | Status | Done
 Event = Pong | Started | Chunk | Progress | Terminal
-
-
-# -- supervisor to worker, worker and job to supervisor -----------------------------------------------------------
-
-
-class LoadModel(Message, frozen=True):
-    """Open the model in `folder` and hold up to `target_nbytes` of its stack. Answered by `Report` or `LoadFailed`."""
-
-    model: str
-    folder: str
-    target_nbytes: int
-
-
-class UnloadModel(Message, frozen=True):
-    """Forget a model; its requests fail with `cancelled`."""
-
-    model: str
-
-
-class SetTarget(Message, frozen=True):
-    """Move a model's edge at the next step boundary. `id` (if not 0) is answered by `Resized`."""
-
-    model: str
-    target_nbytes: int
-    id: int = 0
-
-
-class Continue(Message, frozen=True):
-    """Go on with `request`, of which an earlier worker sampled the tokens `ids`, and their text is with the client."""
-
-    request: Generate
-    ids: tuple[int, ...]
-
-
-class Trim(Message, frozen=True):
-    """Give back what is kept only to be faster next time: work space, and then `nbytes` of finished requests' KV."""
-
-    nbytes: int = 0
-
-
-class LimitKv(Message, frozen=True):
-    """Hold at most so many bytes of keys and values for each model (0: as many as the settings say), from now on.
-
-    Running requests beyond that give their places up, youngest first, and go on when there is room.
-    """
-
-    nbytes: int
-
-
-class Exit(Message, frozen=True):
-    """Leave cleanly."""
-
-
-class Ready(Message, frozen=True):
-    """A child's first words: it is connected and, for a worker, no request will meet the compiler.
-
-    `private_nbytes` is what the kernel says the process holds by itself, before any model.
-    """
-
-    pid: int
-    private_nbytes: int = 0
-
-
-class LoadFailed(Message, frozen=True):
-    """A model could not be opened; its requests get this error."""
-
-    model: str
-    code: str
-    message: str
-
-
-class Report(Message, frozen=True):
-    """What the worker holds; sent after each change of an edge and at most twice a second while busy."""
-
-    models: tuple[Residency, ...]
-
-
-ToWorker = (
-    LoadModel | UnloadModel | SetTarget | Trim | LimitKv | Generate | Continue | Pin | Unpin | ListPins | Cancel | Exit
-)
-FromWorker = Ready | Progress | Report | LoadFailed | Resized | Started | Chunk | Finished | Pinned | Pins | Failed
-FromJob = Ready | Progress | Added | Failed
-
 TERMINAL: Final = (Finished, Failed, Pinned, Pins, ModelList, ModelDetail, Added, Resized, Status, Done)
-
-M = TypeVar("M")
-
-_encoder = msgspec.msgpack.Encoder()
 request_decoder: Final = msgspec.msgpack.Decoder(Request)
 event_decoder: Final = msgspec.msgpack.Decoder(Event)
-to_worker_decoder: Final = msgspec.msgpack.Decoder(ToWorker)
-from_child_decoder: Final = msgspec.msgpack.Decoder(FromWorker | FromJob)
-
-
-def encode(message: Message) -> list[bytes]:
-    """A message's two frames. Raises `InvalidRequest` when the body exceeds `MAX_MESSAGE` bytes."""
-    body = _encoder.encode(message)
-    if len(body) > MAX_MESSAGE:
-        raise InvalidRequest(f"a message of {len(body)} bytes; at most {MAX_MESSAGE} can be sent")
-    return [HEADER, body]
-
-
-def decode(decoder: msgspec.msgpack.Decoder[M], frames: list[bytes]) -> M:
-    """The message in `frames`. Raises `UnsupportedVersion` or `InvalidRequest`; never anything else."""
-    if len(frames) != 2 or len(frames[0]) != len(HEADER) or not frames[0].startswith(MAGIC):
-        raise InvalidRequest("not an ebbflow message")
-    if frames[0] != HEADER:
-        raise UnsupportedVersion(f"protocol version {frames[0][-1]}; this side speaks {PROTOCOL}")
-    try:
-        return decoder.decode(frames[1])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequest(f"message not understood: {error}") from error
 
 
 def failure(id: int, error: EbbflowError) -> Failed:  # noqa: A002 - the wire's own word

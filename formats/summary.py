@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .manifest import Manifest
-from .messages import ModelSummary
+from .values import ModelSummary
 
 
 def summary(manifest: Manifest) -> ModelSummary:

@@ -39,8 +39,9 @@ from ebbflow.client import Client, Lease
 from ebbflow.client.errors import WorkerDied
 from ebbflow.client.launch import answers
 from ebbflow.formats.manifest import STACK
-from ebbflow.formats.messages import HEADER, Ping, Pong, decode, encode, event_decoder
+from ebbflow.formats.messages import Ping, Pong, event_decoder
 from ebbflow.formats.stack import mark_of, read_stack
+from ebbflow.formats.wire import HEADER, decode, encode
 
 from support.real_daemon import RealDaemon, real_daemon, until
 from support.stacks import copy_model, write_planes_model

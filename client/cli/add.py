@@ -12,8 +12,9 @@ from rich.progress import BarColumn, SpinnerColumn, TextColumn
 from rich.progress import Progress as Display
 
 from ...formats.errors import Cancelled
-from ...formats.messages import ModelSummary, Progress
+from ...formats.messages import Progress
 from ...formats.units import format_seconds, format_size
+from ...formats.values import ModelSummary
 from ..stream import ProgressStream
 from .connect import connected
 from .output import console, note

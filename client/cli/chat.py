@@ -7,7 +7,7 @@ import sys
 from typing import Final
 
 from ...formats.errors import EbbflowError
-from ...formats.messages import ChatMessage
+from ...formats.values import ChatMessage
 from ..asks import SamplingOptions
 from .answer import Answer, speed
 from .connect import connected

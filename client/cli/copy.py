@@ -7,8 +7,8 @@ from collections.abc import Callable
 import click
 
 from ...formats.errors import Cancelled
-from ...formats.messages import ModelSummary
 from ...formats.units import format_size
+from ...formats.values import ModelSummary
 from ..client import Client
 from ..stream import ProgressStream
 from .add import cancel, follow, held_back

@@ -16,8 +16,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from ...formats.manifest import CurvePoint
-from ...formats.messages import Residency, Status
+from ...formats.messages import Status
 from ...formats.units import format_seconds, format_size
+from ...formats.values import Residency
 from .output import harmless
 from .quality import quality_at
 

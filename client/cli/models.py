@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from ...formats.messages import ModelDetail, ModelSummary
+from ...formats.messages import ModelDetail
 from ...formats.units import format_size
+from ...formats.values import ModelSummary
 from .chart import write_curve
 from .connect import connected
 from .output import json_option, note, write_fields, write_json, write_table

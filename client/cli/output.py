@@ -11,8 +11,8 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from ...formats.messages import Message
 from ...formats.units import SizeWish
+from ...formats.wire import Message
 
 UNLIMITED_WIDTH: Final = 1000  # a pipe has no width: nothing is cut
 _CONTROLS: Final = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}

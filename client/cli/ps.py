@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import click
 
-from ...formats.messages import ProcessMemory, Residency, Status
+from ...formats.messages import Status
 from ...formats.units import format_size
+from ...formats.values import ProcessMemory, Residency
 from .connect import connected
 from .output import json_option, write_json, write_table
 from .serve import memory

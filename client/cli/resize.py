@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from ...formats.messages import Residency, Resized
+from ...formats.messages import Resized
 from ...formats.units import format_size, parse_wish
+from ...formats.values import Residency
 from ..asks import Terms
 from ..client import Client
 from .connect import connected

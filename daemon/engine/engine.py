@@ -27,7 +27,8 @@ from ...formats.errors import (
     Retryable,
 )
 from ...formats.manifest import Manifest
-from ...formats.messages import Chunk, Failed, Finished, Generate, Pin, Pinned, PinSummary, Started, failure
+from ...formats.messages import Chunk, Failed, Finished, Generate, Pin, Pinned, Started, failure
+from ...formats.values import PinSummary
 from ..settings import DEFAULTS, WorkerSettings
 from .bands import Bands
 from .batch import Batch
@@ -226,7 +227,7 @@ class Engine:
         try:
             logits = self._forward(pieces)
         except MemoryError:
-            return events + self._make_do()
+            return events + self._make_do(sum(piece.count for piece in pieces))
         computed = self._clock()
         self.scheduler.complete(pieces)
         self.scheduler_seconds += self._clock() - computed
@@ -292,14 +293,17 @@ class Engine:
             return [failure(sequence.key, error)]
         return [Pinned(id=sequence.key, pin=next(pin for pin in self.pin_summaries() if pin.name == job.name))]
 
-    def _make_do(self) -> list[EngineEvent]:
-        """There was no memory for a step, and nothing of it counts: the next is smaller, or its only request ends."""
+    def _make_do(self, tokens: int) -> list[EngineEvent]:
+        """There was no memory for a step of so many tokens, and nothing of it counts.
+
+        The next one is smaller; where that cannot be, its request ends.
+        """
         self._network.trim()
         self.scheduler.trim(self._kv.most)
         running = self.scheduler.running
         self._most = max(1, len(running) // 2)
-        self.pace.limit = max(1, self.pace.limit // 2)
-        if len(running) == 1:
+        self.pace.limit = max(1, tokens // 2)
+        if tokens == 1:
             short = OutOfMemory("no memory for the next step; try again, or make the model smaller")
             return self._end(running[0].key, short)
         for sequence in sorted(running, key=lambda s: s.arrival)[self._most :]:

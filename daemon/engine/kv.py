@@ -38,7 +38,8 @@ class KvCache:
     def __init__(self, a: Architecture, dtype: KvType | Literal["f32"] = "f16", most_nbytes: int = MOST_NBYTES) -> None:
         heads = (a.layers, 2, a.kv_heads)
         self.block_nbytes = prod(heads) * head_nbytes(KINDS[dtype], a.head_dim)
-        self.most = self.limit = max(blocks_for(a.context), most_nbytes // self.block_nbytes)
+        whole = blocks_for(a.context)
+        self.most = self.limit = max(whole, min(2 * MAX_SEQUENCES * whole, most_nbytes // self.block_nbytes))
         self._mapping = Mapping(self.most * self.block_nbytes)
         numbers: NDArray[Any] = self._mapping.bytes.view(_TYPES[dtype])
         self.array = numbers.reshape(self.most, *heads, -1)

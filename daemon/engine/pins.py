@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from ...formats.errors import CorruptFile, InvalidRequest, storage_failed
 from ...formats.manifest import Manifest
-from ...formats.messages import PinSummary
+from ...formats.values import PinSummary
 from ...kernels.attention import BLOCK_TOKENS
 from .prefixes import Node
 from .scheduler import Scheduler, Sequence

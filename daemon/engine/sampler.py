@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ...formats.messages import Sampling
+from ...formats.values import Sampling
 
 _LIKELY: Final = 1024  # tokens that nearly always hold the share that top_p asks for
 

@@ -12,8 +12,9 @@ from typing import Any, Final
 import tokenizers
 
 from ...formats.errors import CorruptFile, InvalidRequest
-from ...formats.messages import MAX_MESSAGE, ChatMessage
 from ...formats.units import format_size
+from ...formats.values import ChatMessage
+from ...formats.wire import MAX_MESSAGE
 from .bounds import TookTooLong, bounded
 from .template import template_environment
 

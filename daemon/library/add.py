@@ -20,9 +20,10 @@ from torch import Tensor
 from ...formats.checkpoint import open_checkpoint
 from ...formats.errors import DiskFull, storage_failed
 from ...formats.manifest import STACK, CurvePoint, Manifest, Source, write_manifest
-from ...formats.messages import AddModel, ModelSummary
+from ...formats.messages import AddModel
 from ...formats.stack import Stack, read_blocks, read_stack, write_stack
 from ...formats.summary import summary
+from ...formats.values import ModelSummary
 from .encode import EncodePlan, choose_levels, encode_model, expected_nbytes
 from .gain import GainEstimate, second_order_gain
 from .measure import curve_blocks, measure_curve

@@ -26,10 +26,11 @@ from ...formats.errors import (
     storage_failed,
 )
 from ...formats.manifest import STACK, Manifest, read_manifest, write_manifest
-from ...formats.messages import ExportModel, ImportModel, ModelSummary, Progress
+from ...formats.messages import ExportModel, ImportModel, Progress
 from ...formats.paths import check_name
 from ...formats.stack import Stack, check_manifest, content_hash_of, mark_of, padded, read_stack
 from ...formats.summary import summary
+from ...formats.values import ModelSummary
 from .place import check_room, copy_tokenizer, making
 
 STAGE: Final = "copying"

@@ -23,9 +23,11 @@ from typing import Final
 
 import msgspec
 
+from ...formats.child_messages import Ready
 from ...formats.errors import Cancelled, EbbflowError, InternalError, InvalidRequest, OutOfMemory
-from ...formats.messages import Added, AddModel, ExportModel, ImportModel, JobRequest, Message, Progress, Ready, failure
+from ...formats.messages import Added, AddModel, ExportModel, ImportModel, JobRequest, Progress, failure
 from ...formats.units import format_size, parse_size
+from ...formats.wire import Message
 from ...kernels.cache import use_cache
 from ..channel import Child
 from ..process import MEMORY_VARIABLE, die_with_parent, set_oom_score

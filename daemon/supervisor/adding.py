@@ -14,6 +14,7 @@ from typing import Final, assert_never
 
 import msgspec
 
+from ...formats.child_messages import FromJob, FromWorker, LoadFailed, Ready, Report
 from ...formats.errors import Cancelled, InvalidRequest, JobDied, ModelBusy, ModelExists, OutOfMemory
 from ...formats.messages import (
     Added,
@@ -22,14 +23,9 @@ from ...formats.messages import (
     ExportModel,
     Failed,
     Finished,
-    FromJob,
-    FromWorker,
     ImportModel,
     JobRequest,
-    LoadFailed,
     Progress,
-    Ready,
-    Report,
     Resized,
     Started,
 )

@@ -12,7 +12,8 @@ from typing import Final
 
 import msgspec
 
-from ...formats.messages import Chunk, Continue, Failed, Finished, Generate, Started
+from ...formats.child_messages import Continue
+from ...formats.messages import Chunk, Failed, Finished, Generate, Started
 
 RESUMES: Final = 3  # of one request; one that kills each worker it meets ends then
 ROOM_SECONDS: Final = 60.0  # for which it waits, after a death, until its model can be loaded again

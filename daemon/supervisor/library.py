@@ -20,10 +20,11 @@ import msgspec
 
 from ...formats.errors import CorruptFile, CorruptManifest, UnknownModel, UnsupportedVersion, storage_failed
 from ...formats.manifest import STACK, Manifest, read_manifest
-from ...formats.messages import ModelDetail, ModelSummary
+from ...formats.messages import ModelDetail
 from ...formats.paths import ADDING
 from ...formats.stack import mark_of
 from ...formats.summary import summary
+from ...formats.values import ModelSummary
 
 log = logging.getLogger(__name__)
 

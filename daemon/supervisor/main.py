@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
+from ...formats.child_messages import from_child_decoder
 from ...formats.errors import DaemonFailed, EbbflowError
-from ...formats.messages import from_child_decoder, request_decoder
+from ...formats.messages import request_decoder
 from ...formats.paths import Paths, default_paths
 from ...formats.units import format_size
 from ..channel import Hub, Limits

@@ -28,7 +28,6 @@ from ...formats.messages import (
     Generate,
     ImportModel,
     JobRequest,
-    Message,
     Progress,
     Resize,
     Resized,
@@ -36,6 +35,7 @@ from ...formats.messages import (
     Started,
     failure,
 )
+from ...formats.wire import Message
 from .kept import Kept
 
 OPEN_PER_CLIENT: Final = 256

@@ -20,7 +20,7 @@ from typing import Final
 
 import psutil
 
-from ...formats.messages import ProcessMemory
+from ...formats.values import ProcessMemory
 from ..cgroups import own_groups
 from .reading import Reading
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, assert_never
 
+from ...formats.child_messages import FromJob, FromWorker
 from ...formats.errors import (
     Cancelled,
     DaemonGone,
@@ -30,8 +31,6 @@ from ...formats.messages import (
     Cancel,
     Done,
     ExportModel,
-    FromJob,
-    FromWorker,
     Generate,
     GetStatus,
     ImportModel,
@@ -40,7 +39,6 @@ from ...formats.messages import (
     Pause,
     Ping,
     Pong,
-    ProcessMemory,
     RemoveModel,
     Request,
     Resize,
@@ -51,6 +49,7 @@ from ...formats.messages import (
     YieldMemory,
     failure,
 )
+from ...formats.values import ProcessMemory
 from ..channel import Hub, wait
 from .adding import Adding
 from .budget import Budget

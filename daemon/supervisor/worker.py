@@ -14,31 +14,22 @@ from typing import Final, Literal, assert_never
 
 import msgspec
 
-from ...formats.errors import Cancelled, EbbflowError, OutOfMemory, WorkerDied, from_wire
-from ...formats.messages import (
-    Added,
-    Cancel,
-    Chunk,
+from ...formats.child_messages import (
     Exit,
-    Failed,
-    Finished,
     FromJob,
     FromWorker,
-    Generate,
     LoadFailed,
     LoadModel,
-    Message,
-    Progress,
     Ready,
     Report,
-    Residency,
-    Resize,
-    Resized,
     SetTarget,
-    Started,
     Trim,
     UnloadModel,
 )
+from ...formats.errors import Cancelled, EbbflowError, OutOfMemory, WorkerDied, from_wire
+from ...formats.messages import Added, Cancel, Chunk, Failed, Finished, Generate, Progress, Resize, Resized, Started
+from ...formats.values import Residency
+from ...formats.wire import Message
 from .budget import Budget, Holding
 from .children import LEAVE_SECONDS, Launcher, Ward, fresh_identity
 from .kept import Word

@@ -24,7 +24,8 @@ def main() -> None:
     address, identity, *flags = sys.argv[1:]
 
     # Only now: until here, nothing that takes time could let the parent end unnoticed.
-    from ...formats.messages import Progress, Ready
+    from ...formats.child_messages import Ready
+    from ...formats.messages import Progress
     from ...formats.paths import default_paths
     from ...kernels.cache import compile_once, compiled, use_cache
     from ...kernels.instructions import choose

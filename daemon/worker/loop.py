@@ -11,32 +11,34 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, Protocol, assert_never
 
-from ...formats.errors import EbbflowError, OutOfMemory, UnknownModel
-from ...formats.messages import (
-    Cancel,
+from ...formats.child_messages import (
     Continue,
     Exit,
-    Failed,
-    Finished,
-    Generate,
     LimitKv,
-    ListPins,
     LoadFailed,
     LoadModel,
-    Message,
-    Pin,
-    Pinned,
-    Pins,
     Report,
-    Resized,
     SetTarget,
     ToWorker,
     Trim,
     UnloadModel,
+)
+from ...formats.errors import EbbflowError, OutOfMemory, UnknownModel
+from ...formats.messages import (
+    Cancel,
+    Failed,
+    Finished,
+    Generate,
+    ListPins,
+    Pin,
+    Pinned,
+    Pins,
+    Resized,
     Unpin,
     failure,
     in_short,
 )
+from ...formats.wire import Message
 from ..mapping import private_nbytes
 from ..process import give_back_freed
 from ..settings import DEFAULTS, WorkerSettings

@@ -10,8 +10,8 @@ from typing import Final
 from ...formats.architecture import Architecture, weight_shapes
 from ...formats.errors import BadBlock, NotArrived
 from ...formats.manifest import STACK, read_manifest
-from ...formats.messages import Residency
 from ...formats.stack import Stack, check_manifest, read_stack
+from ...formats.values import Residency
 from ..engine.engine import Engine
 from ..mapping import private_nbytes
 from ..settings import DEFAULTS, WorkerSettings

@@ -36,23 +36,20 @@ from ebbflow.formats.messages import (
     ListModels,
     ModelDetail,
     ModelList,
-    ModelSummary,
     Pause,
-    ProcessMemory,
     Progress,
     RemoveModel,
     Request,
-    Residency,
     Resize,
     Resized,
     Resume,
-    Sampling,
     ShowModel,
     Started,
     Status,
     YieldMemory,
 )
 from ebbflow.formats.units import AUTO, SizeWish
+from ebbflow.formats.values import ModelSummary, ProcessMemory, Residency, Sampling
 
 from support.fake_daemon import VANISH, FakeDaemon, Item
 

@@ -15,8 +15,6 @@ import pytest
 from ebbflow.client import AsyncClient, Client, Lease, asks, errors
 from ebbflow.client.stream import Stream
 from ebbflow.formats.messages import (
-    HEADER,
-    MAX_MESSAGE,
     Added,
     AddModel,
     Cancel,
@@ -27,19 +25,19 @@ from ebbflow.formats.messages import (
     Generate,
     ListModels,
     ModelList,
-    ModelSummary,
     Pause,
     Progress,
     Request,
     Resize,
     Resized,
     Resume,
-    Sampling,
     Shutdown,
     Started,
     YieldMemory,
 )
 from ebbflow.formats.units import AUTO, SizeWish
+from ebbflow.formats.values import ModelSummary, Sampling
+from ebbflow.formats.wire import HEADER, MAX_MESSAGE
 
 from support.fake_daemon import VANISH, FakeDaemon, Item, Raw, silent
 

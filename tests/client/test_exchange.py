@@ -10,9 +10,6 @@ from hypothesis import strategies as st
 from ebbflow.client.exchange import Exchange, Lease, Reply, Sink, Watch
 from ebbflow.formats.errors import BY_CODE
 from ebbflow.formats.messages import (
-    HEADER,
-    MAGIC,
-    MAX_MESSAGE,
     TERMINAL,
     Cancel,
     Chunk,
@@ -21,15 +18,13 @@ from ebbflow.formats.messages import (
     Finished,
     Generate,
     GetStatus,
-    Message,
     Ping,
     Pong,
-    Sampling,
     Started,
-    decode,
-    encode,
     request_decoder,
 )
+from ebbflow.formats.values import Sampling
+from ebbflow.formats.wire import HEADER, MAGIC, MAX_MESSAGE, Message, decode, encode
 
 LEASE = Lease(ping_seconds=2, silence_seconds=10, connect_seconds=2)
 

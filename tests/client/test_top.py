@@ -22,8 +22,9 @@ from ebbflow.client.cli.main import main
 from ebbflow.client.cli.quality import Quality, quality_at
 from ebbflow.client.cli.top import Watch, show
 from ebbflow.formats.manifest import CurvePoint
-from ebbflow.formats.messages import Failed, GetStatus, ProcessMemory, Request, Residency, ShowModel, Status
+from ebbflow.formats.messages import Failed, GetStatus, Request, ShowModel, Status
 from ebbflow.formats.units import SizeWish
+from ebbflow.formats.values import ProcessMemory, Residency
 
 from support.fake_daemon import FakeDaemon, Item
 

@@ -15,6 +15,7 @@ from ebbflow.daemon.library.carry import carry_model
 from ebbflow.daemon.supervisor.library import Library
 from ebbflow.daemon.worker.loop import Loop
 from ebbflow.daemon.worker.served import LOOK_SECONDS
+from ebbflow.formats.child_messages import LoadFailed, LoadModel, Report
 from ebbflow.formats.errors import (
     BadBlock,
     CorruptManifest,
@@ -27,19 +28,9 @@ from ebbflow.formats.errors import (
     TruncatedStack,
 )
 from ebbflow.formats.manifest import STACK, read_manifest, write_manifest
-from ebbflow.formats.messages import (
-    Chunk,
-    ExportModel,
-    Finished,
-    Generate,
-    ImportModel,
-    LoadFailed,
-    LoadModel,
-    Progress,
-    Report,
-    Sampling,
-)
+from ebbflow.formats.messages import Chunk, ExportModel, Finished, Generate, ImportModel, Progress
 from ebbflow.formats.stack import Stack, mark_of, read_stack
+from ebbflow.formats.values import Sampling
 
 from support.fake_line import FakeClock, FakeLine
 from support.stacks import copy_model, write_planes_model

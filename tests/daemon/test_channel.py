@@ -13,23 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ebbflow.daemon.channel import PIPE_MESSAGES, Child, Hub, Limits, Lost, wait
+from ebbflow.formats.child_messages import Exit, Ready, from_child_decoder
 from ebbflow.formats.errors import DaemonFailed, InvalidRequest
-from ebbflow.formats.messages import (
-    HEADER,
-    MAGIC,
-    MAX_MESSAGE,
-    Chunk,
-    Exit,
-    Failed,
-    Generate,
-    ListModels,
-    Ping,
-    Pong,
-    Ready,
-    event_decoder,
-    from_child_decoder,
-    request_decoder,
-)
+from ebbflow.formats.messages import Chunk, Failed, Generate, ListModels, Ping, Pong, event_decoder, request_decoder
+from ebbflow.formats.wire import HEADER, MAGIC, MAX_MESSAGE
 
 from support.house import Peer
 

@@ -11,8 +11,9 @@ from ebbflow.daemon.worker.served import Served
 from ebbflow.formats.errors import BadBlock, CorruptFile
 from ebbflow.formats.kinds import planes_nbytes
 from ebbflow.formats.manifest import STACK
-from ebbflow.formats.messages import Failed, Finished, Generate, Sampling
+from ebbflow.formats.messages import Failed, Finished, Generate
 from ebbflow.formats.stack import StackIndex, encode_header, read_stack
+from ebbflow.formats.values import Sampling
 
 from support.engines import Answers, engine_of, finish
 from support.fake_line import FakeClock
@@ -101,5 +102,5 @@ def test_numbers_that_overflow_end_the_request_in_words(
     end = answers.by_id[1].end
     assert isinstance(end, Failed)
     assert end.code == "corrupt_file"
-    assert engine.kv_nbytes == 0
+    assert engine.kv_nbytes == engine.kv_cached_nbytes
     resident.close()

@@ -16,10 +16,12 @@ import zmq
 from ebbflow.daemon.library import add, job
 from ebbflow.daemon.library.shapes import SHAPES
 from ebbflow.daemon.library.synthetic import write_checkpoint
+from ebbflow.formats.child_messages import Ready, from_child_decoder
 from ebbflow.formats.errors import Cancelled, UnknownModel
 from ebbflow.formats.manifest import read_manifest
-from ebbflow.formats.messages import Added, AddModel, Failed, Message, Progress, Ready, decode, from_child_decoder
+from ebbflow.formats.messages import Added, AddModel, Failed, Progress
 from ebbflow.formats.summary import summary
+from ebbflow.formats.wire import Message, decode
 
 from support.real_daemon import share_encoding_kernels
 

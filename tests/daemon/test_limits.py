@@ -6,7 +6,8 @@ import pytest
 
 from ebbflow.daemon.supervisor.requests import HELD_BY_ALL, HELD_PER_CLIENT, Requests
 from ebbflow.formats.errors import TooBusy
-from ebbflow.formats.messages import AddModel, ChatMessage, Generate, ShowModel, Shutdown
+from ebbflow.formats.messages import AddModel, Generate, ShowModel, Shutdown
+from ebbflow.formats.values import ChatMessage
 
 from support.house import House, generate
 

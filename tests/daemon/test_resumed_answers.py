@@ -11,20 +11,10 @@ from ebbflow.daemon.engine.engine import Engine
 from ebbflow.daemon.supervisor.kept import RESUMES, ROOM_SECONDS, Kept
 from ebbflow.daemon.supervisor.worker import RESTARTING, WAITING_FOR_MEMORY
 from ebbflow.daemon.worker.resident import Resident
+from ebbflow.formats.child_messages import Continue
 from ebbflow.formats.errors import from_wire
-from ebbflow.formats.messages import (
-    Cancel,
-    ChatMessage,
-    Chunk,
-    Continue,
-    Failed,
-    Finished,
-    Generate,
-    Ping,
-    Progress,
-    Sampling,
-    Started,
-)
+from ebbflow.formats.messages import Cancel, Chunk, Failed, Finished, Generate, Ping, Progress, Started
+from ebbflow.formats.values import ChatMessage, Sampling
 
 from support.engines import engine_of
 from support.house import GB, House, finished

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ebbflow.daemon.engine.sampler import sample
-from ebbflow.formats.messages import Sampling
+from ebbflow.formats.values import Sampling
 
 logit_lists = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=40)
 

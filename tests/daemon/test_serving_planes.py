@@ -17,8 +17,9 @@ from ebbflow.daemon.settings import WorkerSettings
 from ebbflow.formats.architecture import Architecture
 from ebbflow.formats.blocks import rotate_rows, sum_blocks
 from ebbflow.formats.manifest import STACK
-from ebbflow.formats.messages import Finished, Generate, Sampling
+from ebbflow.formats.messages import Finished, Generate
 from ebbflow.formats.stack import read_blocks, read_stack
+from ebbflow.formats.values import Sampling
 
 from support.engines import Answers, engine_of, finish
 from support.residents import load, logits, move

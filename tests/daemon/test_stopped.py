@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from ebbflow.client.exchange import Exchange, Lease, Reply
 from ebbflow.daemon.supervisor.steady import JUMP_SECONDS, SteadyClock
-from ebbflow.formats.messages import LEASE_SECONDS, TERMINAL, Cancel, Chunk, Generate, Ping, Pong, encode
+from ebbflow.formats.messages import LEASE_SECONDS, TERMINAL, Cancel, Chunk, Generate, Ping, Pong
+from ebbflow.formats.wire import encode
 
 from support.house import House, finished, generate
 from support.models import write_model

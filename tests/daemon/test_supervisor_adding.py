@@ -6,6 +6,7 @@ import pytest
 
 from ebbflow.daemon.supervisor.adding import HOLD_LEAST_SECONDS, HOLD_MOST_SECONDS, JOB_NBYTES, WAIT_MOST_SECONDS
 from ebbflow.daemon.supervisor.children import LAST_WORDS_SECONDS, LEAVE_SECONDS
+from ebbflow.formats.child_messages import Ready, SetTarget, UnloadModel
 from ebbflow.formats.manifest import STACK
 from ebbflow.formats.messages import (
     LEASE_SECONDS,
@@ -21,11 +22,8 @@ from ebbflow.formats.messages import (
     ListModels,
     Ping,
     Progress,
-    Ready,
     RemoveModel,
-    SetTarget,
     Shutdown,
-    UnloadModel,
 )
 from ebbflow.formats.stack import mark_of
 from ebbflow.formats.summary import summary

@@ -4,18 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from ebbflow.formats.child_messages import Exit
 from ebbflow.formats.errors import Cancelled
-from ebbflow.formats.messages import (
-    AddModel,
-    Cancel,
-    Exit,
-    Failed,
-    Finished,
-    GetStatus,
-    ListModels,
-    Resize,
-    failure,
-)
+from ebbflow.formats.messages import AddModel, Cancel, Failed, Finished, GetStatus, ListModels, Resize, failure
 from ebbflow.formats.units import AUTO
 
 from support.house import House, finished, generate, holds

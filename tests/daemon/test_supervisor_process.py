@@ -34,12 +34,11 @@ from ebbflow.formats.messages import (
     Started,
     Status,
     YieldMemory,
-    decode,
-    encode,
     event_decoder,
 )
 from ebbflow.formats.paths import home_paths
 from ebbflow.formats.units import SizeWish
+from ebbflow.formats.wire import decode, encode
 
 from support.house import GB, generate
 from support.models import write_model

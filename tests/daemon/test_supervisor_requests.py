@@ -8,32 +8,28 @@ from pathlib import Path
 import pytest
 
 from ebbflow.daemon.supervisor.requests import OPEN_PER_CLIENT
+from ebbflow.formats.child_messages import LoadFailed, LoadModel, Ready, UnloadModel
 from ebbflow.formats.messages import (
     LEASE_SECONDS,
     AddModel,
     Cancel,
-    ChatMessage,
     Chunk,
     Failed,
     Generate,
     GetStatus,
     ListModels,
-    LoadFailed,
-    LoadModel,
     ModelDetail,
     ModelList,
     Ping,
     Pong,
-    Ready,
     RemoveModel,
     Resize,
-    Sampling,
     ShowModel,
     Started,
     Status,
-    UnloadModel,
 )
 from ebbflow.formats.units import SizeWish
+from ebbflow.formats.values import ChatMessage, Sampling
 
 from support.house import GB, House, finished, generate, holds
 from support.models import write_model

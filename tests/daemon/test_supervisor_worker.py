@@ -12,30 +12,24 @@ from ebbflow.daemon.supervisor.children import LAST_WORDS_SECONDS, LEAVE_SECONDS
 from ebbflow.daemon.supervisor.silence import HUNG_SECONDS, LOADING_SECONDS
 from ebbflow.daemon.supervisor.terms import Terms, read_terms, write_terms
 from ebbflow.daemon.supervisor.worker import COMPILING_SECONDS, READY_SECONDS, START_ATTEMPTS
+from ebbflow.formats.child_messages import Exit, LoadModel, Ready, Report, SetTarget, Trim, UnloadModel
 from ebbflow.formats.messages import (
     LEASE_SECONDS,
     Added,
     Cancel,
     Chunk,
     Done,
-    Exit,
     Failed,
     Generate,
     GetStatus,
-    LoadModel,
     Pause,
     Ping,
     Progress,
-    Ready,
     RemoveModel,
-    Report,
     Resize,
     Resized,
     Resume,
-    SetTarget,
     Shutdown,
-    Trim,
-    UnloadModel,
     YieldMemory,
 )
 from ebbflow.formats.units import AUTO, SizeWish

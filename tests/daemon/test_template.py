@@ -16,7 +16,7 @@ from ebbflow.daemon.engine.bounds import TookTooLong, bounded
 from ebbflow.daemon.engine.template import template_environment
 from ebbflow.daemon.engine.tokenizer import TEMPLATE_SECONDS, Tokenizer, load_tokenizer
 from ebbflow.formats.errors import InvalidRequest
-from ebbflow.formats.messages import ChatMessage
+from ebbflow.formats.values import ChatMessage
 
 from support.tiny_models import write_tokenizer
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ebbflow.daemon.engine.tokenizer import TextStream, Tokenizer
 from ebbflow.formats.errors import CorruptFile, InvalidRequest
-from ebbflow.formats.messages import ChatMessage
+from ebbflow.formats.values import ChatMessage
 
 from support.tiny_models import BOS, VOCAB, write_tokenizer
 

@@ -18,24 +18,11 @@ from ebbflow.daemon.settings import DEFAULTS, KV_TYPES, WorkerSettings
 from ebbflow.daemon.worker import loop as loop_module
 from ebbflow.daemon.worker.loop import IDLE_SECONDS, REPORT_SECONDS, Loop
 from ebbflow.daemon.worker.resident import Resident
+from ebbflow.formats.child_messages import Exit, LoadFailed, LoadModel, Report, SetTarget, ToWorker, Trim, UnloadModel
 from ebbflow.formats.manifest import MANIFEST, STACK, read_manifest, write_manifest
-from ebbflow.formats.messages import (
-    Cancel,
-    Exit,
-    Failed,
-    Finished,
-    Generate,
-    LoadFailed,
-    LoadModel,
-    Report,
-    Residency,
-    Resized,
-    Sampling,
-    SetTarget,
-    ToWorker,
-    UnloadModel,
-)
+from ebbflow.formats.messages import Cancel, Failed, Finished, Generate, Resized
 from ebbflow.formats.stack import read_stack
+from ebbflow.formats.values import Residency, Sampling
 
 from support.engines import Answers, engine_of, finish
 from support.fake_line import FakeClock, FakeLine
@@ -370,9 +357,11 @@ def test_resizing_under_requests_fails_none_and_leaves_no_trace(
                 assert isinstance(end, Failed)
                 assert end.code == "cancelled"
                 assert key in cancelled
-        worker.hear(SetTarget(model="m", target_nbytes=edges[depth]), ask(900))
+        last = msgspec.structs.replace(ask(900), exact_prefix=True)
+        worker.hear(SetTarget(model="m", target_nbytes=edges[depth]), last)
         worker.settle()
         assert worker.answers.by_id[900].text == fresh[depth]
+        worker.hear(Trim(nbytes=1 << 40))
         assert worker.residency().kv_nbytes == 0
 
 
@@ -418,6 +407,7 @@ def test_a_step_without_memory_ends_its_requests_with_a_retryable_error(
         with monkeypatch.context() as patch:
             patch.setattr(worker.loop.models["m"].engine, "_forward", refuse)
             worker.hear(ask(2))
+            worker.settle()
         for key in (1, 2):
             end = worker.answers.by_id[key].end
             assert isinstance(end, Failed)

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from ebbflow.formats.errors import InvalidRequest
-from ebbflow.formats.messages import HEADER, decode, request_decoder
+from ebbflow.formats.messages import request_decoder
+from ebbflow.formats.wire import HEADER, decode
 
 
 def test_deeply_nested_message():

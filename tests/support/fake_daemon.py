@@ -27,11 +27,10 @@ from ebbflow.formats.messages import (
     Pong,
     Request,
     Shutdown,
-    decode,
-    encode,
     failure,
     request_decoder,
 )
+from ebbflow.formats.wire import decode, encode
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import msgspec
 
 from ebbflow.daemon.channel import Child
 from ebbflow.daemon.process import die_with_parent
-from ebbflow.formats.messages import AddModel, Progress, Ready
+from ebbflow.formats.child_messages import Ready
+from ebbflow.formats.messages import AddModel, Progress
 
 if __name__ == "__main__":
     die_with_parent()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from ebbflow.formats.messages import Message, ToWorker
+from ebbflow.formats.child_messages import ToWorker
+from ebbflow.formats.wire import Message
 
 
 class FakeLine:

@@ -12,25 +12,10 @@ import sys
 
 from ebbflow.daemon.channel import Child
 from ebbflow.daemon.process import die_with_parent
+from ebbflow.formats.child_messages import Continue, Exit, LoadFailed, LoadModel, Ready, Report, SetTarget, UnloadModel
 from ebbflow.formats.errors import Cancelled
-from ebbflow.formats.messages import (
-    Cancel,
-    Chunk,
-    Continue,
-    Exit,
-    Finished,
-    Generate,
-    LoadFailed,
-    LoadModel,
-    Ready,
-    Report,
-    Residency,
-    Resized,
-    SetTarget,
-    Started,
-    UnloadModel,
-    failure,
-)
+from ebbflow.formats.messages import Cancel, Chunk, Finished, Generate, Resized, Started, failure
+from ebbflow.formats.values import Residency
 
 
 class FakeWorker:

@@ -11,24 +11,10 @@ from ebbflow.daemon.channel import Hub, Lost
 from ebbflow.daemon.supervisor.library import Library, delete
 from ebbflow.daemon.supervisor.reading import Reading
 from ebbflow.daemon.supervisor.server import Outside, Server
-from ebbflow.formats.messages import (
-    Finished,
-    Generate,
-    LoadModel,
-    Message,
-    ProcessMemory,
-    Ready,
-    Report,
-    Residency,
-    Sampling,
-    SetTarget,
-    decode,
-    encode,
-    event_decoder,
-    from_child_decoder,
-    request_decoder,
-    to_worker_decoder,
-)
+from ebbflow.formats.child_messages import LoadModel, Ready, Report, SetTarget, from_child_decoder, to_worker_decoder
+from ebbflow.formats.messages import Finished, Generate, event_decoder, request_decoder
+from ebbflow.formats.values import ProcessMemory, Residency, Sampling
+from ebbflow.formats.wire import Message, decode, encode
 
 GB = 1_000_000_000
 MB = 1_000_000

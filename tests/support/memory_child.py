@@ -22,19 +22,11 @@ from ebbflow.daemon.process import free_at_once
 from ebbflow.daemon.worker.loop import Loop
 from ebbflow.daemon.worker.resident import Resident
 from ebbflow.formats.architecture import Architecture
+from ebbflow.formats.child_messages import Exit, LoadModel, SetTarget, ToWorker, Trim, UnloadModel
 from ebbflow.formats.manifest import STACK
-from ebbflow.formats.messages import (
-    Chunk,
-    Exit,
-    Generate,
-    LoadModel,
-    Sampling,
-    SetTarget,
-    ToWorker,
-    Trim,
-    UnloadModel,
-)
+from ebbflow.formats.messages import Chunk, Generate
 from ebbflow.formats.stack import read_stack
+from ebbflow.formats.values import Sampling
 
 from support.fake_line import FakeClock, FakeLine
 
@@ -123,7 +115,7 @@ def kv_blocks() -> dict[str, int]:
     kv.free(blocks[::2])
     half = used() - before
     kv.free(blocks[1::2])
-    return {"reserved": reserved, "filled": filled, "half": half, "none": used() - before, "held": kv.statistics().held}
+    return {"reserved": reserved, "filled": filled, "half": half, "none": used() - before, "held": kv.held}
 
 
 def resident() -> dict[str, int]:

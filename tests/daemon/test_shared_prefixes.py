@@ -1,0 +1,388 @@
+"""The engine with prefixes that are shared, kept and given up: nobody's answer changes, and less is computed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ebbflow.daemon.engine.engine import Engine
+from ebbflow.daemon.engine.pins import FOLDER
+from ebbflow.daemon.settings import DEFAULTS, WorkerSettings
+from ebbflow.daemon.worker.resident import Resident
+from ebbflow.formats.messages import Failed, Finished, Generate, Pin, Pinned
+from ebbflow.formats.values import Sampling
+
+from support.engines import Answers, engine_of, finish
+from support.residents import load
+from support.stacks import TINY, write_signs_model
+
+BASE, BLOCKS = 21, 49
+PREFIX = tuple((7 * i * i + 3) % 250 for i in range(96))  # three blocks
+BLOCK_NBYTES = TINY.layers * 2 * TINY.kv_heads * 32 * TINY.head_dim * 4
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_signs_model(tmp_path / "model")
+
+
+@pytest.fixture
+def resident(folder: Path) -> Resident:
+    return load(folder, BLOCKS)
+
+
+def request(key: int, *own: int, tokens: int = 12, prefix: tuple[int, ...] = PREFIX, **fields: Any) -> Generate:
+    sampling = Sampling(max_tokens=tokens, temperature=0.9, seed=key)
+    return Generate(id=key, model="m", ids=(*prefix, *own), sampling=sampling, **fields)
+
+
+def texts(engine: Engine, requests: list[Generate]) -> dict[int, str]:
+    answers = Answers()
+    for one in requests:
+        answers.hear(engine.submit(one))
+    finish(engine, answers)
+    assert all(isinstance(found.end, Finished) for found in answers.by_id.values()), answers.by_id
+    return {key: found.text for key, found in answers.by_id.items()}
+
+
+def ends(engine: Engine, *requests: Generate) -> list[Finished]:
+    answers = Answers()
+    for one in requests:
+        answers.hear(engine.submit(one))
+    finish(engine, answers)
+    found = [answers.by_id[one.id].end for one in requests]
+    return [end for end in found if isinstance(end, Finished)]
+
+
+def alone(folder: Path, resident: Resident, requests: list[Generate]) -> dict[int, str]:
+    """What each gets in an engine of its own."""
+    return {one.id: texts(engine_of(folder, resident), [one])[one.id] for one in requests}
+
+
+def test_sharers_compute_their_prefix_once_and_answer_as_if_alone(folder: Path, resident: Resident) -> None:
+    requests = [request(key, key, key + 1, key + 2) for key in range(1, 9)]
+    engine = engine_of(folder, resident)
+    assert texts(engine, requests) == alone(folder, resident, requests)
+    totals = engine.scheduler.totals
+    assert (totals.prompt, totals.reused) == (8 * 99, 7 * 96)
+    assert totals.computed == 99 + 7 * 3 + 8 * 11
+
+
+def test_what_a_request_says_of_its_reuse(folder: Path, resident: Resident) -> None:
+    engine = engine_of(folder, resident, tick=0.01)
+    first, second, short = (ends(engine, one)[0] for one in (request(1, 1), request(2, 2), request(3, prefix=(1, 2))))
+    assert (first.reused_tokens, first.shareable_tokens, first.miss) == (0, 0, "new")
+    assert (second.reused_tokens, second.shareable_tokens, second.miss) == (96, 96, "")
+    assert (short.reused_tokens, short.miss) == (0, "short")
+    assert 0 < second.queued_seconds < second.seconds_to_first
+    assert 0 < second.longest_gap_seconds < second.seconds
+    engine.trim(1 << 40)
+    (again,) = ends(engine, request(4, 4))
+    assert (again.reused_tokens, again.miss) == (0, "new")
+
+
+def test_a_chat_that_grows_reuses_its_own_answers(folder: Path, resident: Resident) -> None:
+    engine = engine_of(folder, resident)
+    said: list[int] = []
+    engine.submit(request(1, tokens=40))
+    while engine.busy:
+        engine.step()
+        for sequence in engine.scheduler.running:
+            said = list(sequence.tokens)
+    (next_turn,) = ends(engine, Generate(id=2, model="m", ids=(*said, 1, 2, 3), sampling=Sampling(max_tokens=3)))
+    assert len(said) >= 96 + 39
+    assert next_turn.reused_tokens == len(said) // 32 * 32 == 128
+
+
+def test_namespaces_share_nothing(folder: Path, resident: Resident) -> None:
+    engine = engine_of(folder, resident)
+    found = ends(engine, request(1, namespace="a"))
+    found += ends(engine, request(2, namespace="b"))
+    found += ends(engine, request(3, namespace="a"))
+    assert [end.reused_tokens for end in found] == [0, 0, 64]  # the last token of a prompt is always computed
+
+
+def test_a_prefix_of_a_worse_model_is_not_used_and_one_of_a_better_is(folder: Path) -> None:
+    resident = load(folder, BASE)
+    engine = engine_of(folder, resident)
+    (worse,) = ends(engine, request(1, 1))
+    resident.grow(BLOCKS)
+    (better,) = ends(engine, request(2, 1))
+    assert (better.reused_tokens, better.miss) == (0, "quality")
+    resident.shrink(BASE)
+    exact, shallow = (ends(engine, request(key, 1, exact_prefix=key == 3))[0] for key in (3, 4))
+    assert (exact.reused_tokens, exact.miss) == (0, "size")
+    assert (shallow.reused_tokens, shallow.miss) == (96, "")
+    assert (worse.band, better.band, exact.band) == (0, 5, 0)
+
+
+def test_an_exact_prefix_gives_the_very_same_answer_whatever_was_there(folder: Path) -> None:
+    resident = load(folder, BLOCKS)
+    engine = engine_of(folder, resident)
+    ends(engine, request(1))
+    resident.shrink(BASE)
+    want = alone(folder, resident, [request(2)])
+    assert texts(engine, [request(2, exact_prefix=True)]) == want
+
+
+def test_a_deadline_ends_what_waits_and_what_runs(folder: Path, resident: Resident) -> None:
+    engine, answers = engine_of(folder, resident, tick=0.01), Answers()
+    answers.hear(engine.submit(request(1, tokens=300)))
+    answers.hear(engine.submit(request(2, 2, tokens=300, deadline_seconds=0.5)))
+    answers.hear(engine.submit(request(3, 3, tokens=2, deadline_seconds=1e-9)))
+    answers.hear(engine.submit(request(4, 4, tokens=2, deadline_seconds=1e9)))
+    finish(engine, answers)
+    running, waiting = answers.by_id[2].end, answers.by_id[3].end
+    assert isinstance(running, Failed)
+    assert isinstance(waiting, Failed)
+    assert running.code == waiting.code == "deadline_exceeded"
+    assert "0.5 s" in running.message
+    assert answers.by_id[3].started == 0
+    assert isinstance(answers.by_id[4].end, Finished)
+    assert engine.kv_nbytes == engine.kv_cached_nbytes
+
+
+def test_with_little_room_requests_give_way_and_none_repeats_a_token(folder: Path, resident: Resident) -> None:
+    whole = -(-TINY.context // 32)
+    requests = [request(key, *[key] * (3 * key), tokens=150) for key in range(1, 9)]
+    engine = engine_of(folder, resident, settings=WorkerSettings(kv_limit=1))
+    assert engine.kv_limit_nbytes == whole * BLOCK_NBYTES
+    assert texts(engine, requests) == alone(folder, resident, requests)
+    assert engine.scheduler.totals.preemptions > 0
+
+
+def test_a_quarter_of_the_room_in_the_middle_of_sixteen_streams(folder: Path, resident: Resident) -> None:
+    requests = [request(key, *[key] * 40, tokens=60) for key in range(1, 17)]
+    engine, answers = engine_of(folder, resident), Answers()
+    for one in requests:
+        answers.hear(engine.submit(one))
+    while len(engine.scheduler.running) < 16 or engine.scheduler.totals.computed < 16 * 60:
+        answers.hear(engine.step())
+    held = engine.kv_nbytes
+    engine.limit_kv(held // 4)
+    assert engine.kv_nbytes <= held // 4
+    assert 0 < len(engine.scheduler.running) < 16
+    for _ in range(40):
+        answers.hear(engine.step())
+        assert engine.kv_nbytes <= held // 4
+    engine.limit_kv(0)
+    finish(engine, answers)
+    assert {key: found.text for key, found in answers.by_id.items()} == alone(folder, resident, requests)
+    assert engine.kv_nbytes == engine.kv_cached_nbytes
+
+
+def test_a_step_without_memory_does_not_count(
+    folder: Path, resident: Resident, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [request(key, key) for key in range(1, 7)]
+    engine, answers, sizes = engine_of(folder, resident), Answers(), list[int]()
+    compute = engine._forward
+
+    def sometimes(pieces: Any) -> Any:
+        sizes.append(len(pieces))
+        logits = compute(pieces)
+        if len(sizes) in (2, 5, 6) or (len(pieces) == 6 and sizes.count(6) == 2):
+            raise MemoryError
+        return logits
+
+    monkeypatch.setattr(engine, "_forward", sometimes)
+    for one in requests:
+        answers.hear(engine.submit(one))
+    while engine.busy:
+        answers.hear(engine.step())
+        engine.scheduler.check_integrity()
+    assert {key: found.text for key, found in answers.by_id.items()} == alone(folder, resident, requests)
+    assert engine.scheduler.totals.preemptions > 0
+
+
+@pytest.mark.parametrize("ids", [(), (-1,), (5, TINY.vocab)])
+def test_token_ids_that_are_none(folder: Path, resident: Resident, ids: tuple[int, ...]) -> None:
+    (event,) = engine_of(folder, resident).submit(Generate(id=1, model="m", ids=ids))
+    assert isinstance(event, Failed)
+    assert event.code == "invalid_request"
+    assert str(TINY.vocab - 1) in event.message
+
+
+# -- pins -----------------------------------------------------------------------------------------------------------
+
+
+def pin(key: int, name: str, ids: tuple[int, ...] = PREFIX, save: bool = False) -> Pin:
+    return Pin(id=key, model="m", name=name, ids=ids, save=save)
+
+
+def pinned(engine: Engine, message: Pin) -> Any:
+    """The answer to a pin."""
+    events = engine.pin(message)
+    while engine.busy:
+        events += engine.step()
+        engine.scheduler.check_integrity()
+    (event,) = events
+    return event
+
+
+def test_a_pinned_prefix_outlives_everything(folder: Path, resident: Resident) -> None:
+    engine = engine_of(folder, resident)
+    event = pinned(engine, pin(1, "system", (*PREFIX, 1, 2)))
+    assert isinstance(event, Pinned)
+    assert (event.pin.name, event.pin.tokens, event.pin.nbytes) == ("system", 96, 3 * BLOCK_NBYTES)
+    assert (event.pin.saved, event.pin.current) == (False, True)
+    engine.trim(1 << 40)
+    assert engine.kv_nbytes == engine.kv_pinned_nbytes == 3 * BLOCK_NBYTES
+    (end,) = ends(engine, request(2, 5))
+    assert end.reused_tokens == 96
+    engine.pins.remove("system")
+    engine.trim(1 << 40)
+    assert engine.kv_nbytes == 0
+    assert not (folder / FOLDER).exists()
+
+
+def test_pins_may_overlap_and_be_replaced(folder: Path, resident: Resident) -> None:
+    engine = engine_of(folder, resident)
+    pinned(engine, pin(1, "a"))
+    pinned(engine, pin(2, "b", PREFIX[:64]))
+    pinned(engine, pin(3, "a", PREFIX[:32]))
+    engine.trim(1 << 40)
+    assert engine.kv_nbytes == 2 * BLOCK_NBYTES
+    assert [one.tokens for one in engine.pin_summaries()] == [32, 64]
+    engine.pins.remove("b")
+    engine.trim(1 << 40)
+    assert engine.kv_nbytes == BLOCK_NBYTES
+
+
+def test_a_saved_pin_is_there_after_a_restart(folder: Path, resident: Resident) -> None:
+    before = engine_of(folder, resident)
+    pinned(before, pin(1, "system", save=True))
+    want = texts(before, [request(2, 5)])
+    after = engine_of(folder, resident)
+    (summary,) = after.pin_summaries()
+    assert (summary.name, summary.tokens, summary.saved, summary.current) == ("system", 96, True, True)
+    assert texts(after, [request(2, 5)]) == want
+    assert after.scheduler.totals.reused == 96
+    after.pins.remove("system")
+    assert engine_of(folder, resident).pin_summaries() == ()
+
+
+def other_kv(file: Path, folder: Path, resident: Resident) -> Engine:
+    return engine_of(folder, resident, settings=replace(DEFAULTS, kv="i8"))
+
+
+def torn(file: Path, folder: Path, resident: Resident) -> Engine:
+    file.write_bytes(file.read_bytes()[:-100])
+    return engine_of(folder, resident)
+
+
+def changed(file: Path, folder: Path, resident: Resident) -> Engine:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    return engine_of(folder, resident)
+
+
+def another(file: Path, folder: Path, resident: Resident) -> Engine:
+    return engine_of(folder, resident, codec="other")
+
+
+def rubbish(file: Path, folder: Path, resident: Resident) -> Engine:
+    file.write_bytes(b"\x00" * 64)
+    return engine_of(folder, resident)
+
+
+@pytest.mark.parametrize("spoil", [other_kv, torn, changed, another, rubbish])
+def test_a_file_that_is_not_right_is_as_if_it_were_not_there(
+    folder: Path, resident: Resident, spoil: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    pinned(engine_of(folder, resident), pin(1, "system", save=True))
+    (file,) = (folder / FOLDER).iterdir()
+    engine = spoil(file, folder, resident)
+    assert engine.pin_summaries() == ()
+    assert engine.kv_nbytes == 0
+    assert str(file) in caplog.text
+
+
+def test_a_pin_is_computed_again_when_the_model_is_better_and_nobody_waits(folder: Path) -> None:
+    resident = load(folder, BASE)
+    engine = engine_of(folder, resident)
+    pinned(engine, pin(1, "system", save=True))
+    assert not engine.busy
+    resident.grow(BLOCKS)
+    assert [one.current for one in engine.pin_summaries()] == [False]
+    assert engine.busy
+    finish(engine, Answers())
+    assert [one.current for one in engine.pin_summaries()] == [True]
+    (end,) = ends(engine, request(2, 5))
+    assert end.reused_tokens == 96
+    resident.shrink(BASE)
+    assert not engine.busy
+    assert [one.current for one in engine_of(folder, load(folder, BLOCKS)).pin_summaries()] == [True]
+
+
+def test_pins_that_cannot_be(folder: Path, resident: Resident) -> None:
+    engine = engine_of(folder, resident, settings=WorkerSettings(kv_limit=1))
+    short = pinned(engine, pin(1, "short", PREFIX[:31]))
+    assert isinstance(short, Failed)
+    assert "32" in short.message
+    answers = Answers()
+    answers.hear(engine.submit(request(2, tokens=TINY.context)))  # wants all the room there is
+    for _ in range(3):
+        answers.hear(engine.step())
+    said = engine.pin(pin(3, "more"))
+    while engine.busy:
+        for event in engine.step():
+            if isinstance(event, Failed | Pinned) and event.id == 3:
+                said.append(event)
+            else:
+                answers.hear([event])
+        engine.scheduler.check_integrity()
+    (refused,) = said
+    assert isinstance(refused, Failed)
+    assert refused.code == "out_of_memory"
+    assert isinstance(answers.by_id[2].end, Finished)
+    assert engine.kv_pinned_nbytes == 0
+
+
+def test_a_disk_that_does_not_take_a_pin(folder: Path, resident: Resident) -> None:
+    (folder / FOLDER).write_text("not a folder")
+    engine = engine_of(folder, resident)
+    event = pinned(engine, pin(1, "system", save=True))
+    assert isinstance(event, Failed)
+    assert event.code == "storage_failed"
+    assert (engine.kv_pinned_nbytes, engine.pin_summaries()) == (0, ())
+
+
+def test_cancelling_a_pin(folder: Path, resident: Resident) -> None:
+    engine = engine_of(folder, resident)
+    engine.pin(pin(1, "system"))
+    engine.step()
+    (event,) = engine.cancel(1)
+    assert isinstance(event, Failed)
+    assert event.code == "cancelled"
+    assert not engine.busy
+    assert engine.kv_nbytes == engine.kv_cached_nbytes
+    assert engine.pin_summaries() == ()
+
+
+def test_a_prompt_never_fits_is_told_the_numbers(folder: Path, resident: Resident) -> None:
+    engine = engine_of(folder, resident, settings=WorkerSettings(kv_limit=1))
+    pinned(engine, pin(1, "system"))
+    (event,) = engine.submit(request(2, prefix=(9,) * (TINY.context - 5)))
+    assert isinstance(event, Failed)
+    assert event.code == "prompt_too_long"
+    whole = -(-TINY.context // 32)
+    assert f"{whole} blocks" in event.message
+    assert "pins keep 3" in event.message
+
+
+def test_a_band_for_each_part_of_the_curve(folder: Path) -> None:
+    from ebbflow.daemon.engine.bands import BANDS, Bands
+    from ebbflow.formats.manifest import CurvePoint
+
+    kls = (0.5, 0.25, 0.09, 0.02, 0.009, 0.001)
+    curve = tuple(CurvePoint(blocks=10 * i, nbytes=i, kl=kl, perplexity=1.0) for i, kl in enumerate(kls, 1))
+    bands = Bands(curve, 5, 100)
+    assert [bands.of(blocks) for blocks in (5, 10, 19, 20, 30, 40, 50, 60, 100)] == [0, 0, 0, 1, 2, 3, 4, 5, 5]
+    plain = Bands((), 10, 100)
+    assert [plain.of(blocks) for blocks in (10, 24, 25, 99, 100)] == [0, 0, 1, 5, 5]
+    assert BANDS == 6
