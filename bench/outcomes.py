@@ -68,10 +68,10 @@ class Outcome:
         """All but the interactive user's."""
         return (each for each in self.answered if not each.interactive)
 
-    def percent(self, grain: int = BLOCK) -> float:
-        """Saved, of what could be."""
+    def percent(self, grain: int = BLOCK) -> float | None:
+        """Saved, of what could be; nothing where nothing could."""
         bound = most_saved((Spoken(each.prompt, each.answer) for each in self.answered), grain)
-        return 100 * self.saved / bound if bound else math.nan
+        return 100 * self.saved / bound if bound else None
 
     def firsts(self) -> list[float]:
         """Seconds to the first token."""
@@ -85,7 +85,9 @@ class Outcome:
     def text(self) -> str:
         """A row."""
         firsts, gaps = self.firsts(), self.gaps() or [math.nan]
-        shared = f"{self.saved} ({self.percent():.1f} % of blocks, {self.percent(1):.1f} % of tokens)"
+        bounds = ((self.percent(), "blocks"), (self.percent(1), "tokens"))
+        shares = ", ".join(f"{percent:.1f} % of {what}" for percent, what in bounds if percent is not None)
+        shared = f"{self.saved} tokens" + (f" ({shares})" if shares else "")
         told = sum(each.reused for each in self.answered)
         if told != self.saved:
             shared += f", told {told}"

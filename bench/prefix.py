@@ -20,6 +20,7 @@ Run: .venv/bin/python bench/prefix.py [--quick] [--json FILE] [--check]
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import sys
 import time
@@ -229,14 +230,14 @@ class Bench:
         return outcome
 
     def _bar(self, what: str, value: float, comparison: str, target: float) -> None:
-        self._report.bar(f"{self._name}_{what}".replace(" ", "_").replace("-", "_"), value, comparison, target)
+        self._report.bar("_".join(re.findall(r"\w+", f"{self._name} {what}")), value, comparison, target)
 
     def _rows(
         self, what: str, asks: list[Ask], rows: Iterable[str], settings: WorkerSettings = DEFAULTS
     ) -> dict[str, Outcome]:
         """A shared workload under some policies; the share of the bound that ours reaches."""
         found = {row: self._note(what, row, self._served.run(asks, POLICIES[row], settings)) for row in rows}
-        self._bar(f"{what}_percent_of_blocks_bound", found[OURS].percent(), ">=", 98)
+        self._bar(f"{what} percent_of_blocks_bound", found[OURS].percent() or 0.0, ">=", 98)
         return found
 
     def _shared(self, what: str, asks: list[Ask]) -> None:
