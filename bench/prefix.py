@@ -39,8 +39,9 @@ from ebbflow.daemon.settings import DEFAULTS, WorkerSettings
 from ebbflow.daemon.worker.processors import usable_threads
 from ebbflow.daemon.worker.resident import Resident
 from ebbflow.formats.manifest import STACK, read_manifest
-from ebbflow.formats.messages import Failed, Finished, Generate, Sampling
+from ebbflow.formats.messages import Failed, Finished, Generate
 from ebbflow.formats.stack import read_stack
+from ebbflow.formats.values import Sampling
 from ebbflow.kernels.threads import set_threads
 
 from llama_server import LlamaServer, llama_server
