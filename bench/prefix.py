@@ -19,6 +19,7 @@ Run: .venv/bin/python bench/prefix.py [--quick] [--json FILE] [--check]
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import statistics
@@ -120,8 +121,8 @@ class Stepping:
         engine.cancel_all()
         answered = [each for each in self._answered if each.times]
         for each in answered:
-            if each.ended != each.ended:
-                each.answer = (0,) * len(each.times)  # cut off
+            if math.isnan(each.ended):  # the interactive user, cut off
+                each.answer = (0,) * len(each.times)
         return Outcome(answered, sum(step.tokens for step in steps), peak, steps)
 
     def _now(self) -> float:
