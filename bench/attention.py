@@ -6,6 +6,10 @@ other memory is read, because a step's weights would push keys and values out of
 as one thread of a compiled step would do it all: no Python between layers, nobody to wake. Keys and values as int8 are
 timed against fp16, in the same rounds.
 
+Then 16 sequences that decode, one token each, behind a context that they share, against the same behind copies of it:
+that is what reading a block once for all of them is worth. The 1.1 B shape has 8 query heads for each head of keys, so
+its attention is mostly multiply-adds already; a shape with as many heads of keys as of queries shows the other end.
+
 Run: .venv/bin/python bench/attention.py [--json FILE] [--check]
 """
 
@@ -17,7 +21,9 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
+import msgspec
 import numba
 import numpy as np
 import torch
@@ -29,7 +35,8 @@ from ebbflow.daemon.engine.scheduler import Piece, Sequence
 from ebbflow.daemon.engine.serving import Batch
 from ebbflow.daemon.library.shapes import SHAPES
 from ebbflow.daemon.settings import KV_TYPES, KvType
-from ebbflow.kernels.attention import KINDS, attend_unit, store_token, unit_floats
+from ebbflow.formats.architecture import Architecture
+from ebbflow.kernels.attention import KINDS, attend_unit, store_kv, store_token, unit_floats
 from ebbflow.kernels.elementwise import gated, rms_norm
 
 from places import restart_with_kernels
@@ -40,6 +47,8 @@ SHAPE = SHAPES["tinyllama-1.1b"]
 CASES = ((1, 128), (1, 1024), (64, 128), (64, 1024))
 GOALS = {(1, 128): 0.3, (1, 1024): 2.0, (64, 1024): 60.0}  # ms
 ROUNDS = 5
+SHARERS = 16
+SHARED = (512, 2048)  # tokens
 
 
 def milliseconds(works: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
@@ -61,11 +70,13 @@ def one_token(
 ) -> F32:
     """All layers of one token's attention."""
     q, k, v = qkv
+    tables, sequence, positions = table.reshape(1, -1), np.zeros(1, np.int64), np.full(1, position)
     y = np.empty((1, q.shape[1] * q.shape[2]), np.float32)
     for layer in range(kv.shape[1]):
         store_token(kind, kv, layer, table, position, k, v)
         for group in range(kv.shape[3]):
-            attend_unit(kind, kv, layer, table, position, q, group, q.shape[1] // kv.shape[3], 0, scratch, y)
+            per_group = q.shape[1] // kv.shape[3]
+            attend_unit(kind, kv, layer, tables, sequence, positions, q, group, per_group, 0, scratch, y)
     return y
 
 
@@ -130,6 +141,47 @@ class Case:
         return float(np.abs(self.ours(dtype) - theirs).max())
 
 
+class Sharers:
+    """SHARERS sequences behind `context` tokens, a multiple of 32, whose blocks they share or have copies of."""
+
+    def __init__(self, a: Architecture, dtype: KvType, context: int, copies: bool, threads: int) -> None:
+        a, rng = msgspec.structs.replace(a, context=2 * context), np.random.default_rng(0)
+        kv, self._layers = KvCache(a, dtype), range(a.layers)
+        roots = [kv.allocate(blocks_for(context)) for _ in range(SHARERS if copies else 1)]
+        shape = (context, a.kv_heads, a.head_dim)
+        k, v = (rng.standard_normal(shape).astype(np.float32) for _ in "kv")
+        for root in roots:
+            b = Batch([Piece(Sequence(0, [0] * context, context, blocks=root), 0, context)], kv.array, a, threads)
+            for layer in self._layers:
+                store_kv(b.kind, b.kv, layer, b.tables, b.sequence, b.positions, k, v)
+        end, tokens = context + 1, [0] * (context + 1)
+        blocks = [(*roots[number % len(roots)], *kv.allocate(1)) for number in range(SHARERS)]
+        pieces = [Piece(Sequence(n, tokens, end, blocks=each), context, 1) for n, each in enumerate(blocks)]
+        self._batch = Batch(pieces, kv.array, a, threads)
+        shapes = (a.heads, a.kv_heads, a.kv_heads)
+        self._qkv = [rng.standard_normal((SHARERS, heads, a.head_dim)).astype(np.float32) for heads in shapes]
+
+    def attend(self) -> F32:
+        """Store and attend."""
+        for layer in self._layers:
+            y = self._batch.attend(layer, *self._qkv)
+        return y
+
+
+def measure_sharing(report: Report, threads: int) -> None:
+    """Against copies."""
+    many = msgspec.structs.replace(SHAPE, kv_heads=SHAPE.heads, layers=4)
+    for a, dtype, context in product((SHAPE, many), KV_TYPES, SHARED):
+        shared, copied = (Sharers(a, dtype, context, copies, threads) for copies in (False, True))
+        assert (shared.attend() == copied.attend()).all()
+        times = milliseconds({"shared": shared.attend, "copies": copied.attend})
+        ours, theirs = (statistics.median(times[each]) for each in ("shared", "copies"))
+        text = f"{ours:8.2f} ms; with copies {theirs:8.2f} ms, {theirs / ours:.1f}x"
+        name = "" if a is SHAPE else f", {a.kv_heads} KV heads, {a.layers} layers"
+        report.note(f"{SHARERS} share {context} tokens, {dtype}{name}", text, times)
+        report.bar(f"shared_by_copies_{dtype}_{a.kv_heads}_heads_{context}", ours / theirs, "<=", 1.0)
+
+
 def main() -> int:
     """Measure and compare."""
     restart_with_kernels()
@@ -157,6 +209,7 @@ def main() -> int:
                     report.bar(f"{name.replace(' ', '_')}_by_f16_{tokens}_at_{context}", bytes_ / halves, "<=", 1.1)
         if (tokens, context) in GOALS:
             report.bar(f"attention_ms_{tokens}_at_{context}", ours, "<=", GOALS[tokens, context])
+    measure_sharing(report, threads)
     for tokens in (1, 64):
         gate, up = (rng.standard_normal((tokens, SHAPE.intermediate)).astype(np.float32) for _ in "gu")
         x, weight = rng.standard_normal((tokens, SHAPE.hidden)).astype(np.float32), np.ones(SHAPE.hidden, np.float32)

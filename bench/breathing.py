@@ -83,7 +83,7 @@ class Load:
     produced: int = 0
 
     def __enter__(self) -> Load:
-        self._stopping = threading.Event()
+        self._stopping, self._rounds = threading.Event(), itertools.count()
         self._threads = [threading.Thread(target=self._run) for _ in range(self.streams)]
         for thread in self._threads:
             thread.start()
@@ -100,8 +100,9 @@ class Load:
         while not self._stopping.is_set():
             started = False
             try:
+                alone = f"{id(self)} {next(self._rounds)}"  # nothing is reused: prompts are to be read
                 with self.client.generate(
-                    self.model, self.prompt, max_tokens=self.tokens, resume=self.resume
+                    self.model, self.prompt, max_tokens=self.tokens, resume=self.resume, namespace=alone
                 ) as stream:
                     for _ in stream:
                         started = True
@@ -307,7 +308,7 @@ def many(report: Report) -> None:
     asked: dict[int, str] = {}
 
     def answer(client: Client) -> str:
-        return client.generate(model, "def f(x):", max_tokens=8).text()
+        return client.generate(model, "def f(x):", max_tokens=8, exact_prefix=True).text()
 
     with serving(4_000_000_000) as (client, group, _):
         summary = client.show(model).summary

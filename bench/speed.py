@@ -16,11 +16,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from itertools import count
 
 import numpy as np
 from llama_speed import full_gguf, tensor_nbytes, tokens_per_second
 
 from ebbflow.client import Client
+from ebbflow.formats.messages import Finished
 
 from places import daemon, demo_model, full_shape
 from report import Report
@@ -55,19 +57,24 @@ class Ours:
     def __init__(self, client: Client, model: str) -> None:
         self._client, self._model = client, model
         self._prompts: dict[int, str] = {}
+        self._rounds = count()
 
     def decode(self, context: int, tokens: int = TOKENS) -> float:
         """Tokens per second after the first."""
-        with self._client.generate(self._model, self._prompt(context), max_tokens=tokens) as stream:
-            stream.text()
-        done = stream.result
+        done = self._ask(self._prompt(context), tokens)
         return (done.tokens - 1) / (done.seconds - done.seconds_to_first)
 
     def prefill(self, prompt: int) -> float:
         """Prompt tokens per second until the first token is there."""
-        with self._client.generate(self._model, self._prompt(prompt), max_tokens=1) as stream:
+        done = self._ask(self._prompt(prompt), 1)
+        return done.prompt_tokens / done.seconds_to_first
+
+    def _ask(self, prompt: str, tokens: int) -> Finished:
+        """One answer, for which nothing is reused of the answers before."""
+        with self._client.generate(self._model, prompt, max_tokens=tokens, namespace=f"{next(self._rounds)}") as stream:
             stream.text()
-        return stream.result.prompt_tokens / stream.result.seconds_to_first
+        assert stream.result is not None
+        return stream.result
 
     def _prompt(self, tokens: int) -> str:
         """Text of just so many tokens, or one more: found by asking."""
@@ -75,9 +82,7 @@ class Ours:
             line, count = "x = 1\n", tokens
             for _ in range(6):
                 text = (line * tokens)[:count]
-                with self._client.generate(self._model, text, max_tokens=1) as stream:
-                    stream.text()
-                found = stream.result.prompt_tokens
+                found = self._ask(text, 1).prompt_tokens
                 if 0 <= found - tokens <= 1:
                     break
                 count += tokens - found

@@ -13,9 +13,11 @@
 from ..formats.keys import KeyPair
 from ..formats.messages import Finished, ModelDetail, Progress, Resized, Status
 from ..formats.units import AUTO, SizeWish
-from ..formats.values import ChatMessage, ModelSummary, ProcessMemory, Residency, Sampling
+from ..formats.values import ChatMessage, ModelSummary, PinSummary, ProcessMemory, Residency, Sampling
 from . import errors
 from .aio import AsyncClient, AsyncProgressStream, AsyncTextStream
+from .batch import BatchResult, BatchSummary, BatchText
+from .batch_stream import AsyncBatchStream, BatchStream
 from .client import Client
 from .exchange import Lease
 from .launch import ensure_daemon
@@ -23,9 +25,14 @@ from .stream import ProgressStream, TextStream
 
 __all__ = [
     "AUTO",
+    "AsyncBatchStream",
     "AsyncClient",
     "AsyncProgressStream",
     "AsyncTextStream",
+    "BatchResult",
+    "BatchStream",
+    "BatchSummary",
+    "BatchText",
     "ChatMessage",
     "Client",
     "Finished",
@@ -33,6 +40,7 @@ __all__ = [
     "Lease",
     "ModelDetail",
     "ModelSummary",
+    "PinSummary",
     "ProcessMemory",
     "Progress",
     "ProgressStream",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Generic, Self, Unpack
@@ -14,22 +14,16 @@ from ..formats.errors import DaemonGone
 from ..formats.keys import KeyPair
 from ..formats.messages import Finished, ModelDetail, Progress, Resized, Status
 from ..formats.units import SizeWish
-from ..formats.values import ModelSummary
-from . import asks
+from ..formats.values import ModelSummary, PinSummary
+from . import asks, prompts
 from .address import open_channel
-from .asks import AddOptions, Ask, Piece, Reader, Result, SamplingOptions, Terms, Turn
+from .asks import AddOptions, Ask, Piece, Reader, Result, Terms
+from .batch import WINDOW, BatchSummary, BatchText, Plan
+from .batch_stream import AsyncBatchStream
 from .channel import Channel
-from .exchange import Lease, Reply, Sink
-
-
-def _sink(replies: asyncio.Queue[Reply]) -> Sink:
-    loop = asyncio.get_running_loop()
-
-    def put(reply: Reply) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to read
-            loop.call_soon_threadsafe(replies.put_nowait, reply)
-
-    return put
+from .exchange import Lease, Reply
+from .loop import loop_sink
+from .prompts import GenerateOptions, Prompt, Text, Turn
 
 
 class AsyncStream(Generic[Piece, Result]):
@@ -42,7 +36,7 @@ class AsyncStream(Generic[Piece, Result]):
         self._replies: asyncio.Queue[Reply] = asyncio.Queue()
         self._reader = Reader(ask)
         self._channel = channel
-        self._id = channel.open(ask.request, _sink(self._replies))
+        self._id = channel.open(ask.request, loop_sink(self._replies))
 
     def __aiter__(self) -> Self:
         return self
@@ -153,13 +147,48 @@ class AsyncClient:
         """End every open request with `Cancelled` and disconnect. Idempotent."""
         await asyncio.to_thread(self._finalizer)
 
-    def generate(self, model: str, prompt: str, **sampling: Unpack[SamplingOptions]) -> AsyncTextStream:
-        """Continue `prompt`; options are those of `Sampling`."""
-        return AsyncTextStream(self._channel, asks.generate(model, prompt, sampling))
+    def generate(self, model: str, prompt: Prompt, **options: Unpack[GenerateOptions]) -> AsyncTextStream:
+        """Continue `prompt`, a string or token ids; options are those of `GenerateOptions` and `Sampling`."""
+        return AsyncTextStream(self._channel, prompts.generate(model, prompt, options))
 
-    def chat(self, model: str, messages: Iterable[Turn], **sampling: Unpack[SamplingOptions]) -> AsyncTextStream:
+    def chat(self, model: str, messages: Iterable[Turn], **options: Unpack[GenerateOptions]) -> AsyncTextStream:
         """Answer a conversation of `ChatMessage`s, or of mappings with `role` and `content`."""
-        return AsyncTextStream(self._channel, asks.chat(model, messages, sampling))
+        return AsyncTextStream(self._channel, prompts.chat(model, messages, options))
+
+    def generate_batch(
+        self,
+        model: str,
+        texts: Iterable[Text | BatchText],
+        *,
+        window: int = WINDOW,
+        on_progress: Callable[[BatchSummary], None] | None = None,
+        wait: Callable[[float], Awaitable[object]] = asyncio.sleep,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncBatchStream:
+        """Have thousands of texts (strings, token ids, conversations, in any mix) answered: results as they end.
+
+        Texts with a common beginning are asked for one after another, so that it is computed once; at most `window`
+        are asked for at a time, by default with priority -1: after whatever somebody waits for. What may succeed later
+        is tried again up to five times, after `wait`; one that fails does not end the others. `on_progress` hears of
+        each result. Raises `InvalidRequest`, with the text's number, before anything is sent.
+        """
+        plan = Plan(model, texts, options, window)
+        return AsyncBatchStream(self._channel, plan, wait, on_progress)
+
+    async def pin(self, model: str, name: str, text: Text, *, save: bool = False, namespace: str = "") -> PinSummary:
+        """Compute the prefix `text` (a string, token ids or a conversation) once, and keep what was computed as `name`.
+
+        Requests that begin with it then start there. With `save` it is there after a restart, too.
+        """
+        return await self._answer(prompts.pin(model, name, text, save, namespace))
+
+    async def unpin(self, model: str, name: str) -> tuple[PinSummary, ...]:
+        """Let a pinned prefix go, and its file; those that are left."""
+        return await self._answer(prompts.unpin(model, name))
+
+    async def pins(self, model: str) -> tuple[PinSummary, ...]:
+        """The model's pinned prefixes."""
+        return await self._answer(prompts.pins(model))
 
     async def models(self) -> tuple[ModelSummary, ...]:
         """The library's models."""

@@ -1,4 +1,4 @@
-"""What can be asked of the daemon: how each request is made and what its replies mean.
+"""What can be asked of the daemon: how each request is made and what its replies mean. Of text: `prompts`.
 
 Pure, and shared by `Client` and `AsyncClient`: they differ only in how they wait. An `Ask` makes a request once it has
 an id; a `Reader` turns the replies to it into pieces (text, progress), one result, or one typed error.
@@ -6,7 +6,7 @@ an id; a `Reader` turns the replies to it into pieces (text, progress), one resu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypedDict, TypeVar
@@ -21,8 +21,6 @@ from ..formats.messages import (
     Done,
     ExportModel,
     Failed,
-    Finished,
-    Generate,
     GetStatus,
     ImportModel,
     ListModels,
@@ -45,30 +43,12 @@ from ..formats.messages import (
 )
 from ..formats.paths import check_name
 from ..formats.units import SizeWish, parse_seconds, parse_size, parse_wish
-from ..formats.values import ChatMessage, ModelSummary, Sampling
+from ..formats.values import ModelSummary
 from .exchange import Reply, Watch
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 T = TypeVar("T")
-
-Turn = ChatMessage | Mapping[str, str]
-
-
-class SamplingOptions(TypedDict, total=False):
-    """Keyword arguments of `generate` and `chat`; see `Sampling` for meanings and defaults.
-
-    `resume=True`: if the process that holds the model dies (killed, out of memory, hung), the answer goes on in the
-    next one, without a word lost or repeated, up to three times. Otherwise it ends with `WorkerDied`.
-    """
-
-    max_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
-    stop: str | Iterable[str]
-    resume: bool
 
 
 class AddOptions(TypedDict, total=False):
@@ -106,7 +86,7 @@ class Reader(Generic[Piece, Result]):
         self._ask = ask
         self.started: Started | None = None
         self.ended = False
-        self.notify: Callable[[Progress], None] = _nothing
+        self.notify: Callable[[Progress], None] = nothing
         self._terminal: Terminal | None = None
 
     def read(self, reply: Reply) -> Piece | None:
@@ -142,7 +122,9 @@ class Reader(Generic[Piece, Result]):
         return self._ask.result(self._terminal)
 
 
-def _expect(kind: type[T]) -> Callable[[Terminal], T]:
+def expect(kind: type[T]) -> Callable[[Terminal], T]:
+    """What takes a terminal event of that kind and raises `InternalError` for any other."""
+
     def result(terminal: Terminal) -> T:
         if not isinstance(terminal, kind):
             raise InternalError(f"the daemon answered {type(terminal).__name__} where {kind.__name__} was wanted")
@@ -151,11 +133,12 @@ def _expect(kind: type[T]) -> Callable[[Terminal], T]:
     return result
 
 
-def _nothing(_reply: Reply) -> None:
-    return None
+def nothing(_reply: Reply) -> None:
+    """No piece."""
 
 
-def _text(reply: Reply) -> str | None:
+def text_of(reply: Reply) -> str | None:
+    """The text that came, if any."""
     return reply.text if isinstance(reply, Chunk) and reply.text else None
 
 
@@ -163,66 +146,22 @@ def _progress(reply: Reply) -> Progress | None:
     return reply if isinstance(reply, Progress) else None
 
 
-def sampling_from(options: SamplingOptions) -> Sampling:
-    """Checked sampling parameters. Raises `InvalidRequest`."""
-    _check_names(options, SamplingOptions)
-    stop = options.get("stop", ())
-    plain: dict[str, object] = {**options, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
-    plain.pop("resume", None)
-    try:
-        sampling = msgspec.convert(plain, Sampling)
-    except msgspec.ValidationError as error:
-        raise InvalidRequest(f"sampling options: {error}") from error
-    sampling.check()
-    return sampling
-
-
-def _check_names(options: Mapping[str, object], known: type) -> None:
+def check_names(options: Mapping[str, object], known: type) -> None:
+    """Raises `InvalidRequest` for an option that there is not."""
     unknown = sorted(set(options) - set(known.__annotations__))
     if unknown:
         raise InvalidRequest(f"no option {', '.join(unknown)}; there are {', '.join(known.__annotations__)}")
 
 
-def generate(model: str, prompt: str, options: SamplingOptions) -> Ask[str, Finished]:
-    """Continue `prompt`. Raises `InvalidRequest`."""
-    sampling, resume = sampling_from(options), _flag(options)
-    return Ask(
-        lambda id_: Generate(id=id_, model=model, prompt=prompt, sampling=sampling, resume=resume),
-        _text,
-        _expect(Finished),
-    )
-
-
-def chat(model: str, messages: Iterable[Turn], options: SamplingOptions) -> Ask[str, Finished]:
-    """Answer a conversation. Raises `InvalidRequest`."""
-    sampling, resume = sampling_from(options), _flag(options)
-    try:
-        turns = msgspec.convert(list(messages), tuple[ChatMessage, ...])
-    except msgspec.ValidationError as error:
-        raise InvalidRequest(f"messages are role and content, both text: {error}") from error
-    return Ask(
-        lambda id_: Generate(id=id_, model=model, chat=turns, sampling=sampling, resume=resume),
-        _text,
-        _expect(Finished),
-    )
-
-
-def _flag(options: SamplingOptions) -> bool:
-    resume = options.get("resume", False)
-    if not isinstance(resume, bool):
-        raise InvalidRequest(f"resume is True or False, not {resume!r}")
-    return resume
-
-
 def models() -> Ask[None, tuple[ModelSummary, ...]]:
     """The library's models."""
-    listed = _expect(ModelList)
-    return Ask(lambda id_: ListModels(id=id_), _nothing, lambda terminal: listed(terminal).models)
+    listed = expect(ModelList)
+    return Ask(lambda id_: ListModels(id=id_), nothing, lambda terminal: listed(terminal).models)
 
 
 def show(model: str) -> Ask[None, ModelDetail]:
     """Everything the library knows about a model."""
-    return Ask(lambda id_: ShowModel(id=id_, model=model), _nothing, _expect(ModelDetail))
+    return Ask(lambda id_: ShowModel(id=id_, model=model), nothing, expect(ModelDetail))
 
 
 def add(source: str | Path, name: str | None, options: AddOptions) -> Ask[Progress, ModelSummary]:
@@ -230,7 +169,7 @@ def add(source: str | Path, name: str | None, options: AddOptions) -> Ask[Progre
 
     Raises `InvalidRequest` when `source` looks like a folder and is none, `InvalidName` when the name is unusable.
     """
-    _check_names(options, AddOptions)
+    check_names(options, AddOptions)
     location = locate(source)
     chosen = check_name(name if name is not None else location.rstrip("/").rpartition("/")[2])
     calibration = options.get("calibration")
@@ -263,7 +202,7 @@ def export_model(model: str, target: str | Path) -> Ask[Progress, ModelSummary]:
 
 
 def _summary(terminal: Terminal) -> ModelSummary:
-    return _expect(Added)(terminal).summary
+    return expect(Added)(terminal).summary
 
 
 def locate(source: str | Path) -> str:
@@ -286,12 +225,12 @@ def _file(path: Path) -> Path:
 
 def remove(model: str) -> Ask[None, None]:
     """Delete a model from the library."""
-    return Ask(lambda id_: RemoveModel(id=id_, model=model), _nothing, _done)
+    return Ask(lambda id_: RemoveModel(id=id_, model=model), nothing, _done)
 
 
 def resize(model: str, size: str | SizeWish, terms: Terms) -> Ask[None, Resized]:
     """Set how much of a model may be resident. Raises `InvalidSize`, or `InvalidRequest` for terms that are none."""
-    _check_names(terms, Terms)
+    check_names(terms, Terms)
     wish = size if isinstance(size, SizeWish) else parse_wish(size)
     floor, cap, priority = terms.get("floor"), terms.get("cap"), terms.get("priority")
     if not isinstance(priority, int | float | None):
@@ -304,7 +243,7 @@ def resize(model: str, size: str | SizeWish, terms: Terms) -> Ask[None, Resized]
         cap_nbytes=None if cap is None else _nbytes(cap),
         priority=priority,
     )
-    return Ask(lambda id_: msgspec.structs.replace(request, id=id_), _nothing, _expect(Resized))
+    return Ask(lambda id_: msgspec.structs.replace(request, id=id_), nothing, expect(Resized))
 
 
 def _nbytes(size: str | int) -> int:
@@ -315,38 +254,38 @@ def yield_memory(size: str | int, duration: str | float) -> Ask[None, None]:
     """Leave memory free for something else. Raises `InvalidSize` or `InvalidRequest`."""
     nbytes = _nbytes(size)
     seconds = parse_seconds(duration) if isinstance(duration, str) else float(duration)
-    return Ask(lambda id_: YieldMemory(id=id_, nbytes=nbytes, seconds=seconds), _nothing, _done)
+    return Ask(lambda id_: YieldMemory(id=id_, nbytes=nbytes, seconds=seconds), nothing, _done)
 
 
 def pause() -> Ask[None, None]:
     """Hold models at their least."""
-    return Ask(lambda id_: Pause(id=id_), _nothing, _done)
+    return Ask(lambda id_: Pause(id=id_), nothing, _done)
 
 
 def resume() -> Ask[None, None]:
     """End `pause`."""
-    return Ask(lambda id_: Resume(id=id_), _nothing, _done)
+    return Ask(lambda id_: Resume(id=id_), nothing, _done)
 
 
 def status() -> Ask[None, Status]:
     """The daemon, its processes and what they hold."""
-    return Ask(lambda id_: GetStatus(id=id_), _nothing, _expect(Status))
+    return Ask(lambda id_: GetStatus(id=id_), nothing, expect(Status))
 
 
 def shutdown() -> Ask[None, None]:
     """Stop the daemon."""
-    return Ask(lambda id_: Shutdown(id=id_), _nothing, _done)
+    return Ask(lambda id_: Shutdown(id=id_), nothing, _done)
 
 
 def ping() -> Ask[None, None]:
     """Hear one word of the daemon."""
-    return Ask(lambda _id: Ping(), _nothing, _done)
+    return Ask(lambda _id: Ping(), nothing, _done)
 
 
 def gone() -> Ask[None, None]:
     """Wait until the connection ends; raises `DaemonGone` then, for that is how its only reply reads."""
-    return Ask(lambda _id: Watch(), _nothing, _done)
+    return Ask(lambda _id: Watch(), nothing, _done)
 
 
 def _done(terminal: Terminal) -> None:
-    _expect(Done)(terminal)
+    expect(Done)(terminal)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack
@@ -13,11 +14,14 @@ from ..formats.errors import DaemonGone
 from ..formats.keys import KeyPair
 from ..formats.messages import ModelDetail, Resized, Status
 from ..formats.units import SizeWish
-from ..formats.values import ModelSummary
-from . import asks
+from ..formats.values import ModelSummary, PinSummary
+from . import asks, prompts
 from .address import open_channel
-from .asks import AddOptions, SamplingOptions, Terms, Turn
+from .asks import AddOptions, Terms
+from .batch import WINDOW, BatchSummary, BatchText, Plan
+from .batch_stream import BatchStream
 from .exchange import Lease
+from .prompts import GenerateOptions, Prompt, Text, Turn
 from .stream import ProgressStream, Stream, TextStream, answer
 
 
@@ -54,13 +58,48 @@ class Client:
         """End every open request with `Cancelled` and disconnect. Idempotent."""
         self._finalizer()
 
-    def generate(self, model: str, prompt: str, **sampling: Unpack[SamplingOptions]) -> TextStream:
-        """Continue `prompt`; options are those of `Sampling`."""
-        return TextStream(self._channel, asks.generate(model, prompt, sampling))
+    def generate(self, model: str, prompt: Prompt, **options: Unpack[GenerateOptions]) -> TextStream:
+        """Continue `prompt`, a string or token ids; options are those of `GenerateOptions` and `Sampling`."""
+        return TextStream(self._channel, prompts.generate(model, prompt, options))
 
-    def chat(self, model: str, messages: Iterable[Turn], **sampling: Unpack[SamplingOptions]) -> TextStream:
+    def chat(self, model: str, messages: Iterable[Turn], **options: Unpack[GenerateOptions]) -> TextStream:
         """Answer a conversation of `ChatMessage`s, or of mappings with `role` and `content`."""
-        return TextStream(self._channel, asks.chat(model, messages, sampling))
+        return TextStream(self._channel, prompts.chat(model, messages, options))
+
+    def generate_batch(
+        self,
+        model: str,
+        texts: Iterable[Text | BatchText],
+        *,
+        window: int = WINDOW,
+        on_progress: Callable[[BatchSummary], None] | None = None,
+        wait: Callable[[float], object] = time.sleep,
+        **options: Unpack[GenerateOptions],
+    ) -> BatchStream:
+        """Have thousands of texts (strings, token ids, conversations, in any mix) answered: results as they end.
+
+        Texts with a common beginning are asked for one after another, so that it is computed once; at most `window`
+        are asked for at a time, by default with priority -1: after whatever somebody waits for. What may succeed later
+        is tried again up to five times, after `wait`; one that fails does not end the others. `on_progress` hears of
+        each result. Raises `InvalidRequest`, with the text's number, before anything is sent.
+        """
+        plan = Plan(model, texts, options, window)
+        return BatchStream(self._channel, plan, wait, on_progress)
+
+    def pin(self, model: str, name: str, text: Text, *, save: bool = False, namespace: str = "") -> PinSummary:
+        """Compute the prefix `text` (a string, token ids or a conversation) once, and keep what was computed as `name`.
+
+        Requests that begin with it then start there. With `save` it is there after a restart, too.
+        """
+        return answer(self._channel, prompts.pin(model, name, text, save, namespace))
+
+    def unpin(self, model: str, name: str) -> tuple[PinSummary, ...]:
+        """Let a pinned prefix go, and its file; those that are left."""
+        return answer(self._channel, prompts.unpin(model, name))
+
+    def pins(self, model: str) -> tuple[PinSummary, ...]:
+        """The model's pinned prefixes."""
+        return answer(self._channel, prompts.pins(model))
 
     def models(self) -> tuple[ModelSummary, ...]:
         """The library's models."""

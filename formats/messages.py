@@ -21,6 +21,7 @@ from .wire import Message
 
 PING_SECONDS: Final = 2.0
 LEASE_SECONDS: Final = 10.0
+OPEN_PER_CLIENT: Final = 1024  # requests that one client may have open
 ERROR_LETTERS: Final = 4_000  # of an error on the wire: it may quote what somebody sent, at any length
 
 

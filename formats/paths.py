@@ -95,11 +95,11 @@ def default_paths() -> Paths:
     )
 
 
-def check_name(name: str) -> str:
-    """`name`, if it is safe as a folder name. Raises `InvalidName`."""
+def check_name(name: str, what: str = "model") -> str:
+    """`name`, if it is safe as the name of a folder or file. Raises `InvalidName`, which says `what` it shall name."""
     if not _NAME.fullmatch(name):
         raise InvalidName(
-            f"{name!r} is not a model name: use up to 64 letters, digits, dots, dashes and underscores, "
+            f"{name!r} is not a {what} name: use up to 64 letters, digits, dots, dashes and underscores, "
             "beginning with a letter or digit"
         )
     return name

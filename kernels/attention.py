@@ -11,10 +11,16 @@ exponentials, then the sum of values so far, rescaled, plus this block's. What a
 its position or before its window, where memory may hold anything) is replaced before the maximum and left out of the
 sum of values.
 
+Sharing: sequences that begin alike hold the same blocks, and a block is read once for all of them. Tokens that lie next
+to each other in a step are worked on together where their first block is the same, and at each place of their tables
+those that have one block there read it together, whatever they had before or will have after it. Nothing but the tables
+says what is shared: any tree of prefixes is found, and none has to be named. So whoever makes a step puts sequences
+that share next to each other.
+
 Determinism: every score and every output is a chain of fused multiply-adds in order of columns or positions, the
 weights add up in 16 partials in order of positions, and blocks begin at multiples of BLOCK_TOKENS. So a token's result
-depends on neither what else is in the step, how a prompt was cut, threads, nor how many rows a processor's registers
-hold. Tested bitwise.
+depends on neither what else is in the step, who shares its blocks, how a prompt was cut, threads, nor how many rows a
+processor's registers hold. Tested bitwise.
 
 Not here: the rotary embedding (`elementwise`).
 """
@@ -63,7 +69,7 @@ BLOCK_TOKENS: Final = 32
 KINDS: Final[dict[str, int]] = {"f32": SINGLE, "f16": F16, "i8": I8}  # how keys and values may be stored
 LANES: Final = 16
 ROWS_TOGETHER: Final = 8  # rows of scratch multiplied with the same loads
-TILE_ROWS: Final = 32  # rows that share a block while it is in the nearest cache
+TILE_ROWS: Final = 128  # rows that may share a read; 64 to 256 take the same time, and this is 16 tokens of 8 heads
 _WIDE: Final = bool(processor_features().get("avx512f"))
 _ROWS: Final = ROWS_TOGETHER if _WIDE else 4
 _CASES: Final = {  # compiling takes time, and float32 is for comparisons
@@ -613,12 +619,19 @@ def _add_block(
 
 
 @njit(nogil=True)
+def _first_place(position: np.int64, window: int) -> np.int64:
+    """Where in its table the first block is of which the token at `position` sees something."""
+    return max(np.int64(0), position + 1 - window) // BLOCK_TOKENS if window > 0 else np.int64(0)
+
+
+@njit(nogil=True)
 def attend_unit(
     kind: int,
     kv: U8,
     layer: int,
-    table: I64,
-    position: int,
+    tables: I64,
+    sequence: I64,
+    positions: I64,
     q: F32,
     group: int,
     per_group: int,
@@ -626,10 +639,12 @@ def attend_unit(
     scratch: F32,
     y: F32,
 ) -> None:
-    """`attend` for one group's heads and tokens of one sequence, the first at `position`; its blocks are `table`.
+    """`attend` for one group's heads and some neighbouring tokens, whose `sequence`, `positions`, `q [T, h, e]` and `y
+    [T, h * e]` these are: at most `unit_rows(per_group) / per_group`, one at least; `scratch [>= unit_floats(per_group,
+    e)]`.
 
-    `q [T, h, e]` and `y [T, h * e]` are those tokens', at most `unit_rows(per_group) / per_group` of them; `scratch
-    [>= unit_floats(per_group, e)]`.
+    At each place of the tables, neighbours that have the same block there read it together: it is in the nearest cache
+    until the last of them has used it, also where they see different parts of it.
     """
     tokens, width = q.shape[0], q.shape[2]
     rows, step = tokens * per_group, _step(width)
@@ -638,10 +653,11 @@ def attend_unit(
     own = out + rows * step
     largest = own + rows * step
     memory = kv.reshape(-1)
-    begin = max(0, position + 1 - window) if window > 0 else 0
-    last = (position + tokens - 1) // BLOCK_TOKENS
+    begin, last = _first_place(positions[0], window), positions[0]
+    for t in range(1, tokens):
+        begin, last = min(begin, _first_place(positions[t], window)), max(last, positions[t])
     for which in range(2):
-        _ask(memory, _place(kv, table[begin // BLOCK_TOKENS], layer, which, group), kv.shape[4])
+        _ask(memory, _place(kv, tables[sequence[0], begin], layer, which, group), kv.shape[4])
     scale = np.float32(1.0 / math.sqrt(width))
     scratch[sums:own] = 0
     scratch[largest : largest + rows] = -np.inf
@@ -649,23 +665,34 @@ def attend_unit(
         query, mine = q[r // per_group, group * per_group + r % per_group], scratch[own + r * step :]
         for j in range(width):
             mine[j] = query[j] * scale
-    for place in range(begin // BLOCK_TOKENS, last + 1):
-        ahead = _place(kv, table[min(place + 1, last)] - table[place], 0, 0, 0)
-        keys = _place(kv, table[place], layer, 0, group)
-        values = _place(kv, table[place], layer, 1, group)
+    leader = 0  # the first token that goes on to the next place
+    for place in range(begin, last // BLOCK_TOKENS + 1):
         start = place * BLOCK_TOKENS
+        while leader < tokens and positions[leader] < start + BLOCK_TOKENS:
+            leader += 1
         t = 0
         while t < tokens:
-            stop = position + t + 1
-            low = max(0, stop - window - start) if window > 0 else 0
-            high = min(BLOCK_TOKENS, stop - start)
-            following = t + 1
-            if low == 0 and high == BLOCK_TOKENS:  # and later tokens see it all too, until the window leaves it
-                following = tokens if window <= 0 else min(tokens, start + window - position)
-            if low < high:
-                first, stop = t * per_group, following * per_group
-                _add_block(kind, memory, keys, values, ahead, low, high, first, stop, width, rows, scratch)
-            t = following
+            seen = positions[t] + 1 - start
+            low = max(0, seen - window) if window > 0 else 0
+            high = min(BLOCK_TOKENS, seen)
+            first, t = t, t + 1
+            if low >= high:
+                continue
+            block = tables[sequence[first], place]
+            while t < tokens and tables[sequence[t], place] == block:  # who sees the same of the same block
+                seen = positions[t] + 1 - start
+                if min(BLOCK_TOKENS, seen) != high or (window > 0 and max(0, seen - window) != low):
+                    break
+                t += 1
+            following = block  # for which memory is asked meanwhile
+            if t < tokens and positions[t] >= start:
+                following = tables[sequence[t], place]
+            elif leader < tokens:
+                following = tables[sequence[leader], place + 1]
+            ahead = _place(kv, following - block, 0, 0, 0)
+            keys, values = _place(kv, block, layer, 0, group), _place(kv, block, layer, 1, group)
+            start_row, stop_row = first * per_group, t * per_group
+            _add_block(kind, memory, keys, values, ahead, low, high, start_row, stop_row, width, rows, scratch)
     for r in range(rows):
         total = scratch[sums + r * LANES : sums + (r + 1) * LANES]
         for half in (8, 4, 2, 1):
@@ -679,25 +706,41 @@ def attend_unit(
 
 
 @njit(nogil=True)
-def cut_units(sequence: I64, positions: I64, per_group: int) -> I64:
-    """Where units of work begin, and the end: runs of neighbouring tokens of one sequence, none too long.
+def cut_units(tables: I64, sequence: I64, positions: I64, window: int, groups: int, per_group: int, shares: int) -> I64:
+    """Where units of work begin, and the end: runs of neighbouring tokens, each of which shares the first block that it
+    and the one before it both see; none longer than `unit_rows`.
+
+    Each group of a run is a unit. `shares` of them are worked on at once: where groups cannot be dealt out evenly, runs
+    are cut until they can. Each part then reads the blocks again, which costs less than threads with nothing to do,
+    because most of attention is multiply-adds. With as many groups as threads, or a multiple, nothing is read twice.
 
     The only function here that allocates: call it before threads go their own ways, where an error harms nobody.
     """
     most = max(1, TILE_ROWS // per_group)
-    starts = np.empty(sequence.shape[0] + 1, np.int64)
-    units = 0
-    for t in range(sequence.shape[0]):
-        if (
-            units == 0
-            or t - starts[units - 1] == most
-            or sequence[t] != sequence[t - 1]
-            or positions[t] != positions[t - 1] + 1
-        ):
-            starts[units] = t
+    least = shares // math.gcd(groups, shares)
+    tokens = sequence.shape[0]
+    starts = np.empty(tokens + 1, np.int64)
+    units = begin = 0
+    for t in range(1, tokens + 1):
+        if t < tokens and _meet(tables, sequence, positions, window, t):
+            continue
+        count = t - begin
+        parts = max(-(-count // most), min(count, least))
+        for part in range(parts):
+            starts[units] = begin + part * count // parts
             units += 1
-    starts[units] = sequence.shape[0]
+        begin = t
+    starts[units] = tokens
     return starts[: units + 1]
+
+
+@njit(nogil=True)
+def _meet(tables: I64, sequence: I64, positions: I64, window: int, t: int) -> bool:
+    """Whether there is a block that token `t` and the one before it both see, and the first such place has the same."""
+    place = max(_first_place(positions[t - 1], window), _first_place(positions[t], window))
+    if min(positions[t - 1], positions[t]) < place * BLOCK_TOKENS:
+        return False
+    return bool(tables[sequence[t - 1], place] == tables[sequence[t], place])
 
 
 @njit(nogil=True)
@@ -721,13 +764,13 @@ def _attend_share(
     per_group = q.shape[1] // groups
     for unit in range(share, (starts.shape[0] - 1) * groups, shares):
         t, stop = starts[unit // groups], starts[unit // groups + 1]
-        table = tables[sequence[t]]
         attend_unit(
             kind,
             kv,
             layer,
-            table,
-            positions[t],
+            tables,
+            sequence[t:stop],
+            positions[t:stop],
             q[t:stop],
             unit % groups,
             per_group,
@@ -761,7 +804,8 @@ def attend(
     work is shared out over its rows; where there is only one, no thread is woken.
     """
     chunks = scratch.shape[0]
-    starts = cut_units(sequence, positions, q.shape[1] // kv.shape[3])
+    groups = kv.shape[3]
+    starts = cut_units(tables, sequence, positions, window, groups, q.shape[1] // groups, chunks)
     if chunks == 1:
         _attend_share(
             kind, kv, layer, tables, sequence, positions, q, window, starts, np.int64(0), chunks, scratch[0], y

@@ -235,8 +235,9 @@ def _work(
                     kind,
                     kv,
                     program[phase, 1],
-                    tables[sequence[t]],
-                    positions[t],
+                    tables,
+                    sequence[t:stop],
+                    positions[t:stop],
                     by_head[t:stop],
                     unit % groups,
                     per_group,
@@ -310,7 +311,9 @@ def run_step(
     attention.unit_floats]`; `counters` as `team.counters_for`, zero.
     """
     # here, because a thread that found no memory for it would leave the others waiting for ever
-    starts = cut_units(sequence, positions, mixed.shape[1] // (2 * cosine.shape[1]) // kv.shape[3])
+    groups = kv.shape[3]
+    per_group = mixed.shape[1] // (2 * cosine.shape[1]) // groups
+    starts = cut_units(tables, sequence, positions, window, groups, per_group, threads)
     for thread in prange(threads):
         _work(
             thread,

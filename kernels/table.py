@@ -280,17 +280,26 @@ def _gather(draw: Draw, *, m: int, n: int, count: int) -> Arguments:
 
 
 def kv_step(
-    draw: Draw, *, dtype: str, tokens: int, groups: int, width: int, context: int, sequences: int = 1
+    draw: Draw,
+    *,
+    dtype: str,
+    tokens: int,
+    groups: int,
+    width: int,
+    context: int,
+    sequences: int = 1,
+    shared: int = 0,
 ) -> Arguments:
     """A KV array of two layers, block tables, and the last `tokens` positions of each sequence.
 
-    The first sequence is a token behind the others. Memory holds numbers at every position up to its sequence's last,
-    and beyond that NaN; `attend`'s first arguments.
+    The first sequence is a token behind the others; its first `shared` blocks are theirs too. Memory holds numbers at
+    every position up to its sequence's last, and beyond that NaN; `attend`'s first arguments.
     """
     count, kind = -(-context // BLOCK_TOKENS), attention.KINDS[dtype]
     nbytes = attention.head_nbytes(kind, width)
     kv = np.full((sequences * count + 1, 2, 2, groups, nbytes), 0xFF, np.uint8)
     tables = draw.rng.permutation(sequences * count + 1)[: sequences * count].reshape(sequences, count)
+    tables[1:, :shared] = tables[0, :shared]
     keys, values = attention.split(kind, kv, width)
     scales = attention.split_scales(kv) if dtype == "i8" else ()
     for number, blocks in enumerate(tables):

@@ -8,7 +8,7 @@ from typing import Final
 
 from ...formats.errors import EbbflowError
 from ...formats.values import ChatMessage
-from ..asks import SamplingOptions
+from ..prompts import GenerateOptions
 from .answer import Answer, speed
 from .connect import connected
 from .output import note
@@ -22,7 +22,7 @@ class Chat:
     A person at a terminal is told about errors and goes on; a script fails with the first one.
     """
 
-    def __init__(self, model: str, options: SamplingOptions, verbose: bool = False) -> None:
+    def __init__(self, model: str, options: GenerateOptions, verbose: bool = False) -> None:
         self._model = model
         self._options = options
         self._verbose = verbose

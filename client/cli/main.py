@@ -12,11 +12,13 @@ import click
 
 from ...formats.errors import EbbflowError, InternalError
 from .add import add
+from .batch import batch
 from .copy import export, import_
 from .give import pause, resume, yield_memory
 from .keys import keys
 from .models import list_models, rm, show
 from .output import note
+from .pin import pin
 from .ps import ps
 from .resize import resize
 from .run import run
@@ -91,7 +93,8 @@ def main() -> None:
 COMMANDS = (
     *(serve, stop, status, service, keys),
     *(add, import_, export, list_models, show, rm),
-    *(run, ps, top, resize, yield_memory, pause, resume),
+    *(run, batch, pin),
+    *(ps, top, resize, yield_memory, pause, resume),
 )
 for command in COMMANDS:
     main.add_command(command)

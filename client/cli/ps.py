@@ -10,7 +10,7 @@ from ...formats.messages import Status
 from ...formats.units import format_size
 from ...formats.values import ProcessMemory, Residency
 from .connect import connected
-from .output import json_option, write_json, write_table
+from .output import harmless, json_option, write_json, write_table
 from .serve import memory
 
 TITLES = ("MODEL", "RESIDENT", "OF STACK", "", "BLOCKS", "KV", "WORK", "RUN/WAIT", "TOK/S", "WISH", "WHY")
@@ -31,6 +31,9 @@ def ps(as_json: bool) -> None:
     else:
         click.echo("No model is loaded.")
     click.echo()
+    for model in answer.models:
+        if model.kv_limit_nbytes:
+            click.echo(f"{harmless(model.model)}: {_prefixes(model)}")
     if answer.models:
         click.echo(f"held by the worker: {_ledger(answer)}")
     click.echo(f"private memory, as the kernel counts it: {_processes(answer.processes)}")
@@ -51,6 +54,21 @@ def _row(model: Residency) -> tuple[str, ...]:
         _wish(model),
         model.reason,
     )
+
+
+def _prefixes(model: Residency) -> str:
+    """What there is of keys and values, and what keeping them saved."""
+    words = [f"keys and values {format_size(model.kv_nbytes)} of at most {format_size(model.kv_limit_nbytes)}"]
+    if model.kv_cached_nbytes:
+        words.append(f"{format_size(model.kv_cached_nbytes)} of it of requests that have ended")
+    if model.kv_pinned_nbytes:
+        words.append(f"{format_size(model.kv_pinned_nbytes)} pinned")
+    if model.prompt_tokens:
+        share = model.reused_tokens / model.prompt_tokens
+        words.append(f"{share:.0%} of {model.prompt_tokens} prompt tokens were computed before")
+    if model.preemptions:
+        words.append(f"{model.preemptions} times a request gave its place up for a while")
+    return ", ".join(words)
 
 
 def _wish(model: Residency) -> str:

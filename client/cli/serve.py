@@ -26,6 +26,8 @@ _OPTIONS: Final = (
     ("--drain-seconds", "N", "When told to end, let running requests finish for N seconds (10)."),
     ("--listen", "ADDRESS", "Serve tcp://HOST:PORT too; beyond loopback only to the keys of `ebb keys`."),
     ("--kv", "TYPE", "How keys and values of contexts are kept: f16, or i8 in half the memory (f16)."),
+    ("--kv-limit", "SIZE", "Most bytes of keys and values for one model (2GB, or an eighth of memory if less)."),
+    ("--kv-cached", "SIZE", "How much of that may belong to no running request (256MB)."),
     ("--threads", "N", "Threads that compute (as many as there are free cores)."),
 )
 

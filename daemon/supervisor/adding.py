@@ -25,6 +25,8 @@ from ...formats.messages import (
     Finished,
     ImportModel,
     JobRequest,
+    Pinned,
+    Pins,
     Progress,
     Resized,
     Started,
@@ -183,7 +185,7 @@ class Adding:
             case Failed():
                 if not self._job.cancelled:
                     self._end(self._ours(message), now)
-            case Report() | LoadFailed() | Resized() | Started() | Chunk() | Finished():
+            case Report() | LoadFailed() | Resized() | Started() | Chunk() | Finished() | Pinned() | Pins():
                 log.warning("a job sent %s, which only workers send", type(message).__name__)
             case _:
                 assert_never(message)

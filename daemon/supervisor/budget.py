@@ -12,7 +12,8 @@ takes whatever we leave can: each such reversal doubles the quiet time, so that 
 instead of fast.
 
 What is given back, in order, each measured before the next: what the worker keeps for later (`caches`), residual
-blocks, the job's further growth (`strangled`), idle models' bases (`evict`), and at last new requests (`refusal`).
+blocks, the job's further growth (`strangled`), idle models' bases (`evict`), keys and values of the youngest requests
+(`squeeze`), and at last new requests (`refusal`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .outlook import Outlook
 from .pool import Claim, divide
 from .quiet import Quiet
 from .reading import Reading
+from .squeeze import Squeeze
 from .terms import Terms
 from .worth import Piece, pieces
 
@@ -36,7 +38,7 @@ from .worth import Piece, pieces
 #
 #   below reserve / 2       when all are at their least, admit no new request
 #   below R                 shrink at once, up to R + SHRINK_MARGIN; when all are at their least, stop the job, and then
-#                           unload idle models; load none whose base does not fit
+#                           unload idle models, and then take places from requests; load none whose base does not fit
 #   R .. R + DEAD_BAND      change nothing; a job that was stopped goes on from R + DEAD_BAND / 2
 #   above R + DEAD_BAND     grow after a quiet time, down to R + DEAD_BAND / 2
 #   above R + CALM          look less often
@@ -114,7 +116,8 @@ class Budget:
     outlook: Outlook
     demand: Demand = field(default_factory=Demand)
     paused: bool = False
-    giving_back: bool = False  # whether the last look found memory short: caches have to go
+    missing: int = 0  # bytes that the last look found missing, before anybody was told
+    squeeze: Squeeze = field(default_factory=Squeeze)
     _models: dict[str, _Model] = field(default_factory=dict)
     _quiet: Quiet = field(default_factory=Quiet)
     _grown_at: float = float("-inf")
@@ -223,6 +226,7 @@ class Budget:
                 self.demand.lower(name, model.target)
             self._quiet.worst(now)
         self._models.clear()
+        self.squeeze = Squeeze()
         self.outlook.slope.forget()
 
     # -- the controller ---------------------------------------------------------------------------------------------
@@ -230,10 +234,9 @@ class Budget:
     def update(self, now: float, reading: Reading, holdings: Mapping[str, Holding], caches: int = 0) -> dict[str, int]:
         """One turn: the targets that changed. `caches` bytes the worker can drop without making anything worse."""
         self._observe(now, reading, holdings)
-        self.giving_back = False
+        self.missing = SHRINK_MARGIN - self.outlook.room if self.short else 0
         if self.paused:
             if self.short:
-                self.giving_back = True
                 self._quiet.short(now)
             least = {name: self._limits(name)[0] for name in self._automatic()}
             return self._retarget({name: min(self._models[name].target, low) for name, low in least.items()})
@@ -272,6 +275,11 @@ class Budget:
         if name is not None:
             self._evicted_at = self.outlook.now
         return name
+
+    def last_resort(self, idle: Collection[str]) -> bool:
+        """Whether nothing is left to give back but what requests use; what was unloaded just now is waited for."""
+        waited = self.outlook.now - self._evicted_at >= EVICT_EVERY_SECONDS
+        return waited and self.strangled and not self._by_worth(idle)
 
     def refusal(self) -> OutOfMemory | None:
         """Why a new request cannot be admitted now, if it cannot."""
@@ -395,10 +403,9 @@ class Budget:
         return changed
 
     def _shrink(self, caches: int) -> dict[str, int]:
-        self.giving_back = True
         self._quiet.short(self.outlook.now)
         if caches:  # they go first
-            self.outlook.trim(caches)
+            self.outlook.trim(min(caches, self.missing))
         missing = SHRINK_MARGIN - self.outlook.room
         if missing <= 0:
             return {}
@@ -416,7 +423,7 @@ class Budget:
     def _may_grow(self) -> bool:
         now = self.outlook.now
         quiet = self._quiet.left(now) <= 0 and now - self._grown_at >= GROW_EVERY_SECONDS
-        return quiet and self.outlook.room > DEAD_BAND and self._settled
+        return quiet and self.outlook.room > DEAD_BAND and self._settled and not self.squeeze.limit
 
     def _grow(self) -> dict[str, int]:
         models = self._models

@@ -7,20 +7,44 @@ from typing import Final
 
 from ...formats.errors import InvalidRequest, InvalidSize
 from ...formats.manifest import Manifest
-from ...formats.messages import Generate, Resize, YieldMemory
+from ...formats.messages import Generate, Pin, Resize, YieldMemory
+from ...formats.paths import check_name
 from ...formats.units import LARGEST, SizeWish, format_size
 from .terms import Terms
 
-PRIORITY_MOST: Final = 1000.0
+PRIORITY_MOST: Final = 1000.0  # of a model
+URGENCY_MOST: Final = 100  # of a request, either way
+NAMESPACE_LETTERS: Final = 200
 
 
 def check_generate(message: Generate) -> None:
     """Raises `InvalidRequest` for a generation that cannot be asked for."""
-    if (message.prompt is None) == (message.chat is None):
-        raise InvalidRequest("give either a prompt or a chat, and not both")
+    _check_text(message)
+    if not -URGENCY_MOST <= message.priority <= URGENCY_MOST:
+        raise InvalidRequest(f"a priority is between -{URGENCY_MOST} and {URGENCY_MOST}, not {message.priority}")
+    if not (message.deadline_seconds >= 0 and math.isfinite(message.deadline_seconds)):
+        raise InvalidRequest(f"a deadline is some seconds from now, or 0, not {message.deadline_seconds:g}")
+    message.sampling.check()
+
+
+def check_pin(message: Pin) -> None:
+    """Raises `InvalidName` or `InvalidRequest` for a prefix that cannot be pinned."""
+    check_name(message.name, "pin")
+    _check_text(message)
+
+
+def _check_text(message: Generate | Pin) -> None:
+    given = [value for value in (message.prompt, message.ids, message.chat) if value is not None]
+    if len(given) != 1:
+        raise InvalidRequest("give a prompt, its token ids or a chat, and exactly one of them")
     if message.chat is not None and not message.chat:
         raise InvalidRequest("the chat has no messages")
-    message.sampling.check()
+    if message.ids is not None and not message.ids:
+        raise InvalidRequest("there are no token ids")
+    if message.ids is not None and min(message.ids) < 0:
+        raise InvalidRequest(f"token ids are 0 or more, not {min(message.ids)}")
+    if len(message.namespace) > NAMESPACE_LETTERS:
+        raise InvalidRequest(f"a namespace of {len(message.namespace)} letters; it may have {NAMESPACE_LETTERS}")
 
 
 def check_wish(wish: SizeWish, manifest: Manifest) -> None:

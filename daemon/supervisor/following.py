@@ -29,11 +29,13 @@ class Following:
         if not self._active or now < self._due:
             return
         targets = self._budget.update(now, self._read(), self._worker.holdings(), self._worker.cache_nbytes(now))
-        if self._budget.giving_back:
-            self._worker.trim(now)
+        if self._budget.missing:
+            self._worker.trim(now, self._budget.missing)
         self._worker.tell(targets)
         self._restrain_job(now)
-        self._evict(now)
+        if not self._job_goes_first(now):
+            self._evict()
+            self._squeeze(now)
         self._due = now + self._budget.look_seconds()
 
     def wait_seconds(self, now: float) -> float | None:
@@ -50,9 +52,17 @@ class Following:
         elif self._budget.eased:
             self._adding.go_on(now)
 
-    def _evict(self, now: float) -> None:
-        if self._adding.running and not self._adding.held_for(now) >= JOB_FIRST_SECONDS and not self._budget.paused:
-            return
+    def _job_goes_first(self, now: float) -> bool:
+        """Whether it has to stand still, or has only just begun to, before anything else is taken."""
+        return self._adding.running and self._adding.held_for(now) < JOB_FIRST_SECONDS and not self._budget.paused
+
+    def _evict(self) -> None:
         victim = self._budget.evict(self._worker.idle())
         if victim is not None:
             self._worker.evict(victim)
+
+    def _squeeze(self, now: float) -> None:
+        room, last_resort = self._budget.outlook.room, self._budget.last_resort(self._worker.idle())
+        limit = self._budget.squeeze.update(now, room, self._worker.kv_nbytes(), last_resort)
+        if limit is not None:
+            self._worker.limit_kv(limit)

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from typing import Final
 
 from ...formats.child_messages import from_child_decoder
@@ -18,6 +19,7 @@ from ...formats.paths import Paths, default_paths
 from ...formats.units import format_size
 from ..channel import Hub, Limits
 from ..process import allow_files, set_oom_score
+from ..settings import WorkerSettings
 from .children import CommandLauncher, Launcher
 from .door import listen
 from .library import Library
@@ -101,7 +103,7 @@ class Daemon:
             log.error("not reloaded: %s", error)
         else:
             fixed = _changed(self._options, options, ("listen", "log_format", "log_file"))
-            fixed += _changed(self._options.worker, options.worker, ("kv", "threads", "exact"))
+            fixed += _changed(self._options.worker, options.worker, [field.name for field in fields(WorkerSettings)])
             if fixed:
                 log.warning("%s will change at the next start only", ", ".join(fixed))
             self._options = options

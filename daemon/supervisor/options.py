@@ -20,7 +20,7 @@ from ...formats.units import parse_size
 from ..settings import DEFAULTS, KvType, WorkerSettings
 
 VARIABLE: Final = "EBBFLOW_"
-_SIZES: Final = ("reserve", "battery_reserve", "cap")
+_SIZES: Final = ("reserve", "battery_reserve", "cap", "kv_limit", "kv_cached")
 _WORKERS: Final = tuple(field.name for field in fields(WorkerSettings))
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 HELP: Final = {
@@ -34,6 +34,8 @@ HELP: Final = {
     "drain_seconds": "when told to end, how long running requests may take to finish (10)",
     "listen": "also serve tcp://ADDRESS:PORT; beyond loopback only to the keys allowed by `ebb keys allow` (no)",
     "kv": "how keys and values of contexts are kept: f16, or i8 in half the memory (f16)",
+    "kv_limit": "most bytes of keys and values for one model (2 GB, or an eighth of memory if that is less)",
+    "kv_cached": "how much of that may belong to no running request (256MB)",
     "threads": "threads that compute (one for each core we have)",
     "exact": "never round activations: slow, a yardstick for comparisons (false)",
 }
@@ -52,6 +54,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     drain_seconds: Seconds = 10.0
     listen: str | None = None
     kv: KvType = "f16"
+    kv_limit: str | int | None = None
+    kv_cached: str | int | None = None
     exact: bool = False
     threads: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
@@ -78,9 +82,9 @@ def gather(arguments: Sequence[str], environment: Mapping[str, str], file: Path)
     Leaves with exit code 2 when the command line has what no option is called.
     """
     values = _file(file) | _environment(environment) | _command_line(arguments)
+    values |= {name: _size(name, values[name]) for name in _SIZES if name in values}
     worker = WorkerSettings(**{name: values.pop(name) for name in _WORKERS if name in values})
-    sizes = {name: _size(name, values.get(name)) for name in _SIZES}
-    return Options(**(values | sizes), worker=worker)
+    return Options(**values, worker=worker)
 
 
 def _command_line(arguments: Sequence[str]) -> dict[str, Any]:

@@ -31,8 +31,7 @@ class Outlook:
     _yielded: int = 0
     _yielded_until: float = float("-inf")
     _emergency: int = 0  # of ours, swapped out since the last look
-    _trimmed: int = 0
-    _trimmed_at: float = float("-inf")
+    _trims: list[tuple[float, int]] = field(default_factory=list)
 
     def observe(self, now: float, reading: Reading, ours: int | None) -> bool:
         """Take a reading; `ours` is what stacks hold, unknown while a base is being read. Whether it can be compared
@@ -59,7 +58,10 @@ class Outlook:
 
     def trim(self, nbytes: int) -> None:
         """So much was asked for that the worker only kept for later."""
-        self._trimmed, self._trimmed_at = nbytes, self.now
+        self._trims = [*self._coming_back(), (self.now, nbytes)]
+
+    def _coming_back(self) -> list[tuple[float, int]]:
+        return [(when, nbytes) for when, nbytes in self._trims if self.now - when < TRIM_SECONDS]
 
     @property
     def yielded(self) -> int:
@@ -83,8 +85,7 @@ class Outlook:
         Being swapped out is an emergency: then so much is missing.
         """
         available = self.reading.available + self.asked_back - self.slope.coming
-        if self.now - self._trimmed_at < TRIM_SECONDS:
-            available += self._trimmed
+        available += sum(nbytes for _, nbytes in self._coming_back())
         return min(available, self.reserved - self._emergency) if self._emergency else available
 
     @property

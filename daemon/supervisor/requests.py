@@ -6,6 +6,7 @@ here is closed by exactly one terminal event, or by `forget` when there is nobod
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import msgspec
 from ...formats.errors import EbbflowError, InvalidRequest, TooBusy
 from ...formats.messages import (
     LEASE_SECONDS,
+    OPEN_PER_CLIENT,
     TERMINAL,
     Added,
     AddModel,
@@ -28,22 +30,29 @@ from ...formats.messages import (
     Generate,
     ImportModel,
     JobRequest,
+    ListPins,
+    Pin,
+    Pinned,
+    Pins,
     Progress,
     Resize,
     Resized,
     Shutdown,
     Started,
+    Unpin,
     failure,
 )
 from ...formats.wire import Message
 from .kept import Kept
+from .owners import Owners
 
-OPEN_PER_CLIENT: Final = 256
 HELD_PER_CLIENT: Final = 16_000_000  # bytes of text, as they lie in memory; one alone may have more
 HELD_BY_ALL: Final = 64_000_000
+ID_NBYTES: Final = 8  # of a token's id: its place in a tuple; the numbers themselves are few, or shared
 
-Lasting = Generate | JobRequest | Resize | Shutdown
-Answer = Started | Chunk | Progress | Finished | Failed | Added | Resized | Done
+PinRequest = Pin | Unpin | ListPins
+Lasting = Generate | PinRequest | JobRequest | Resize | Shutdown
+Answer = Started | Chunk | Progress | Finished | Failed | Pinned | Pins | Added | Resized | Done
 
 
 @dataclass
@@ -51,6 +60,7 @@ class OpenRequest:
     """A request that lasts; `id` is ours, `message.id` the client's.
 
     `forwarded`: a child knows of it. `cancelled`: that child was told to end it. `kept`: what survives the child.
+    `owner` is the client's number, `opened` when it came.
     """
 
     id: int
@@ -59,26 +69,35 @@ class OpenRequest:
     forwarded: bool = False
     cancelled: bool = False
     kept: Kept | None = None
+    owner: int = 0
+    opened: float = 0.0
 
     @property
     def model(self) -> str:
         """The model it is about, or nothing."""
         match self.message:
-            case Generate() | Resize():
+            case Generate() | Pin() | Unpin() | ListPins() | Resize():
                 return self.message.model
             case AddModel() | ImportModel() | ExportModel():
                 return self.message.name
             case Shutdown():
                 return ""
 
+    def left(self, now: float) -> float:
+        """Seconds until its deadline; without one, for ever."""
+        limit = self.message.deadline_seconds if isinstance(self.message, Generate) else 0.0
+        return self.opened + limit - now if limit else math.inf
+
 
 def _text_nbytes(message: Lasting) -> int:
-    """Bytes of all the text in a request, as it lies in memory."""
+    """Bytes of all the text in a request, and of token ids, as they lie in memory."""
     texts = [value for value in msgspec.structs.astuple(message) if isinstance(value, str)]
     if isinstance(message, Generate):
         texts += message.sampling.stop
+    if isinstance(message, Generate | Pin):
         texts += [text for turn in message.chat or () for text in (turn.role, turn.content)]
-    return sum(map(sys.getsizeof, texts))
+    ids = len(message.ids or ()) if isinstance(message, Generate | Pin) else 0
+    return sum(map(sys.getsizeof, texts)) + ID_NBYTES * ids
 
 
 @dataclass
@@ -96,6 +115,7 @@ class Requests:
         self._ids = count(1)
         self._open: dict[int, OpenRequest] = {}
         self._clients: dict[bytes, _Client] = {}
+        self._owners = Owners()
         self._nbytes = 0
 
     def __len__(self) -> int:
@@ -122,7 +142,8 @@ class Requests:
         entry.nbytes += nbytes
         self._nbytes += nbytes
         kept = Kept(now) if isinstance(message, Generate) and message.resume else None
-        request = OpenRequest(next(self._ids), client, message, kept=kept)
+        owner = self._owners.number(client)
+        request = OpenRequest(next(self._ids), client, message, kept=kept, owner=owner, opened=now)
         self._clients[client] = entry
         entry.requests[message.id] = self._open[request.id] = request
         return request

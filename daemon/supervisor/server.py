@@ -27,6 +27,7 @@ from ...formats.errors import (
 )
 from ...formats.messages import (
     LEASE_SECONDS,
+    OPEN_PER_CLIENT,
     AddModel,
     Cancel,
     Done,
@@ -35,8 +36,10 @@ from ...formats.messages import (
     GetStatus,
     ImportModel,
     ListModels,
+    ListPins,
     ModelList,
     Pause,
+    Pin,
     Ping,
     Pong,
     RemoveModel,
@@ -46,6 +49,7 @@ from ...formats.messages import (
     ShowModel,
     Shutdown,
     Status,
+    Unpin,
     YieldMemory,
     failure,
 )
@@ -53,24 +57,24 @@ from ...formats.values import ProcessMemory
 from ..channel import Hub, wait
 from .adding import Adding
 from .budget import Budget
-from .checks import changed_terms, check_generate, check_terms, check_yield
+from .checks import changed_terms, check_generate, check_pin, check_terms, check_yield
 from .children import Launcher, Ward
 from .demand import Demand
 from .following import Following
 from .library import Library, detail
 from .outlook import Outlook
 from .reading import Reading
-from .requests import Lasting, OpenRequest, Requests
+from .requests import Lasting, OpenRequest, PinRequest, Requests
 from .sensor import Sensor
 from .terms import read_terms, write_terms
-from .worker import Worker
+from .worker import Served, Worker
 
 log = logging.getLogger(__name__)
 
 REST_SECONDS: Final = 1.0  # while nothing is going on: to see that the sockets' files are still there
 TICK_SECONDS: Final = 0.2  # while anything is going on
 LAST_WORDS_TICK_SECONDS: Final = 0.02  # while a dead child's last messages are waited for
-NAMED_PER_PING: Final = 1000  # requests that one ping may ask after; a client names the rest in the next
+NAMED_PER_PING: Final = 2 * OPEN_PER_CLIENT  # requests that one ping may ask after; a client names the rest in the next
 
 
 @dataclass(frozen=True)
@@ -193,7 +197,7 @@ class Server:
 
     def _answering(self) -> int:
         """How many open requests would end well if they were given time."""
-        return sum(isinstance(request.message, Generate | Resize) for request in self.requests)
+        return sum(isinstance(request.message, Served) for request in self.requests)
 
     # -- clients ----------------------------------------------------------------------------------------------------
 
@@ -238,7 +242,9 @@ class Server:
                 self._clients.send(client, Done(id=request.id))
             case GetStatus():
                 self._clients.send(client, self._status(request.id, now))
-            case Generate() | AddModel() | ImportModel() | ExportModel() | Resize() | Shutdown():
+            case Generate() | Pin() | Unpin() | ListPins() | Resize() | Shutdown():
+                self._begin(client, request, now)
+            case AddModel() | ImportModel() | ExportModel():
                 self._begin(client, request, now)
             case _:
                 assert_never(request)
@@ -262,9 +268,12 @@ class Server:
         match message:
             case Generate():
                 check_generate(message)
-                self._library.get(message.model)
-                self.worker.check_room(message.model)
-                self.worker.generate(self.requests.open(client, message, now), now)
+                self._serve(client, message, now)
+            case Pin():
+                check_pin(message)
+                self._serve(client, message, now)
+            case Unpin() | ListPins():
+                self._serve(client, message, now)
             case AddModel() | ImportModel() | ExportModel():
                 self.adding.check(message)
                 self.adding.add(self.requests.open(client, message, now), message, now)
@@ -280,12 +289,18 @@ class Server:
             case _:
                 assert_never(message)
 
+    def _serve(self, client: bytes, message: Generate | PinRequest, now: float) -> None:
+        """Have the worker answer. Raises `UnknownModel`, `OutOfMemory` or `TooBusy`."""
+        self._library.get(message.model)
+        self.worker.check_room(message.model, needs_more=isinstance(message, Generate | Pin))
+        self.worker.serve(self.requests.open(client, message, now), now)
+
     def _cancel(self, request: OpenRequest | None, now: float) -> None:
         """Have whoever works on a request stop; one that is unknown, or over in a moment, is left alone."""
         if request is None:
             return
         match request.message:
-            case Generate():
+            case Generate() | Pin() | Unpin() | ListPins():
                 self.worker.cancel(request)
             case AddModel() | ImportModel() | ExportModel():
                 self.adding.cancel(request, now)

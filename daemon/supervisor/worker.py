@@ -7,6 +7,7 @@ ends, also when it crashes, hangs at its start or is killed.
 from __future__ import annotations
 
 import logging
+import math
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,6 +19,7 @@ from ...formats.child_messages import (
     Exit,
     FromJob,
     FromWorker,
+    LimitKv,
     LoadFailed,
     LoadModel,
     Ready,
@@ -26,11 +28,29 @@ from ...formats.child_messages import (
     Trim,
     UnloadModel,
 )
-from ...formats.errors import Cancelled, EbbflowError, OutOfMemory, WorkerDied, from_wire
-from ...formats.messages import Added, Cancel, Chunk, Failed, Finished, Generate, Progress, Resize, Resized, Started
+from ...formats.errors import Cancelled, DeadlineExceeded, EbbflowError, OutOfMemory, WorkerDied, from_wire
+from ...formats.messages import (
+    Added,
+    Cancel,
+    Chunk,
+    Failed,
+    Finished,
+    Generate,
+    ListPins,
+    Pin,
+    Pinned,
+    Pins,
+    Progress,
+    Resize,
+    Resized,
+    Started,
+    Unpin,
+)
+from ...formats.units import format_seconds
 from ...formats.values import Residency
 from ...formats.wire import Message
 from .budget import Budget, Holding
+from .caches import Caches
 from .children import LEAVE_SECONDS, Launcher, Ward, fresh_identity
 from .kept import Word
 from .library import Library
@@ -48,9 +68,10 @@ RESTARTING: Final = "the worker died; going on in a new one"
 RUNTIME_NBYTES: Final = 110_000_000  # what a worker holds before it loads anything
 WAITING_FOR_MEMORY: Final = "waiting for memory to go on"
 ROOM_LOOK_SECONDS: Final = 1.0  # between two looks whether there is some
-TRIM_SECONDS: Final = 1.0  # between two orders to give back what is kept for later
+DEADLINE_LOOK_SECONDS: Final = 0.1  # between two looks whether one has passed
 
 Phase = Literal["absent", "starting", "ready", "leaving"]
+Served = Generate | Pin | Unpin | ListPins | Resize
 
 
 class Worker:
@@ -84,7 +105,8 @@ class Worker:
         self._failed_starts = 0
         self._oom_kills_before = 0
         self._busy_at = 0.0
-        self._trimmed_at = float("-inf")
+        self._caches = Caches()
+        self._deadlines_seen = float("-inf")
         self.runtime_nbytes = 0  # what the worker held before it loaded anything
         self._silence = Silence()
         self._hung = False
@@ -104,8 +126,8 @@ class Worker:
 
     # -- what clients want ------------------------------------------------------------------------------------------
 
-    def generate(self, request: OpenRequest, now: float) -> None:
-        """Have a generation done, by a worker started for it if need be. `check_room` was called."""
+    def serve(self, request: OpenRequest, now: float) -> None:
+        """Have a request answered, by a worker started for it if need be. `check_room` was called."""
         self._budget.demand.use(request.model, now)
         if self._phase == "absent":
             self._start(now)
@@ -114,10 +136,10 @@ class Worker:
         if self._phase == "ready":
             self._forward(request, now)
 
-    def check_room(self, model: str) -> None:
-        """Raises `OutOfMemory` when memory is too short for one request more, or for the model that it needs."""
+    def check_room(self, model: str, *, needs_more: bool) -> None:
+        """Raises `OutOfMemory` when memory is too short for the model, or for a request that `needs_more` of it."""
         if model in self._loaded:
-            refusal = self._budget.refusal()
+            refusal = self._budget.refusal() if needs_more else None
             if refusal:
                 raise refusal
         else:
@@ -163,6 +185,7 @@ class Worker:
                 self._become_ready(now)
             case Report():
                 self._note(message.models)
+                self._caches.note(message.models)
             case LoadFailed():
                 self._give_up(message)
             case Resized():
@@ -172,6 +195,8 @@ class Worker:
                 self._requests.answer(message)
             case Started() | Chunk() | Finished() | Failed():
                 self._pass_on(message, now)
+            case Pinned() | Pins():
+                self._requests.answer(message)
             case Progress():
                 self._stage = message.stage
                 if self._phase == "starting" and self._ward:
@@ -194,6 +219,7 @@ class Worker:
 
     def tick(self, now: float) -> None:
         """See to whatever is due."""
+        self._end_late(now)
         if self._ward is None:
             return
         if self._ward.gone(now):
@@ -220,9 +246,17 @@ class Worker:
         if passed:
             self._requests.answer(passed)
 
+    def _end_late(self, now: float) -> None:
+        """Deadlines of what no worker knows of; the worker sees to those of the others."""
+        if now - self._deadlines_seen >= DEADLINE_LOOK_SECONDS:
+            self._deadlines_seen = now
+            for request in self._served():
+                if not request.forwarded and request.left(now) <= 0:
+                    self._requests.fail(request, _late(request, now))
+
     def _tell_all_that_wait(self, stage: str) -> None:
         for request in self._served():
-            if isinstance(request.message, Generate):
+            if not isinstance(request.message, Resize):
                 self._requests.answer(Progress(id=request.id, stage=stage))
 
     # -- birth and death --------------------------------------------------------------------------------------------
@@ -303,11 +337,12 @@ class Worker:
 
     def _forget_models(self, now: float, out_of_memory: bool) -> None:
         self._loaded.clear()
+        self._caches = Caches()
         self._budget.worker_gone(now, out_of_memory)
 
     def _served(self) -> list[OpenRequest]:
         """Every request that is this worker's to answer."""
-        return [request for request in self._requests if isinstance(request.message, (Generate, Resize))]
+        return [request for request in self._requests if isinstance(request.message, Served)]
 
     def _fail_all(self, error: EbbflowError) -> None:
         for request in self._served():
@@ -321,6 +356,13 @@ class Worker:
 
     def _forward(self, request: OpenRequest, now: float) -> None:
         message = msgspec.structs.replace(request.message, id=request.id)
+        if isinstance(message, Generate):
+            left = request.left(now)
+            if left <= 0:
+                self._requests.fail(request, _late(request, now))
+                return
+            seconds = left if math.isfinite(left) else 0.0
+            message = msgspec.structs.replace(message, owner=request.owner, deadline_seconds=seconds)
         try:
             self._load(request.model)
             if request.kept and isinstance(message, Generate):
@@ -391,10 +433,12 @@ class Worker:
         return self._phase == "ready" and bool(self._loaded)
 
     def cache_nbytes(self, now: float) -> int:
-        """Bytes that the worker could give back without making anything worse, unless it was just asked for them."""
-        if now - self._trimmed_at < TRIM_SECONDS:
-            return 0
-        return sum(residency.cache_nbytes for residency in self._loaded.values() if residency)
+        """Bytes that the worker could give back without making anything worse, less those it was just asked for."""
+        return self._caches.left(now)
+
+    def kv_nbytes(self) -> list[int]:
+        """Keys and values of each model that has any, as last reported."""
+        return [residency.kv_nbytes for residency in self._loaded.values() if residency and residency.kv_nbytes]
 
     def holdings(self) -> dict[str, Holding]:
         """What the worker last reported of each model."""
@@ -410,11 +454,15 @@ class Worker:
             if model != but:
                 self._say(SetTarget(model=model, target_nbytes=target))
 
-    def trim(self, now: float) -> None:
-        """Have what is kept for later given back, unless that was asked just now."""
-        if now - self._trimmed_at >= TRIM_SECONDS:
-            self._trimmed_at = now
-            self._say(Trim())
+    def trim(self, now: float, nbytes: int) -> None:
+        """Have what is kept for later given back, of keys and values `nbytes`, unless that was asked just now."""
+        if self._caches.ask(now, nbytes):
+            self._say(Trim(nbytes=nbytes))
+
+    def limit_kv(self, nbytes: int) -> None:
+        """Have at most so many bytes of keys and values held for each model; 0 ends it."""
+        log.info("keys and values: %s", f"at most {nbytes} bytes for each model" if nbytes else "as usual again")
+        self._say(LimitKv(nbytes=nbytes))
 
     def evict(self, model: str) -> int:
         """Unload a model that nobody waits for; its bytes that are free when the worker has heard it."""
@@ -433,3 +481,10 @@ class Worker:
     def _useless(self) -> bool:
         """Whether a worker without models only takes memory that somebody wants."""
         return self._budget.paused or self._budget.short
+
+
+def _late(request: OpenRequest, now: float) -> DeadlineExceeded:
+    waited = format_seconds(now - request.opened)
+    return DeadlineExceeded(
+        f"the deadline passed after {waited}, before a worker could begin; try again, or allow more"
+    )

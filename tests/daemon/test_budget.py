@@ -497,7 +497,7 @@ def test_caches_go_before_blocks_and_are_measured_before_more_is_asked():
     budget.load("a", 100 * MB, 5 * GB, Reading(10 * GB, ""))
     low = Reading(RESERVE - 10 * MB, "")
     assert budget.update(0.0, low, full, caches=100 * MB) == {}
-    assert budget.giving_back
+    assert budget.missing
     assert budget.update(0.1, low, full) == {}
     assert budget.update(0.3, low, full) == {"a": 5 * GB - 10 * MB - SHRINK_MARGIN}  # they never came
     budget = Budget(Outlook(RESERVE))
@@ -505,7 +505,7 @@ def test_caches_go_before_blocks_and_are_measured_before_more_is_asked():
     low = Reading(RESERVE - 200 * MB, "")
     assert budget.update(0.0, low, full, caches=50 * MB) == {"a": 5 * GB - 150 * MB - SHRINK_MARGIN}
     assert not budget.update(0.1, Reading(RESERVE + SHRINK_MARGIN, ""), {"a": Holding(*2 * [budget.target("a")])})
-    assert not budget.giving_back
+    assert not budget.missing
 
 
 def test_a_worker_that_never_answers_is_asked_again():

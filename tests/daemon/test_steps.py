@@ -63,6 +63,17 @@ class Runs:
         ]
         return np.concatenate(found)
 
+    def of_two(self, shared: bool) -> np.ndarray:
+        """Logits at the ends of two sequences that begin alike; in one step, the block they share computed once."""
+        first, second = (Sequence(key, TOKENS[:32] + tail, 45) for key, tail in ((1, TOKENS[32:]), (2, TOKENS[:13])))
+        first.blocks = self._blocks()
+        if not shared:
+            second.blocks = self._blocks()
+            return np.concatenate([self._step([Piece(each, 0, 45)], [44]) for each in (first, second)])
+        second.blocks = (first.blocks[0], *self._kv.allocate(1))
+        self._step([Piece(first, 0, 44)], [])
+        return self._step([Piece(first, 44, 1), Piece(second, 32, 13)], [0, 13])
+
     def _blocks(self) -> tuple[int, ...]:
         return self._kv.allocate(blocks_for(len(TOKENS)))
 
@@ -87,6 +98,14 @@ def test_a_compiled_step_is_its_operations(network: tuple[Architecture, Path], d
     for blocks in (len(stack.blocks), stack.base, stack.base + 5):
         move(resident, blocks)
         same(Runs(a, resident, True, dtype).logits(), Runs(a, resident, False, dtype).logits())
+    resident.close()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_sequences_that_share_a_block_are_each_alone(network: tuple[Architecture, Path], whole: bool) -> None:
+    a, folder = network
+    resident = load(folder, len(read_stack(folder / STACK).blocks))
+    same(Runs(a, resident, whole).of_two(shared=True), Runs(a, resident, whole).of_two(shared=False))
     resident.close()
 
 

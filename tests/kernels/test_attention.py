@@ -179,7 +179,7 @@ def test_units_of_work_allocate_nothing(dtype: str) -> None:
     """A thread that found no memory would leave the others waiting for ever."""
     _nrt_python.memsys_enable_stats()
     counts = []
-    for tokens in (1, 40):  # of 2 groups: 2 units, and 8
+    for tokens in (1, 64):  # of 2 groups: 2 units, and 4
         sequence = Sequence(tokens, dtype)
         sequence.store()
         before = rtsys.get_allocation_stats().alloc

@@ -77,7 +77,8 @@ SHAPES: dict[str, list[Shape]] = {
     "quantize_inputs": each(tokens=FEW, n=WIDE),
     "store_kv": each(dtype=KV, groups=(1, 2), width=HEADS, tokens=(1, 5), context=CONTEXTS, sequences=(1, 2)),
     "attend": each(dtype=KV, width=HEADS, per_group=PER_GROUP, tokens=(1, 3), context=CONTEXTS, window=(0, 1, 7))
-    + each(dtype=KV, width=(20,), per_group=(3,), tokens=MANY, context=(100,), window=(0, 40), sequences=(1, 2)),
+    + each(dtype=KV, width=(20,), per_group=(3,), tokens=MANY, context=(100,), window=(0, 40), sequences=(1, 2))
+    + each(dtype=KV, width=(20,), tokens=(1, 5), context=(100,), window=(0, 40), sequences=(4,), shared=(1, 3)),
     "rms_norm": each(tokens=FEW, n=COLUMNS),
     "gated": each(tokens=FEW, n=COLUMNS),
     "rotate": each(tokens=FEW, width=(2, 16, 64)),

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 @pytest.mark.skipif(JIT_OFF, reason="this is that run")
 def test_the_kernels_pass_their_tests_with_the_compiler_off() -> None:
-    files = [HERE / f"test_{name}.py" for name in ("kernels", "determinism", "attention", "signs")]
+    files = [HERE / f"test_{name}.py" for name in ("kernels", "determinism", "attention", "sharing", "signs")]
     command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", *map(str, files)]
     environment = os.environ | {"NUMBA_DISABLE_JIT": "1"}
     done = subprocess.run(
