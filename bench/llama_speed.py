@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -13,19 +14,28 @@ from ebbflow.formats.checkpoint import open_checkpoint
 
 from llama import programs
 from llama_weights import write_gguf
-from places import CACHE, full_source
+from places import CACHE, DEMO, full_source
 
 
 def full_gguf(kind: str) -> Path:
     """The random model of the 1.1B shape in one file type, without an importance matrix; made once."""
-    folder = CACHE / "full-gguf"
+    return _quantised("full-gguf", full_source, kind)
+
+
+def demo_gguf(kind: str) -> Path:
+    """The same of the demo."""
+    return _quantised("demo-gguf", lambda: DEMO, kind)
+
+
+def _quantised(name: str, checkpoint: Callable[[], Path], kind: str) -> Path:
+    folder = CACHE / name
     path = folder / f"{kind}.gguf"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         source, partial = folder / "source.gguf", path.with_suffix(".partial")
         if not source.exists():
             unfinished = source.with_suffix(".partial")
-            write_gguf(open_checkpoint(full_source()), unfinished)
+            write_gguf(open_checkpoint(checkpoint()), unfinished)
             unfinished.rename(source)
         subprocess.run([programs() / "llama-quantize", source, partial, kind], check=True, capture_output=True)
         partial.rename(path)

@@ -30,16 +30,25 @@ def machine() -> str:
 
 
 class Report:
-    """Collects; `finish` prints the verdict and gives the exit code."""
+    """Collects; `finish` prints the verdict and gives the exit code.
 
-    def __init__(self, title: str) -> None:
+    `switches` are options of this bench, each with what it does; `given` says which were.
+    """
+
+    def __init__(self, title: str, **switches: str) -> None:
         parser = argparse.ArgumentParser(description=title)
+        for name, text in switches.items():
+            parser.add_argument(f"--{name}", action="store_true", help=text)
         parser.add_argument("--json", metavar="FILE", help="store raw samples there")
         parser.add_argument("--check", action="store_true", help="exit 1 when a bar is missed")
         self._options = parser.parse_args()
         self._data: dict[str, Any] = {"title": title, "command": sys.argv, "machine": machine(), "samples": {}}
         self._missed = 0
         print(f"{title}\non {self._data['machine']}")
+
+    def given(self, switch: str) -> bool:
+        """Whether one of the `switches` was."""
+        return bool(getattr(self._options, switch))
 
     def note(self, name: str, text: str, samples: object = None) -> None:
         """A line of the report, and the raw numbers behind it."""
