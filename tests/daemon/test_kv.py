@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebbflow.daemon.engine.kv import MOST_NBYTES, KvCache, blocks_for
+from ebbflow.daemon.engine.kv import MAX_SEQUENCES, MOST_NBYTES, KvCache, blocks_for
 
 from support.stacks import TINY
 
@@ -61,7 +61,9 @@ def test_they_take_what_is_said_but_one_whole_context_always_fits(nbytes: int, b
 
 
 def test_by_default_they_take_two_gigabytes_unless_one_context_is_more() -> None:
-    assert KvCache(TINY).most == MOST_NBYTES // KvCache(TINY).block_nbytes
+    large = msgspec.structs.replace(TINY, context=4096, layers=32, heads=8, kv_heads=8, head_dim=128)
+    assert KvCache(large).most == MOST_NBYTES // KvCache(large).block_nbytes
+    assert KvCache(TINY).most == 2 * MAX_SEQUENCES * 16  # twice what all that may run could use
     huge = msgspec.structs.replace(TINY, context=131_072, layers=32, heads=8, kv_heads=8, head_dim=128)
     kv = KvCache(huge)
     assert kv.most * kv.block_nbytes > MOST_NBYTES
