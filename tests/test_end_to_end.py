@@ -135,12 +135,12 @@ def test_a_second_daemon_refuses_and_sigterm_takes_the_children_along(tmp_path: 
 
 
 def test_a_worker_gets_its_settings() -> None:
-    with real_daemon("--kv=i8", "--exact", "--threads=1") as daemon:
+    with real_daemon("--kv=i8", "--exact", "--threads=1", "--kv-limit=1GB", "--kv-cached=0") as daemon:
         write_signs_model(daemon.paths.library / "signs")
         with daemon.client() as client:
             assert client.generate("signs", "x", max_tokens=3).text()
         given = Path(f"/proc/{daemon.worker_pid()}/cmdline").read_text().split("\0")[:-1]
-        assert given[-3:] == ["--kv=i8", "--exact", "--threads=1"]
+        assert given[-5:] == ["--kv=i8", "--exact", "--threads=1", "--kv-limit=1000000000", "--kv-cached=0"]
 
 
 def test_a_wrong_choice_of_instructions_is_said_to_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ebbflow.client.exchange import Exchange, Lease, Reply
+from ebbflow.daemon.supervisor.server import NAMED_PER_PING
 from ebbflow.daemon.supervisor.steady import JUMP_SECONDS, SteadyClock
 from ebbflow.formats.messages import LEASE_SECONDS, TERMINAL, Cancel, Chunk, Generate, Ping, Pong
 from ebbflow.formats.wire import encode
@@ -89,7 +90,7 @@ def test_a_ping_that_overtakes_nothing_ends_nothing(house) -> None:
     assert {event.code for event in heard[:-1]} == {"lease_lost"}
     assert 1 not in {event.id for event in heard[:-1]}
     assert heard[-1] == Pong()
-    assert len(heard) == 1000
+    assert len(heard) == NAMED_PER_PING
 
 
 STEPS = st.lists(

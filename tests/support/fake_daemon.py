@@ -98,6 +98,7 @@ class FakeDaemon:
     def _serve(self) -> None:
         with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
             router.linger = 200
+            router.sndhwm = 0  # or it drops what a client is too slow for
             router.bind(self._address)
             self._bound.set()
             while not self._stop.is_set():
