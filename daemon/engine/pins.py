@@ -189,12 +189,12 @@ class PinStore:
         if _hash(blocks) != label.blocks_hash:
             raise CorruptFile("its blocks do not match their hash")
         ids = [int(token) for token in tokens]
-        nodes = self._scheduler.restore(label.namespace, ids, label.band, label.depth)
-        if nodes is None:
+        restored = self._scheduler.restore(label.namespace, ids, label.band, label.depth)
+        if restored is None:
             raise CorruptFile("there is no room for it")
-        for node, block in zip(nodes, blocks, strict=True):
-            if (node.band, node.depth) == (label.band, label.depth):
-                self._bytes[node.block] = block
+        nodes, fresh = restored
+        for index in fresh:
+            self._bytes[nodes[index].block] = blocks[index]
         self._kept[path.name.removesuffix(SUFFIX)] = _Kept(ids, label.namespace, nodes, True, label.band)
 
 

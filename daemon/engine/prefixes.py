@@ -138,21 +138,25 @@ class Prefixes:
 
     def restore(
         self, namespace: str, tokens: Sequence[int], blocks: Sequence[int], band: int, depth: int
-    ) -> list[Node]:
-        """Nodes for whole blocks that were computed before this process began; they now hold `blocks`, if better."""
-        node, path = self._root(namespace), list[Node]()
+    ) -> tuple[list[Node], list[int]]:
+        """Nodes for whole blocks that were computed before this process began, and which of them hold `blocks` now.
+
+        Those are to be written; the others had better ones.
+        """
+        node, path, fresh = self._root(namespace), list[Node](), list[int]()
         for index, block in enumerate(blocks):
             node = self._child(node, tokens, index * BLOCK_TOKENS)
             self._count(node, -1)
             if node.block == NO_BLOCK or band > node.band:
                 self._fill(node, block, band, depth)
+                fresh.append(index)
             self._count(node, 1)
             self.drop(block)
             path.append(node)
         for each in path:
             self._offer(each)
         self._prune(node)
-        return path
+        return path, fresh
 
     def replace(self, node: Node, block: int, band: int, depth: int) -> None:
         """A node in use takes another block for its own, even a worse one."""

@@ -1,6 +1,7 @@
 """Which tokens the next step computes, and whose keys and values are kept for whom. Pure: no clock, arrays or sockets.
 
-Waiting sequences are admitted in this order: higher priority, then whoever was overtaken `OVERTAKEN_MOST` times, then
+Waiting sequences are admitted in this order: higher priority, then whoever was overtaken `OVERTAKEN_MOST` times (by a
+group that shares a prefix, once: else no group could stay together), then
 clients with fewer running sequences, earlier deadlines, longer prefixes that are there already, earlier arrival. One
 whose next block is about to be computed by a running one (its leader) waits for that; and while more siblings of a
 leader wait than can run, no other prefix is begun, so that memory holds few prefixes and each is computed once.
@@ -25,7 +26,8 @@ from .kv import MAX_SEQUENCES, blocks_for
 from .prefixes import MIXED, Blocks, Node, Prefixes
 
 MAX_WAITING: Final = 4096
-OVERTAKEN_MOST: Final = 16
+OVERTAKEN_MOST: Final = 16  # times, where SIBLINGS that reuse what is computed count as one
+SIBLINGS: Final = 16
 AHEAD_TOKENS: Final = 64  # of its answer, for which a sequence must find room before it starts
 _SHARE: Final = 4  # prompts get at least one of so many parts of a step, however many sequences decode
 
@@ -82,11 +84,10 @@ class Sequence:
     band: int = 0
     depth: int = MIXED
     arrival: int = -1
-    overtaken: int = 0
+    overtaken: int = 0  # in parts of 1 / SIBLINGS
     path: list[Node] = field(default_factory=list)
     matched: int = 0
     version: int = -1  # of the prefixes, when that was counted
-    place: int = 0  # beside those that share blocks with it
     prompt_tokens: int = 0
     reused: int | None = None  # tokens of the prompt that were there when it first ran
     shareable: int = 0
@@ -99,7 +100,7 @@ class Sequence:
         return len(self.tokens) - self.computed
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Piece:
     """Compute tokens `[start, start + count)` of a sequence; if that is its end, sample the next."""
 
@@ -220,14 +221,17 @@ class Scheduler:
         self.prefixes.pin(nodes, -1)
         self._settle()
 
-    def restore(self, namespace: str, tokens: list[int], band: int, depth: int) -> list[Node] | None:
-        """Pinned nodes, whose blocks the caller writes, for `tokens` computed in an earlier life; None: no room."""
+    def restore(self, namespace: str, tokens: list[int], band: int, depth: int) -> tuple[list[Node], list[int]] | None:
+        """Pinned nodes for `tokens` computed in an earlier life, and for which of them to write the block.
+
+        None: there is no room.
+        """
         need = len(tokens) // BLOCK_TOKENS
         if self._least() + need > self._asked or not self.prefixes.make_room(need, spare_wanted=False):
             return None
-        nodes = self.prefixes.restore(namespace, tokens, self.prefixes.allocate(need), band, depth)
+        nodes, fresh = self.prefixes.restore(namespace, tokens, self.prefixes.allocate(need), band, depth)
         self.pin(nodes)
-        return nodes
+        return nodes, fresh
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -249,37 +253,44 @@ class Scheduler:
 
         Sequences that share blocks are neighbours, which attention wants.
         """
-        for sequence in sorted(self.running, key=lambda s: s.arrival):
-            if sequence.pending == 1 and sequence in self.running:
+        full = [s for s in self.running if s.computed >= len(s.blocks) * BLOCK_TOKENS]
+        for sequence in sorted(full, key=lambda s: s.arrival):
+            if sequence in self.running:
                 self._grow(sequence)
-        pieces = [Piece(s, s.computed, 1) for s in self.running if s.pending == 1]
-        left = max(limit - len(pieces), limit // _SHARE, 1)
-        reading = (s for s in self.running if s.pending > 1)
-        for sequence in sorted(reading, key=lambda s: (-s.priority, s.arrival)):
-            size = min(left, sequence.pending)
-            if size:
-                pieces.append(Piece(sequence, sequence.computed, size))
-                left -= size
         self._order()
-        return sorted(pieces, key=lambda piece: piece.sequence.place)
+        reading = [s for s in self.running if len(s.tokens) - s.computed > 1]
+        left = max(limit - len(self.running) + len(reading), limit // _SHARE, 1)
+        sizes: dict[int, int] = {}
+        for sequence in sorted(reading, key=lambda s: (-s.priority, s.arrival)):
+            sizes[sequence.arrival] = size = min(left, sequence.pending)
+            left -= size
+        pieces = [Piece(s, s.computed, sizes.get(s.arrival, 1)) for s in self.running]
+        return [piece for piece in pieces if piece.count] if reading else pieces
 
     def complete(self, pieces: Iterable[Piece]) -> None:
         """The step was computed; until this is said, it was not. Whole blocks are everybody's from now on."""
+        band, depth = self._band, self._depth
         for piece in pieces:
             s = piece.sequence
-            s.band = min(s.band, self._band) if s.computed else self._band
-            s.depth = self._depth if not s.computed or s.depth == self._depth else MIXED
+            if not s.computed:
+                s.band, s.depth = band, depth
+            elif (s.band, s.depth) != (band, depth):
+                s.band, s.depth = min(s.band, band), depth if s.depth == depth else MIXED
             s.computed = piece.start + piece.count
             self.totals.computed += piece.count
-            for index in range(len(s.nodes), s.computed // BLOCK_TOKENS):
-                parent = s.nodes[-1] if s.nodes else None
-                node, s.blocks[index] = self.prefixes.publish(
-                    parent, s.namespace, s.tokens, index * BLOCK_TOKENS, s.blocks[index], s.band, s.depth
-                )
-                if node.leader is s:
-                    node.leader = None
-                    self.prefixes.news += 1
-                s.nodes.append(node)
+            if s.computed >= (len(s.nodes) + 1) * BLOCK_TOKENS:
+                self._publish(s)
+
+    def _publish(self, s: Sequence) -> None:
+        for index in range(len(s.nodes), s.computed // BLOCK_TOKENS):
+            parent = s.nodes[-1] if s.nodes else None
+            node, s.blocks[index] = self.prefixes.publish(
+                parent, s.namespace, s.tokens, index * BLOCK_TOKENS, s.blocks[index], s.band, s.depth
+            )
+            if node.leader is s:
+                node.leader = None
+                self.prefixes.news += 1
+            s.nodes.append(node)
 
     # -- admission --------------------------------------------------------------------------------------------------
 
@@ -353,7 +364,7 @@ class Scheduler:
         gated: Counter[tuple[int, int]] = Counter()
         for sequence in self.waiting.values():
             held_back = self._match(sequence)
-            overtaken = sequence.overtaken >= OVERTAKEN_MOST
+            overtaken = sequence.overtaken >= OVERTAKEN_MOST * SIBLINGS
             if held_back:
                 gated[sequence.priority, sequence.owner] += 1
                 if not overtaken:
@@ -364,7 +375,7 @@ class Scheduler:
                 key = (-sequence.priority, True, *here, sequence.arrival)
             if best is None or key < best_key:
                 best, best_key = sequence, key
-        if best is None or best.overtaken >= OVERTAKEN_MOST:
+        if best is None or best.overtaken >= OVERTAKEN_MOST * SIBLINGS:
             return None if best is None or self._match(best) else best
         leads = best.matched < len(best.path) and best.path[best.matched].wanted > 1
         if leads and gated[best.priority, best.owner] >= max(free, 1):
@@ -431,8 +442,10 @@ class Scheduler:
             sequence.miss = self._reason(sequence, rest[0] if rest else None)
             self.totals.prompt += sequence.prompt_tokens
             self.totals.reused += sequence.computed
+        parts = 1 if matched else SIBLINGS
         for other in self.waiting.values():
-            other.overtaken += other.arrival < sequence.arrival and other.priority >= sequence.priority
+            if other.arrival < sequence.arrival and other.priority >= sequence.priority:
+                other.overtaken += parts
         self.running.append(sequence)
         self._owners[sequence.owner] += 1
         self._ordered = False
@@ -522,8 +535,7 @@ class Scheduler:
 
     def _order(self) -> None:
         if not self._ordered:
-            for place, sequence in enumerate(sorted(self.running, key=lambda s: s.blocks)):
-                sequence.place = place
+            self.running.sort(key=lambda s: s.blocks)
             self._ordered = True
 
     def check_integrity(self) -> None:

@@ -131,7 +131,8 @@ def test_whatever_happens_everything_is_counted(script: list[tuple[str, object]]
                 assert prefixes.evictable <= count or not prefixes.unwanted
             case "restore", (list(path), int(depth)) if prefixes.make_room(len(path), spare_wanted=False):
                 blocks = prefixes.allocate(len(path))
-                nodes = prefixes.restore("", tokens_of(path), blocks, depth, depth)
+                nodes, fresh = prefixes.restore("", tokens_of(path), blocks, depth, depth)
+                assert [i for i, node in enumerate(nodes) if node.block == blocks[i]] == fresh
                 assert all(node.band >= depth for node in nodes)
         book.check()
     while book.readers:
@@ -265,5 +266,5 @@ def test_the_heap_of_leaves_does_not_grow() -> None:
 
 def test_restoring_nothing_leaves_nothing() -> None:
     book = Book()
-    assert book.prefixes.restore("", [], [], 0, 0) == []
+    assert book.prefixes.restore("", [], [], 0, 0) == ([], [])
     book.check()

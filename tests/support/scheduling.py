@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ebbflow.daemon.engine.kv import blocks_for
 from ebbflow.daemon.engine.prefixes import BLOCK_TOKENS, MIXED, NO_BLOCK, Node
-from ebbflow.daemon.engine.scheduler import OVERTAKEN_MOST, Piece, Policy, Scheduler, Sequence
+from ebbflow.daemon.engine.scheduler import OVERTAKEN_MOST, SIBLINGS, Piece, Policy, Scheduler, Sequence
 from ebbflow.formats.errors import OutOfMemory
 
 VOCAB = 50
@@ -196,14 +196,15 @@ class World:
 
     def restore(self, namespace: str, tokens: Ids[int], depth: int) -> bool:
         """Pin whole blocks that were computed in an earlier life; whether there was room."""
-        nodes = self.scheduler.restore(namespace, list(tokens), band_of(depth), depth)
-        if nodes is None:
+        restored = self.scheduler.restore(namespace, list(tokens), band_of(depth), depth)
+        if restored is None:
             return False
+        nodes, fresh = restored
         before: Slot | None = None
         for at in range(len(nodes) * BLOCK_TOKENS):
             before = written(before, tokens[at], at, namespace, depth)
-            slots = self.memory.slots[nodes[at // BLOCK_TOKENS].block]
-            slots[at % BLOCK_TOKENS] = slots[at % BLOCK_TOKENS] or before
+            if at // BLOCK_TOKENS in fresh:
+                self.memory.slots[nodes[at // BLOCK_TOKENS].block][at % BLOCK_TOKENS] = before
         self.pins.append(nodes)
         self.check()
         return True
@@ -248,7 +249,7 @@ class World:
         needs = [blocks_for(s.limit) for s in self.requests if s.key not in self.ended]
         assert memory.limit <= max(scheduler._asked, scheduler.prefixes.pinned + max(needs, default=0))
         assert oldest is None or min(s.arrival for s in scheduler.running) <= oldest.arrival
-        assert all(s.overtaken <= OVERTAKEN_MOST for s in scheduler.waiting.values())
+        assert all(s.overtaken <= OVERTAKEN_MOST * SIBLINGS for s in scheduler.waiting.values())
         for s in scheduler.running:
             slots = [slot for block in s.blocks for slot in memory.slots[block]]
             assert slots[: s.computed] == self._views[s.key][: s.computed], "what it reads changed"
