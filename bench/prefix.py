@@ -78,7 +78,7 @@ class Amounts:
 
 
 DEMO_AMOUNTS: Final = Amounts(16, (4, 4, 4), (48, 400), 4, 8, short=False)
-FULL_AMOUNTS: Final = Amounts(8, (3, 3, 3), (16, 128), 2, 2, short=True)
+FULL_AMOUNTS: Final = Amounts(8, (3, 3, 3), (16, 128), 6, 2, short=True)
 
 
 class Stepping:
