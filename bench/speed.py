@@ -32,6 +32,7 @@ TYPES = os.environ.get("EBBFLOW_BENCH_TYPES", "Q2_K Q3_K_S Q4_K_S").split()
 CONTEXTS, PROMPTS = (128, 1024), (128, 512)
 TOKENS, ROUNDS = 48, 3
 AVX512 = os.environ.get("EBBFLOW_INSTRUCTIONS") != "avx2"
+NAMESPACES = count()
 SIZES = (350, 450, 550, 650, 750)  # MB
 
 
@@ -59,7 +60,6 @@ class Ours:
     def __init__(self, client: Client, model: str) -> None:
         self._client, self._model = client, model
         self._prompts: dict[int, str] = {}
-        self._rounds = count()
 
     def decode(self, context: int, tokens: int = TOKENS) -> float:
         """Tokens per second after the first."""
@@ -73,7 +73,7 @@ class Ours:
 
     def _ask(self, prompt: str, tokens: int) -> Finished:
         """One answer, for which nothing is reused of the answers before."""
-        with self._client.generate(self._model, prompt, max_tokens=tokens, namespace=f"{next(self._rounds)}") as stream:
+        with self._client.generate(self._model, prompt, max_tokens=tokens, namespace=f"{next(NAMESPACES)}") as stream:
             stream.text()
         assert stream.result is not None
         return stream.result
