@@ -8,7 +8,7 @@ and as many at a time as serve it best. All in one process without a daemon, but
 bytes of weights and as many threads. What could be saved at most is counted from the prompts: in whole blocks of 32
 tokens, and in single tokens. What ours saved is what its steps did not compute, not what it says of itself.
 
-Three bars more: a loss without sharing (rounds in turn, the best of each), the scheduler's time for a step with 32
+Three bars more: a loss without sharing (the median of rounds in turn), the scheduler's time for a step with 32
 requests, and one user who asks again and again beside a batch job of lower priority.
 
 Needs the `bench` extra for llama.cpp's rows, and builds llama.cpp the first time; --quick measures the demo alone.
@@ -77,7 +77,7 @@ class Amounts:
     short: bool  # not all workloads, and not all rows
 
 
-DEMO_AMOUNTS: Final = Amounts(16, (4, 4, 4), (48, 400), 4, 8, short=False)
+DEMO_AMOUNTS: Final = Amounts(16, (4, 4, 4), (48, 400), 12, 8, short=False)
 FULL_AMOUNTS: Final = Amounts(8, (3, 3, 3), (16, 128), 6, 2, short=True)
 
 
@@ -284,13 +284,15 @@ class Bench:
     def _nothing_shared(self) -> None:
         """What it costs to look for what is not there."""
         count, prompt = self._amounts.alone
-        best = dict.fromkeys((OURS, PLAIN), 0.0)
+        ratios = []
         for number in range(self._amounts.rounds):
             asks = alone(self._dice(), count, prompt)
-            for row in sorted(best, reverse=number % 2 == 1):  # the machine may be quicker for who comes first
+            found = {}
+            for row in sorted((OURS, PLAIN), reverse=number % 2 == 1):  # the machine may be quicker for who comes first
                 outcome = self._note(f"nothing shared, round {number + 1}", row, self._served.run(asks, POLICIES[row]))
-                best[row] = max(best[row], outcome.per_second)
-        self._bar("loss_without_sharing_percent", 100 * (1 - best[OURS] / best[PLAIN]), "<=", 3)
+                found[row] = outcome.per_second
+            ratios.append(found[OURS] / found[PLAIN])
+        self._bar("loss_without_sharing_percent", 100 * (1 - statistics.median(ratios)), "<=", 3)
 
     def _interactive(self) -> None:
         """One user who asks again and again beside a batch job of lower priority."""
