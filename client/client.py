@@ -89,7 +89,7 @@ class Client:
     def pin(self, model: str, name: str, text: Text, *, save: bool = False, namespace: str = "") -> PinSummary:
         """Compute the prefix `text` (a string, token ids or a conversation) once, and keep what was computed as `name`.
 
-        Requests that begin with it then start there. With `save` it is there after a restart, too.
+        Requests that begin with it then start there, while the model is in memory, and with `save` the next time too.
         """
         return answer(self._channel, prompts.pin(model, name, text, save, namespace))
 

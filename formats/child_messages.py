@@ -30,11 +30,15 @@ from .wire import Message
 
 
 class LoadModel(Message, frozen=True):
-    """Open the model in `folder` and hold up to `target_nbytes` of its stack. Answered by `Report` or `LoadFailed`."""
+    """Open the model in `folder` and hold up to `target_nbytes` of its stack. Answered by `Report` or `LoadFailed`.
+
+    Saved pins are read back as far as `pins_nbytes` go.
+    """
 
     model: str
     folder: str
     target_nbytes: int
+    pins_nbytes: int | None = None
 
 
 class UnloadModel(Message, frozen=True):

@@ -61,9 +61,11 @@ class Generate(Message, frozen=True):
 
 
 class Pin(Message, frozen=True):
-    """Compute the prefix `prompt`, `ids` or `chat` once and keep its keys and values as `name`, until `Unpin`.
+    """Compute the prefix `prompt`, `ids` or `chat` once and keep its keys and values as `name`, until `Unpin` or until
+    the model is unloaded.
 
-    `save`: on disk too, so that they are there after a restart. A pin of that name is replaced. Answered by `Pinned`.
+    `save`: on disk too, so that they are there when it is loaded again. A pin of that name is replaced. Answered by
+    `Pinned`.
     """
 
     id: int

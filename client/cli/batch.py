@@ -40,7 +40,7 @@ def batch(ctx: click.Context, /, name: str, file: str, output: str, window: int,
     The exit code is 0 when all were answered, that of the errors when all that failed did so in the same way, else 1.
     """
     defaults = given(options)
-    questions = read_questions(file, _read(file), defaults)
+    questions = read_questions(file, _read(file), name, defaults)
     with open_answers(Path(output), questions) as answers:
         missing = [question for question in questions if question.index not in answers.done]
         if answers.done:

@@ -1,9 +1,10 @@
 """The two files of `ebb batch`: what to ask, and what became of it so far.
 
 What to ask: a JSON object a line, with `prompt`, `chat` or `ids`, an `id` if wanted, and options. What became of it: a
-JSON object a line, written when it is there; `input` is a hash of the line that it answers, so that answers to another
-file are never taken for this one's. A line is written in one go: only the last one can be torn by a kill, and it is
-taken away at the next start, as are failures, which are tried again.
+JSON object a line, written when it is there; `input` is a hash of the line that it answers, the model and how it was
+sampled, so that answers to another file, or of another model, are never taken for this one's. A line is written in one
+go: only the last one can be torn by a kill, and it is taken away at the next start, as are failures, which are tried
+again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ...formats.errors import EbbflowError, InvalidRequest, storage_failed
 from ...formats.messages import Finished
 from ...formats.values import ChatMessage
 from ..batch import PRIORITY, BatchResult, BatchText
-from ..prompts import GenerateOptions, contents, request
+from ..prompts import GenerateOptions, SamplingOptions, contents, request
 
 Id = str | int
 BEGINNING: Final = b'{"index":'  # of each line of ours
@@ -71,7 +72,7 @@ class Written(msgspec.Struct, omit_defaults=True):
 
 @dataclass(frozen=True)
 class Question:
-    """A line of what to ask: its number among them (from 0), its id if it has one, a hash of it."""
+    """A line of what to ask: its number among them (from 0), its id if it has one, a hash of it and of what answers."""
 
     index: int
     id: Id | None
@@ -84,16 +85,18 @@ _lines: Final = msgspec.json.Decoder(_Line)
 _written: Final = msgspec.json.Decoder(Written)
 
 
-def read_questions(file: str, content: bytes, options: GenerateOptions) -> list[Question]:
-    """All lines but empty ones. Raises `InvalidRequest`, naming each wrong line, when one cannot be asked."""
+def read_questions(file: str, content: bytes, model: str, options: GenerateOptions) -> list[Question]:
+    """All lines but empty ones, to ask `model`. Raises `InvalidRequest`, naming each line that cannot be asked."""
     questions: list[Question] = []
     wrong: list[str] = []
     known: dict[Id, int] = {}
+    sampled = sorted((name, value) for name, value in options.items() if name in SamplingOptions.__annotations__)
+    answerer = msgspec.json.encode([model, sampled])
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            question = _question(len(questions), line.strip(), options)
+            question = _question(len(questions), line.strip(), options, answerer)
         except InvalidRequest as error:
             wrong.append(f"line {number}: {error}")
             continue
@@ -108,7 +111,7 @@ def read_questions(file: str, content: bytes, options: GenerateOptions) -> list[
     return questions
 
 
-def _question(index: int, line: bytes, options: GenerateOptions) -> Question:
+def _question(index: int, line: bytes, options: GenerateOptions, answerer: bytes) -> Question:
     try:
         line.decode("utf-8")
         parsed = _lines.decode(line)
@@ -123,7 +126,7 @@ def _question(index: int, line: bytes, options: GenerateOptions) -> Question:
         raise InvalidRequest("give a prompt, a chat or ids, not empty, and exactly one of them")
     ask = BatchText(texts[0], given)  # type: ignore[arg-type]
     request("", contents(ask.text), {"priority": PRIORITY, **options, **ask.options})
-    return Question(index, id_, hashlib.blake2b(line, digest_size=8).hexdigest(), ask)
+    return Question(index, id_, hashlib.blake2b(answerer + line, digest_size=8).hexdigest(), ask)
 
 
 class Answers:
@@ -198,7 +201,10 @@ def _keep(path: Path, content: bytes, questions: Sequence[Question]) -> tuple[by
             raise InvalidRequest(f"{path}, line {number} is no answer of `ebb batch`: {error}") from error
         question = by_id.get(written.id) if written.id is not None else _at(questions, written.index)
         if question is None or question.input != written.input:
-            raise InvalidRequest(f"{path}, line {number} answers another question; name another file with -o")
+            raise InvalidRequest(
+                f"{path}, line {number} answers another question, or for another model or sampling; name another file "
+                "with -o"
+            )
         if written.error is None and question.index not in done:
             done.add(question.index)
             kept.append(line + b"\n")

@@ -27,7 +27,8 @@ def pin(
 ) -> None:
     """Compute the text in FILE (`-`: stdin) once with the model NAME, and keep what was computed.
 
-    Prompts that begin with this text then start where it ends, whatever else was asked meanwhile.
+    Prompts that begin with this text then start where it ends, whatever else was asked meanwhile. It is kept while NAME
+    is in memory, where a model that nobody asks stays for `idle_seconds`; with --save it is there again the next time.
     """
     if [file is not None, listing, remove is not None].count(True) != 1:
         raise click.UsageError("give FILE, --list or --remove PIN, and one of them only")
@@ -39,7 +40,8 @@ def pin(
             raise click.UsageError("what comes from stdin needs a name: --as PIN")
         with connected() as client:
             made = client.pin(name, called, text, save=save)
-        note(f"{made.name}: {made.tokens} tokens are kept in {format_size(made.nbytes)}{', on disk too' * made.saved}")
+        how_long = "on disk too" if made.saved else f"while {name} is in memory (--save: on disk too)"
+        note(f"{made.name}: {made.tokens} tokens are kept in {format_size(made.nbytes)}, {how_long}")
         return
     with connected() as client:
         pins = client.pins(name) if remove is None else client.unpin(name, remove)

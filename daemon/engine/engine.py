@@ -24,7 +24,6 @@ from ...formats.errors import (
     InvalidRequest,
     OutOfMemory,
     PromptTooLong,
-    Retryable,
 )
 from ...formats.manifest import Manifest
 from ...formats.messages import Chunk, Failed, Finished, Generate, Pin, Pinned, Started, failure
@@ -77,7 +76,7 @@ class _Job:
 class Engine:
     """Serves the model in `folder` from `weights`, whose base is resident.
 
-    Raises `CorruptFile` when the tokenizer cannot be read.
+    Of the saved pins `pins_nbytes` are read back. Raises `CorruptFile` when the tokenizer cannot be read.
     """
 
     def __init__(
@@ -89,6 +88,7 @@ class Engine:
         clock: Callable[[], float],
         settings: WorkerSettings = DEFAULTS,
         policy: Policy | None = None,
+        pins_nbytes: int | None = None,
     ) -> None:
         self._manifest, self._clock, self._weights = manifest, clock, weights
         self._tokenizer = Tokenizer(folder, manifest.bos)
@@ -99,7 +99,7 @@ class Engine:
         self._bands = Bands(manifest.curve, weights.blocks, manifest.blocks)
         self._most = MAX_SEQUENCES  # that may run; fewer after a step for which there was no memory
         self.scheduler = Scheduler(self._kv, policy, settings.kv_cached // self._kv.block_nbytes)
-        self.pins = PinStore(folder, manifest, settings.kv, self.scheduler, self._kv.array)
+        self.pins = PinStore(folder, manifest, settings.kv, self.scheduler, self._kv.array, pins_nbytes)
         self.pace = Pace()
         self.scheduler_seconds = 0.0  # spent on deciding, so far
         self.tokens_per_second = 0.0
@@ -274,7 +274,7 @@ class Engine:
         job = self.pins.renew(name, self._band)
         try:
             self.scheduler.submit(job.sequence)
-        except Retryable:
+        except EbbflowError:
             return  # it stays as good as it is
         self.pins.jobs[job.sequence.key] = job
 

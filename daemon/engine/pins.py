@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,12 +19,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from ...formats.errors import CorruptFile, InvalidRequest, storage_failed
 from ...formats.manifest import Manifest
+from ...formats.paths import check_name
 from ...formats.values import PinSummary
 from ...kernels.attention import BLOCK_TOKENS
+from .bands import BANDS
 from .prefixes import Node
 from .scheduler import Scheduler, Sequence
 
@@ -73,12 +75,24 @@ class PinJob:
 
 
 class PinStore:
-    """The pins of one model, whose files it reads at once. `array [blocks, ...]` is where `scheduler`'s blocks lie."""
+    """The pins of one model, whose files it reads at once, up to `most_nbytes` of blocks.
 
-    def __init__(self, folder: Path, manifest: Manifest, kv: str, scheduler: Scheduler, array: NDArray[Any]) -> None:
+    `array [blocks, ...]` is where `scheduler`'s blocks lie.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        kv: str,
+        scheduler: Scheduler,
+        array: NDArray[Any],
+        most_nbytes: int | None = None,
+    ) -> None:
         self._folder, self._kv, self._scheduler = folder / FOLDER, kv, scheduler
         self._model = f"{manifest.source.checksum} {manifest.codec} {manifest.options} {manifest.nbytes}"
         self._bytes = array.view(np.uint8).reshape(len(array), -1)
+        self._room = len(array) if most_nbytes is None else most_nbytes // self._bytes.shape[1]  # blocks
         self._kept: dict[str, _Kept] = {}
         self.jobs: dict[int, PinJob] = {}  # by the key of their sequences
         for path in sorted(self._folder.glob("*" + SUFFIX))[:MOST_PINS]:
@@ -123,7 +137,7 @@ class PinStore:
         try:
             if job.save:
                 self._save(job.name, sequence)
-            elif before is not None and before.saved:
+            else:  # also one that was never read back, which would have this name again some day
                 self._path(job.name).unlink(missing_ok=True)
         except OSError as error:
             self._scheduler.unpin(nodes)
@@ -133,16 +147,20 @@ class PinStore:
         self._kept[job.name] = _Kept(sequence.tokens, sequence.namespace, nodes, job.save, sequence.band)
 
     def remove(self, name: str) -> None:
-        """Let a pin and its file go. Raises `InvalidRequest` when there is none, `StorageFailed`."""
+        """Let a pin and its file go, or a file that was not read back.
+
+        Raises `InvalidRequest` when there is neither, `InvalidName`, `StorageFailed`.
+        """
         kept = self._kept.get(name)
-        if kept is None:
+        if kept is None and not self._path(check_name(name, "pin")).exists():
             raise InvalidRequest(f"nothing is pinned as {name!r}; there are {', '.join(self._kept) or 'no pins'}")
         try:
             self._path(name).unlink(missing_ok=True)
         except OSError as error:
             raise storage_failed(error, self._folder) from error
-        del self._kept[name]
-        self._scheduler.unpin(kept.nodes)
+        if kept is not None:
+            del self._kept[name]
+            self._scheduler.unpin(kept.nodes)
 
     def summaries(self, band: int) -> tuple[PinSummary, ...]:
         """What is kept, for people; `band` is the model's present one."""
@@ -161,19 +179,31 @@ class PinStore:
         return self._folder / (name + SUFFIX)
 
     def _save(self, name: str, sequence: Sequence) -> None:
-        """Write a pin's file, atomically."""
+        """Write a pin's file, atomically, block by block: there may be no memory for a copy of them."""
         self._folder.mkdir(exist_ok=True)
-        blocks = self._bytes[sequence.blocks]
+        tokens = np.array(sequence.tokens, "<i8").tobytes()
+        blocks = [self._bytes[block] for block in sequence.blocks]
         label = _Label(VERSION, self._model, self._kv, sequence.namespace, sequence.band, sequence.depth, _hash(blocks))
+        end = len(tokens) + len(blocks) * self._bytes.shape[1]
+        header = {
+            "__metadata__": {"label": msgspec.json.encode(label).decode()},
+            "tokens": {"dtype": "I64", "shape": [len(sequence.tokens)], "data_offsets": [0, len(tokens)]},
+            "blocks": {"dtype": "U8", "shape": [len(blocks), len(blocks[0])], "data_offsets": [len(tokens), end]},
+        }
+        encoded = msgspec.json.encode(header)
+        encoded += b" " * (-len(encoded) % 8)
         partial = self._path(name).with_suffix(".partial")
-        save_file(
-            {"tokens": np.array(sequence.tokens, np.int64), "blocks": blocks},
-            partial,
-            {"label": msgspec.json.encode(label).decode()},
-        )
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.rename(self._path(name))
+        try:
+            with partial.open("wb") as file:
+                file.write(len(encoded).to_bytes(8, "little") + encoded + tokens)
+                for block in blocks:
+                    file.write(block.data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.rename(self._path(name))
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
     def _restore(self, path: Path) -> None:
         """Take a pin from its file. Raises `CorruptFile`, and whatever reading and parsing raise."""
@@ -181,22 +211,30 @@ class PinStore:
             label = msgspec.json.decode((file.metadata() or {})["label"], type=_Label)
             if (label.version, label.model, label.kv) != (VERSION, self._model, self._kv):
                 raise CorruptFile("it belongs to another model, or to keys and values of another type")
-            tokens, blocks = file.get_tensor("tokens"), file.get_tensor("blocks")
-        count = len(tokens) // BLOCK_TOKENS
-        wanted = (count, self._bytes.shape[1])
-        if not count or len(tokens) % BLOCK_TOKENS or blocks.dtype != np.uint8 or blocks.shape != wanted:
-            raise CorruptFile("its shapes are not those of a pin of this model")
-        if _hash(blocks) != label.blocks_hash:
-            raise CorruptFile("its blocks do not match their hash")
-        ids = [int(token) for token in tokens]
-        restored = self._scheduler.restore(label.namespace, ids, label.band, label.depth)
-        if restored is None:
-            raise CorruptFile("there is no room for it")
-        nodes, fresh = restored
-        for index in fresh:
-            self._bytes[nodes[index].block] = blocks[index]
+            tokens, blocks = file.get_slice("tokens"), file.get_slice("blocks")
+            count = blocks.get_shape()[0] if blocks.get_shape() else 0
+            found = (tokens.get_dtype(), tokens.get_shape(), blocks.get_dtype(), blocks.get_shape())
+            if not count or found != ("I64", [count * BLOCK_TOKENS], "U8", [count, self._bytes.shape[1]]):
+                raise CorruptFile("its shapes are not those of a pin of this model")
+            if not 0 <= label.band < BANDS:
+                raise CorruptFile(f"there is no quality band {label.band}")
+            if count > self._room:
+                raise CorruptFile("there is no memory for it now")
+            if _hash(blocks[index : index + 1] for index in range(count)) != label.blocks_hash:
+                raise CorruptFile("its blocks do not match their hash")
+            ids = [int(token) for token in tokens[:]]
+            restored = self._scheduler.restore(label.namespace, ids, label.band, label.depth)
+            if restored is None:
+                raise CorruptFile("there is no room for it")
+            nodes, fresh = restored
+            self._room -= len(fresh)
+            for index in fresh:
+                self._bytes[nodes[index].block] = blocks[index : index + 1]
         self._kept[path.name.removesuffix(SUFFIX)] = _Kept(ids, label.namespace, nodes, True, label.band)
 
 
-def _hash(blocks: NDArray[np.uint8]) -> str:
-    return hashlib.blake2b(np.ascontiguousarray(blocks).data, digest_size=16).hexdigest()
+def _hash(blocks: Iterable[NDArray[np.uint8]]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for block in blocks:
+        digest.update(block.data)
+    return digest.hexdigest()

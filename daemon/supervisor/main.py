@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Final
 
 from ...formats.child_messages import from_child_decoder
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 RESERVE_FRACTION: Final = 0.05
 RESERVE_LEAST: Final = 256_000_000
 RESERVE_MOST: Final = 1_000_000_000
+KV_FRACTION: Final = 1 / 8  # of memory, for one model's keys and values
+KV_MOST: Final = 2_000_000_000
 CHILD_LIMITS: Final = Limits(nbytes=64_000_000, messages=20_000, unheard=1_000)
 OOM_SCORE: Final = -900  # where the kernel allows it (root); children raise theirs
 OPEN_FILES: Final = 16_384  # each client is one, and the usual 1,024 is soon reached
@@ -45,6 +47,11 @@ OPEN_FILES: Final = 16_384  # each client is one, and the usual 1,024 is soon re
 def default_reserve(total: int) -> int:
     """Bytes to leave free on a machine with `total` bytes of memory."""
     return max(RESERVE_LEAST, min(RESERVE_MOST, int(total * RESERVE_FRACTION)))
+
+
+def suited(settings: WorkerSettings, total: int) -> WorkerSettings:
+    """What was left open, as it suits a machine with `total` bytes of memory."""
+    return replace(settings, kv_limit=settings.kv_limit or min(KV_MOST, int(total * KV_FRACTION)))
 
 
 class Daemon:
@@ -174,7 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 logs.set_level(options.log_level)
                 return options
 
-            serve(options, paths, CommandLauncher(paths, settings=options.worker), reread)
+            settings = suited(options.worker, Sensor().total())
+            serve(options, paths, CommandLauncher(paths, settings=settings), reread)
     except EbbflowError as error:
         sys.stderr.write(f"ebbflow: {error}\n")
         return error.exit_code

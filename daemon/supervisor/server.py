@@ -292,7 +292,7 @@ class Server:
     def _serve(self, client: bytes, message: Generate | PinRequest, now: float) -> None:
         """Have the worker answer. Raises `UnknownModel`, `OutOfMemory` or `TooBusy`."""
         self._library.get(message.model)
-        self.worker.check_room(message.model, needs_more=isinstance(message, Generate | Pin))
+        self.worker.check_room(message.model, now, needs_more=isinstance(message, Generate | Pin))
         self.worker.serve(self.requests.open(client, message, now), now)
 
     def _cancel(self, request: OpenRequest | None, now: float) -> None:

@@ -69,6 +69,7 @@ RUNTIME_NBYTES: Final = 110_000_000  # what a worker holds before it loads anyth
 WAITING_FOR_MEMORY: Final = "waiting for memory to go on"
 ROOM_LOOK_SECONDS: Final = 1.0  # between two looks whether there is some
 DEADLINE_LOOK_SECONDS: Final = 0.1  # between two looks whether one has passed
+LATE_SECONDS: Final = 3.0  # after a deadline, by which the worker that knows of it must have said so
 
 Phase = Literal["absent", "starting", "ready", "leaving"]
 Served = Generate | Pin | Unpin | ListPins | Resize
@@ -136,7 +137,7 @@ class Worker:
         if self._phase == "ready":
             self._forward(request, now)
 
-    def check_room(self, model: str, *, needs_more: bool) -> None:
+    def check_room(self, model: str, now: float, *, needs_more: bool) -> None:
         """Raises `OutOfMemory` when memory is too short for the model, or for a request that `needs_more` of it."""
         if model in self._loaded:
             refusal = self._budget.refusal() if needs_more else None
@@ -144,7 +145,9 @@ class Worker:
                 raise refusal
         else:
             needed = self._library.get(model).base_nbytes + (0 if self._phase == "ready" else RUNTIME_NBYTES)
-            self._budget.make_room(model, needed, self._read(), self.idle())
+            reading = self._read()
+            reading = replace(reading, available=reading.available + self._caches.left(now))
+            self._budget.make_room(model, needed, reading, self.idle())
 
     def resize(self, request: OpenRequest, message: Resize, terms: Terms) -> None:
         """Change a model's terms (which were checked); answered by the worker if it holds the model, else here."""
@@ -247,12 +250,14 @@ class Worker:
             self._requests.answer(passed)
 
     def _end_late(self, now: float) -> None:
-        """Deadlines of what no worker knows of; the worker sees to those of the others."""
+        """Deadlines of what no worker knows of, or that the worker is late with: it may read a model, or hang."""
         if now - self._deadlines_seen >= DEADLINE_LOOK_SECONDS:
             self._deadlines_seen = now
             for request in self._served():
-                if not request.forwarded and request.left(now) <= 0:
+                if request.left(now) <= (-LATE_SECONDS if request.forwarded else 0.0):
                     self._requests.fail(request, _late(request, now))
+                    if request.forwarded:
+                        self._say(Cancel(id=request.id))
 
     def _tell_all_that_wait(self, stage: str) -> None:
         for request in self._served():
@@ -364,7 +369,7 @@ class Worker:
             seconds = left if math.isfinite(left) else 0.0
             message = msgspec.structs.replace(message, owner=request.owner, deadline_seconds=seconds)
         try:
-            self._load(request.model)
+            self._load(request.model, now)
             if request.kept and isinstance(message, Generate):
                 self._say(request.kept.message(message))
             else:
@@ -386,16 +391,21 @@ class Worker:
                 if not request.forwarded:
                     self._forward(request, now)
 
-    def _load(self, model: str) -> None:
+    def _load(self, model: str, now: float) -> None:
         if model in self._loaded:
             return
         manifest, reading = self._library.get(model), self._read()
+        missing = min(manifest.base_nbytes - self._budget.spare(reading), self._caches.left(now))
+        if missing > 0:  # what is kept for later goes before models do, and before this one is refused
+            self.trim(now, missing)
+            reading = replace(reading, available=reading.available + missing)
         for victim in self._budget.make_room(model, manifest.base_nbytes, reading, self.idle()):
             reading = replace(reading, available=reading.available + self.evict(victim))
         targets = self._budget.load(model, manifest.base_nbytes, manifest.nbytes, reading, manifest.curve)
         self.tell(targets, but=model)
         folder = str(self._library.folder(model))
-        self._say(LoadModel(model=model, folder=folder, target_nbytes=targets[model]))
+        spare = self._budget.spare(reading)
+        self._say(LoadModel(model=model, folder=folder, target_nbytes=targets[model], pins_nbytes=spare))
         self._loaded[model] = None
 
     def _give_up(self, message: LoadFailed) -> None:
@@ -485,6 +495,5 @@ class Worker:
 
 def _late(request: OpenRequest, now: float) -> DeadlineExceeded:
     waited = format_seconds(now - request.opened)
-    return DeadlineExceeded(
-        f"the deadline passed after {waited}, before a worker could begin; try again, or allow more"
-    )
+    why = "and its worker did not say so" if request.forwarded else "before a worker could begin"
+    return DeadlineExceeded(f"the deadline passed after {waited}, {why}; try again, or allow more")

@@ -76,6 +76,7 @@ class Loop:
         self._models: dict[str, Served] = {}
         self._owner: dict[int, str] = {}
         self._running = True
+        self._kv_limit = 0  # of each model, also of those that come later
         self._reported = float("-inf")
 
     @property
@@ -111,6 +112,7 @@ class Loop:
             case Trim():
                 self._trim(message.nbytes)
             case LimitKv():
+                self._kv_limit = message.nbytes
                 for served in self._models.values():
                     served.engine.limit_kv(message.nbytes)
                 self._report()
@@ -140,13 +142,21 @@ class Loop:
             if other.target < other.resident.blocks:
                 self._move(name, other)  # what others were just told to give is meant for this one
         try:
-            served = Served(Path(message.folder), message.target_nbytes, self._threads, self._clock, self._settings)
+            served = Served(
+                Path(message.folder),
+                message.target_nbytes,
+                self._threads,
+                self._clock,
+                self._settings,
+                message.pins_nbytes,
+            )
         except (EbbflowError, MemoryError) as error:
             known = (
                 error if isinstance(error, EbbflowError) else OutOfMemory(f"no room for the base of {message.model}")
             )
             self._line.send(LoadFailed(model=message.model, code=known.code, message=in_short(known)))
             return
+        served.engine.limit_kv(self._kv_limit)
         self._models[message.model] = served
         give_back_freed()  # reading a tokenizer takes much more than it leaves
         self._report()

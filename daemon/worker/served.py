@@ -43,6 +43,7 @@ class Served:
         threads: int,
         clock: Callable[[], float],
         settings: WorkerSettings = DEFAULTS,
+        pins_nbytes: int | None = None,
     ) -> None:
         self.manifest = read_manifest(folder)
         self._clock = clock
@@ -53,7 +54,9 @@ class Served:
         try:
             while self.resident.blocks < self.resident.stack.base:
                 self.resident.grow(self.resident.stack.base)
-            self.engine = Engine(folder, self.manifest, self.resident, threads, clock, settings)
+            self.engine = Engine(
+                folder, self.manifest, self.resident, threads, clock, settings, pins_nbytes=pins_nbytes
+            )
         except BaseException:
             self.resident.close()
             raise

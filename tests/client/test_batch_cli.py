@@ -173,7 +173,7 @@ def test_bad_lines_are_named_before_anything_runs(home: Path, tmp_path: Path, ou
 
 def test_many_bad_lines_are_not_all_named():
     with pytest.raises(InvalidRequest, match=r"(?s)line 1:.*line 10:.*and 90 more"):
-        read_questions("in", b"?\n" * 100, {})
+        read_questions("in", b"?\n" * 100, "tiny", {})
 
 
 def test_a_file_that_is_not_there(home: Path, tmp_path: Path, out: Path):
@@ -232,6 +232,18 @@ def test_answers_to_other_questions_are_not_touched(daemon: FakeDaemon, file: Pa
     assert out.read_bytes() == before
 
 
+@pytest.mark.parametrize("command", [["big"], ["tiny", "--temperature", "1"]])
+def test_answers_of_another_model_or_sampling_are_not_taken_for_these(
+    daemon: FakeDaemon, file: Path, out: Path, command: list[str]
+):
+    ebb(file, out)
+    before = out.read_bytes()
+    result = CliRunner().invoke(main, ["batch", *command, str(file), "-o", str(out)])
+    assert (result.exit_code, out.read_bytes()) == (2, before)
+    assert "another model or sampling" in result.output
+    ebb(file, out, "--priority", "-7")  # which changes no answer
+
+
 @pytest.mark.parametrize("content", [b"my notes", b"my notes\n", b'{"index": true}\n', b"\xff\n", b"\0" * 9])
 def test_a_file_that_is_not_ours_is_left_alone(daemon: FakeDaemon, file: Path, out: Path, content: bytes):
     out.write_bytes(content)
@@ -270,7 +282,7 @@ def test_a_person_sees_a_bar(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_two_cannot_write_the_same_file(file: Path, out: Path):
-    questions = read_questions("in", file.read_bytes(), {})
+    questions = read_questions("in", file.read_bytes(), "tiny", {})
     with (
         open_answers(out, questions),
         pytest.raises(InvalidRequest, match="another `ebb batch`"),

@@ -138,7 +138,9 @@ def test_pin_a_file(daemon: FakeDaemon, tmp_path: Path):
     result = ebb("pin", "tiny", str(file), "--save")
     assert (result.stdout, result.stderr) == ("", "system: 64 tokens are kept in 300 kB, on disk too\n")
     assert daemon.wait_for(Pin).prompt == "Be brief.\n"
-    assert ebb("pin", "tiny", "-", "--as", "other", typed=b"x").stderr == "other: 64 tokens are kept in 300 kB\n"
+    assert ebb("pin", "tiny", "-", "--as", "other", typed=b"x").stderr == (
+        "other: 64 tokens are kept in 300 kB, while tiny is in memory (--save: on disk too)\n"
+    )
     assert daemon.wait_for(Pin).name == "other"
 
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from ebbflow.daemon.engine.engine import Engine
 from ebbflow.daemon.engine.pins import FOLDER
 from ebbflow.daemon.settings import DEFAULTS, WorkerSettings
 from ebbflow.daemon.worker.resident import Resident
+from ebbflow.formats.errors import InvalidRequest
+from ebbflow.formats.manifest import read_manifest
 from ebbflow.formats.messages import Failed, Finished, Generate, Pin, Pinned
 from ebbflow.formats.values import Sampling
 
 from support.engines import Answers, engine_of, finish
+from support.fake_line import FakeClock
 from support.residents import load
 from support.stacks import TINY, write_signs_model
 
@@ -290,7 +298,27 @@ def rubbish(file: Path, folder: Path, resident: Resident) -> Engine:
     return engine_of(folder, resident)
 
 
-@pytest.mark.parametrize("spoil", [other_kv, torn, changed, another, rubbish])
+def folded(file: Path, folder: Path, resident: Resident) -> Engine:
+    """Tokens in two dimensions."""
+    label, tensors = content_of(file)
+    save_file({**tensors, "tokens": np.stack([tensors["tokens"]] * 2, 1)}, file, {"label": label})
+    return engine_of(folder, resident)
+
+
+def too_good(file: Path, folder: Path, resident: Resident) -> Engine:
+    """A quality that there is not, and that would never be computed again."""
+    label, tensors = content_of(file)
+    assert '"band":5' in label
+    save_file(tensors, file, {"label": label.replace('"band":5', '"band":99')})
+    return engine_of(folder, resident)
+
+
+def content_of(file: Path) -> tuple[str, dict[str, Any]]:
+    with safe_open(file, framework="numpy") as opened:
+        return opened.metadata()["label"], load_file(file)
+
+
+@pytest.mark.parametrize("spoil", [other_kv, torn, changed, another, rubbish, folded, too_good])
 def test_a_file_that_is_not_right_is_as_if_it_were_not_there(
     folder: Path, resident: Resident, spoil: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -300,6 +328,46 @@ def test_a_file_that_is_not_right_is_as_if_it_were_not_there(
     assert engine.pin_summaries() == ()
     assert engine.kv_nbytes == 0
     assert str(file) in caplog.text
+
+
+def test_a_file_that_was_not_read_back_can_be_let_go_and_replaced(folder: Path, resident: Resident) -> None:
+    pinned(engine_of(folder, resident), pin(1, "system", save=True))
+    (file,) = (folder / FOLDER).iterdir()
+    content = file.read_bytes()
+    engine = engine_of(folder, resident, settings=replace(DEFAULTS, kv="i8"))
+    engine.pins.remove("system")
+    assert not file.exists()
+    for name in ("system", "../pins/system"):
+        with pytest.raises(InvalidRequest):
+            engine.pins.remove(name)
+    file.write_bytes(content)
+    pinned(engine, pin(2, "system", PREFIX[:32]))  # not saved: what had its name is not to come back one day
+    assert not file.exists()
+
+
+def test_pins_are_read_back_as_far_as_there_is_memory(folder: Path, resident: Resident) -> None:
+    before = engine_of(folder, resident)
+    pinned(before, pin(1, "a", save=True))
+    pinned(before, pin(2, "b", tuple(reversed(PREFIX)), save=True))
+    for blocks, names in ((2, []), (5, ["a"]), (6, ["a", "b"])):
+        nbytes = blocks * BLOCK_NBYTES
+        engine = Engine(folder, read_manifest(folder), resident, 2, FakeClock(), pins_nbytes=nbytes)
+        assert [one.name for one in engine.pin_summaries()] == names
+        assert engine.kv_nbytes <= nbytes
+        engine.scheduler.check_integrity()
+
+
+def test_a_pin_that_cannot_be_computed_again_stays_as_it_is(folder: Path) -> None:
+    resident = load(folder, BASE)
+    engine = engine_of(folder, resident, settings=WorkerSettings(kv_limit=1))
+    whole = -(-TINY.context // 32)
+    first, more = 3 * whole // 8, whole // 4
+    for key, (start, blocks) in enumerate(((7, first), (8, more), (9, whole // 8)), 1):
+        assert isinstance(pinned(engine, pin(key, str(key), (start,) * (32 * blocks))), Pinned)
+    assert first > whole - engine.kv_pinned_nbytes // BLOCK_NBYTES
+    resident.grow(BLOCKS)
+    finish(engine, Answers())
+    assert [one.current for one in engine.pin_summaries()] == [False, True, True]
 
 
 def test_a_pin_is_computed_again_when_the_model_is_better_and_nobody_waits(folder: Path) -> None:
@@ -350,6 +418,30 @@ def test_a_disk_that_does_not_take_a_pin(folder: Path, resident: Resident) -> No
     assert isinstance(event, Failed)
     assert event.code == "storage_failed"
     assert (engine.kv_pinned_nbytes, engine.pin_summaries()) == (0, ())
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_pin(
+    folder: Path, resident: Resident, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(folder, resident)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    event = pinned(engine, pin(1, "system", save=True))
+    assert isinstance(event, Failed)
+    assert list((folder / FOLDER).iterdir()) == []
+    assert (engine.kv_pinned_nbytes, engine.pin_summaries()) == (0, ())
+
+
+def test_a_pin_whose_file_cannot_be_made_fails_alone(folder: Path, resident: Resident) -> None:
+    (folder / FOLDER / "system.partial").mkdir(parents=True)
+    engine = engine_of(folder, resident)
+    event = pinned(engine, pin(1, "system", save=True))
+    assert isinstance(event, Failed)
+    assert event.code == "storage_failed"
+    assert engine.kv_pinned_nbytes == 0
 
 
 def test_cancelling_a_pin(folder: Path, resident: Resident) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 
 from ebbflow.daemon.settings import WorkerSettings, parse_settings
 from ebbflow.daemon.supervisor.children import JOB, LOG_NBYTES, WORKER, CommandLauncher
-from ebbflow.daemon.supervisor.main import default_reserve, main
+from ebbflow.daemon.supervisor.main import default_reserve, main, suited
 from ebbflow.daemon.supervisor.runtime import locked, prepare
 from ebbflow.formats.errors import AlreadyRunning, DaemonFailed, InvalidConfig, InvalidSize
 from ebbflow.formats.messages import AddModel
@@ -24,6 +25,14 @@ def paths(tmp_path):
 @pytest.mark.parametrize(("total", "reserve"), [(2**30, 256 * 10**6), (10**10, 5 * 10**8), (2**36, 10**9)])
 def test_the_default_reserve(total, reserve):
     assert default_reserve(total) == reserve
+
+
+@pytest.mark.parametrize(
+    ("given", "total", "limit"), [(0, 4 * 10**9, 5 * 10**8), (0, 64 * 10**9, 2 * 10**9), (7, 4 * 10**9, 7)]
+)
+def test_keys_and_values_get_an_eighth_of_memory(given, total, limit):
+    settings = WorkerSettings("i8", threads=3, kv_limit=given)
+    assert suited(settings, total) == replace(settings, kv_limit=limit)
 
 
 def test_the_runtime_folder_is_made_for_us_alone(paths):

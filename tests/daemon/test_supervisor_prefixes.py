@@ -10,7 +10,9 @@ import pytest
 from ebbflow.daemon.supervisor.budget import SHRINK_MARGIN
 from ebbflow.daemon.supervisor.children import LAST_WORDS_SECONDS
 from ebbflow.daemon.supervisor.squeeze import LEAST
+from ebbflow.daemon.supervisor.worker import LATE_SECONDS
 from ebbflow.formats.child_messages import LimitKv, LoadModel, Report, SetTarget, Trim
+from ebbflow.formats.errors import Cancelled
 from ebbflow.formats.messages import (
     LEASE_SECONDS,
     Cancel,
@@ -24,6 +26,7 @@ from ebbflow.formats.messages import (
     Progress,
     RemoveModel,
     Unpin,
+    failure,
 )
 from ebbflow.formats.values import ChatMessage, PinSummary
 
@@ -216,6 +219,22 @@ def test_what_has_passed_here_is_no_longer_left_to_the_worker(house, client):
     assert codes(client.hear()) == []
 
 
+def test_a_deadline_holds_though_the_worker_reads_a_model_or_hangs(house, client):
+    client.say(ask(1, 5.0), ask(2))
+    house.turn()
+    worker = house.ready_worker()
+    asked = next(m for m in worker.hear() if isinstance(m, Generate) and m.deadline_seconds)
+    client.say(Ping())
+    house.turn(5.0 + LATE_SECONDS / 2)
+    assert codes(client.hear()) == []
+    house.turn(LATE_SECONDS)
+    assert codes(client.hear()) == [(1, "deadline_exceeded")]
+    assert worker.hear() == [Cancel(id=asked.id)]
+    worker.say(failure(asked.id, Cancelled("the request was cancelled")))
+    house.turn()
+    assert client.hear() == []
+
+
 def test_a_deadline_that_passes_while_a_worker_starts(house, client):
     client.say(ask(1, 3.0), ask(2), pin(3))
     house.turn()
@@ -271,6 +290,32 @@ def test_cached_keys_and_values_go_before_any_block(house, client):
     house.sensor.available -= 300 * MB
     house.turn(0.3)
     assert any(isinstance(message, SetTarget) for message in worker.hear())
+
+
+def test_cached_keys_and_values_go_before_a_model_is_refused(house, client):
+    worker, load = loaded(house, client)
+    cached = 200 * MB
+    least = report(
+        load, nbytes=GB // 5, target_nbytes=GB // 5, kv_nbytes=cached, kv_cached_nbytes=cached, cache_nbytes=cached
+    )
+    house.sensor.available = GB // 2 + GB // 5 - 50 * MB  # the other one's base less 50 MB
+    worker.say(least)
+    house.turn(0.2)
+    worker.hear()
+    worker.say(least)
+    client.say(generate(2, model="other"))
+    house.turn()
+    told = worker.hear()
+    assert codes(client.hear()) == []
+    assert [type(message) for message in told if not isinstance(message, SetTarget)] == [Trim, LoadModel, Generate]
+    [trim] = [message for message in told if isinstance(message, Trim)]
+    assert 0 < trim.nbytes <= 100 * MB
+
+
+def test_saved_pins_are_read_back_as_far_as_there_is_room(house, client):
+    house.sensor.available = GB // 2 + GB // 5 + 300 * MB
+    _, load = loaded(house, client)
+    assert load.pins_nbytes == 300 * MB
 
 
 def squeezed(house, client, seconds: float = 4.0):

@@ -18,7 +18,17 @@ from ebbflow.daemon.settings import DEFAULTS, KV_TYPES, WorkerSettings
 from ebbflow.daemon.worker import loop as loop_module
 from ebbflow.daemon.worker.loop import IDLE_SECONDS, REPORT_SECONDS, Loop
 from ebbflow.daemon.worker.resident import Resident
-from ebbflow.formats.child_messages import Exit, LoadFailed, LoadModel, Report, SetTarget, ToWorker, Trim, UnloadModel
+from ebbflow.formats.child_messages import (
+    Exit,
+    LimitKv,
+    LoadFailed,
+    LoadModel,
+    Report,
+    SetTarget,
+    ToWorker,
+    Trim,
+    UnloadModel,
+)
 from ebbflow.formats.manifest import MANIFEST, STACK, read_manifest, write_manifest
 from ebbflow.formats.messages import Cancel, Failed, Finished, Generate, Resized
 from ebbflow.formats.stack import read_stack
@@ -144,6 +154,19 @@ def test_settings_decide_what_keys_and_values_take(folder: Path) -> None:
         assert isinstance(worker.answers.by_id[1].end, Finished)
         worker.hear(Exit())
     assert 0 < held["i8"] == held["f16"] * (32 + 4) // (32 * 2)
+
+
+def test_a_model_that_comes_later_is_limited_too(folder: Path) -> None:
+    worker = Worker()
+    worker.load(folder)
+    usual = worker.residency().kv_limit_nbytes
+    worker.hear(LimitKv(nbytes=usual // 3))
+    worker.load(folder, name="other")
+    limits = [worker.residency(name).kv_limit_nbytes for name in ("m", "other")]
+    assert limits[0] == limits[1] <= usual // 3
+    worker.hear(LimitKv(nbytes=0))
+    assert worker.residency("other").kv_limit_nbytes == usual
+    worker.hear(Exit())
 
 
 def test_a_target_below_the_base_holds_the_base(folder: Path) -> None:
