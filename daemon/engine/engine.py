@@ -179,6 +179,7 @@ class Engine:
             job = _Job(request, sequence, len(tokens), stream, now)
             self._replay(job, ids)
             if not job.ended:
+                self._postpone_renewal()
                 self.scheduler.submit(job.sequence)
         except EbbflowError as error:
             return [failure(request.id, error)]
@@ -214,7 +215,8 @@ class Engine:
         events = self._expire(asked)
         if not self.scheduler.busy:
             self._renew_pins()
-        admitted = self.scheduler.admit(min(self.pace.limit, self._most))
+        # before anything was measured one alone: what is admitted has its token in every step
+        admitted = self.scheduler.admit(min(self.pace.limit, self._most) if self.pace.known else 1)
         pieces = self.scheduler.plan(self.pace.limit)
         began = self._clock()
         for job in (self._jobs[s.key] for s in admitted if s.key in self._jobs):
@@ -227,7 +229,7 @@ class Engine:
         try:
             logits = self._forward(pieces)
         except MemoryError:
-            return events + self._make_do(sum(piece.count for piece in pieces))
+            return events + self._make_do(pieces)
         computed = self._clock()
         self.scheduler.complete(pieces)
         self.scheduler_seconds += self._clock() - computed
@@ -278,6 +280,11 @@ class Engine:
             return  # it stays as good as it is
         self.pins.jobs[job.sequence.key] = job
 
+    def _postpone_renewal(self) -> None:
+        sequence = self.pins.postpone()
+        if sequence is not None:
+            self.scheduler.finish(sequence)
+
     def _pinned(self, sequence: Sequence) -> list[EngineEvent]:
         """A prefix that was to be kept is computed."""
         job = self.pins.jobs.pop(sequence.key)
@@ -293,8 +300,8 @@ class Engine:
             return [failure(sequence.key, error)]
         return [Pinned(id=sequence.key, pin=next(pin for pin in self.pin_summaries() if pin.name == job.name))]
 
-    def _make_do(self, tokens: int) -> list[EngineEvent]:
-        """There was no memory for a step of so many tokens, and nothing of it counts.
+    def _make_do(self, pieces: list[Piece]) -> list[EngineEvent]:
+        """There was no memory for a step of these pieces, and nothing of it counts.
 
         The next one is smaller; where that cannot be, its request ends.
         """
@@ -302,10 +309,11 @@ class Engine:
         self.scheduler.trim(self._kv.most)
         running = self.scheduler.running
         self._most = max(1, len(running) // 2)
+        tokens = sum(piece.count for piece in pieces)
         self.pace.limit = max(1, tokens // 2)
         if tokens == 1:
             short = OutOfMemory("no memory for the next step; try again, or make the model smaller")
-            return self._end(running[0].key, short)
+            return self._end(pieces[0].sequence.key, short)
         for sequence in sorted(running, key=lambda s: s.arrival)[self._most :]:
             self.scheduler.preempt(sequence)
         return []
@@ -381,6 +389,7 @@ class Engine:
     def _break(self, job: _Job) -> Failed:
         """Finite weights can be so large that what they give is not: there is no token to choose."""
         del self._jobs[job.sequence.key]
+        self.scheduler.spoil(job.sequence)
         self.scheduler.finish(job.sequence)
         name = self._manifest.name
         return failure(job.sequence.key, CorruptFile(f"{name}'s weights give numbers that overflow; add it again"))

@@ -34,6 +34,11 @@ class Pace:
     _squares: float = 0.0
     _products: float = 0.0
 
+    @property
+    def known(self) -> bool:
+        """Whether any step was measured."""
+        return self._weight > 0
+
     def record(self, tokens: int, seconds: float) -> None:
         """A step of `tokens` tokens took `seconds`."""
         seconds = max(seconds, 1e-9)

@@ -125,6 +125,15 @@ class PinStore:
         sequence = Sequence(RENEWAL_KEY, tokens, len(tokens), kept.namespace, priority=RENEWAL_PRIORITY, samples=False)
         return PinJob(name, sequence, kept.saved, asked=False)
 
+    def postpone(self) -> Sequence | None:
+        """Somebody asks for something: what is computed again for nobody has time, and keeps what it has done."""
+        job = self.jobs.pop(RENEWAL_KEY, None)
+        if job is None:
+            return None
+        if job.name in self._kept:
+            self._kept[job.name].tried = self._kept[job.name].band
+        return job.sequence
+
     def keep(self, job: PinJob) -> None:
         """Keep what was computed, instead of what had that name.
 

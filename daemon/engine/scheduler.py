@@ -29,6 +29,7 @@ MAX_WAITING: Final = 4096
 OVERTAKEN_MOST: Final = 16  # times, where SIBLINGS that reuse what is computed count as one
 SIBLINGS: Final = 16
 AHEAD_TOKENS: Final = 64  # of its answer, for which a sequence must find room before it starts
+SPOILT: Final = -1  # a band below all others
 _SHARE: Final = 4  # prompts get at least one of so many parts of a step, however many sequences decode
 
 
@@ -182,6 +183,16 @@ class Scheduler:
         if not self._needs[need]:
             del self._needs[need]
         self._settle()
+
+    def spoil(self, sequence: Sequence) -> None:
+        """What a running sequence computed alone, from the end of it, is of no use: nobody shall begin with it."""
+        below: Node | None = None
+        for node in reversed(sequence.nodes[sequence.matched :]):
+            if node.users > 1 or node.pins or node.filled > (below is not None):
+                break
+            node.band, node.depth, below = SPOILT, MIXED, node
+        self.prefixes.version += 1
+        self.prefixes.news += 1
 
     def expired(self, now: float) -> list[Sequence]:
         """Sequences whose deadline has passed."""

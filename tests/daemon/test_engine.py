@@ -195,6 +195,7 @@ def test_cancel_in_every_state(folder: Path, resident: Resident, alone: dict[Any
     sampling = Sampling(max_tokens=100, temperature=1.0)
     long = PROMPTS[-1]
     answers.hear(engine.submit(Generate(id=0, model="m", prompt=long, sampling=SAMPLINGS[1])))
+    answers.hear(engine.step())  # before one was measured, one request runs
     for key, steps in ((1, 0), (2, 1), (3, 2), (4, 12)):  # waiting; in its prompt; further; writing
         answers.hear(engine.submit(Generate(id=key, model="m", prompt=long, sampling=sampling, namespace=f"{key}")))
         for _ in range(steps):

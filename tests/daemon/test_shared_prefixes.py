@@ -387,6 +387,47 @@ def test_a_pin_is_computed_again_when_the_model_is_better_and_nobody_waits(folde
     assert [one.current for one in engine_of(folder, load(folder, BLOCKS)).pin_summaries()] == [True]
 
 
+def test_who_asks_does_not_wait_for_a_pin_that_is_computed_again(folder: Path) -> None:
+    resident = load(folder, BASE)
+    engine = engine_of(folder, resident, tick=0.05)
+    pinned(engine, pin(1, "system"))
+    resident.grow(BLOCKS)
+    engine.step()
+    assert [s.key for s in engine.scheduler.running] == [-1]
+    (end,) = ends(engine, request(2, prefix=(5, 6, 7)))
+    assert end.reason == "length"
+    assert [one.current for one in engine.pin_summaries()] == [True]  # afterwards
+
+
+def test_nobody_begins_with_what_gave_no_numbers(
+    folder: Path, resident: Resident, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(folder, resident)
+    ends(engine, request(1, prefix=PREFIX[:64]))
+    compute = engine._forward
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_forward", lambda pieces: compute(pieces) * float("nan"))
+        answers = Answers()
+        answers.hear(engine.submit(request(2)))
+        finish(engine, answers)
+    broken = answers.by_id[2].end
+    assert isinstance(broken, Failed)
+    assert broken.code == "corrupt_file"
+    (end,) = ends(engine, request(3, 9))
+    assert end.reused_tokens == 64
+
+
+def test_before_a_step_was_measured_one_request_runs(folder: Path, resident: Resident) -> None:
+    """All that run have a token in every step: where that takes long, a burst would never get short ones."""
+    engine = engine_of(folder, resident, tick=0.2)
+    for key in range(1, 9):
+        engine.submit(request(key, prefix=(key, key)))
+    engine.step()
+    assert len(engine.scheduler.running) == 1
+    engine.step()
+    assert len(engine.scheduler.running) <= engine.pace.limit
+
+
 def test_pins_that_cannot_be(folder: Path, resident: Resident) -> None:
     engine = engine_of(folder, resident, settings=WorkerSettings(kv_limit=1))
     short = pinned(engine, pin(1, "short", PREFIX[:31]))
