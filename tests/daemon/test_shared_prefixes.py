@@ -389,9 +389,10 @@ def test_a_pin_is_computed_again_when_the_model_is_better_and_nobody_waits(folde
 
 def test_who_asks_does_not_wait_for_a_pin_that_is_computed_again(folder: Path) -> None:
     resident = load(folder, BASE)
-    engine = engine_of(folder, resident, tick=0.05)
+    engine = engine_of(folder, resident)
     pinned(engine, pin(1, "system"))
     resident.grow(BLOCKS)
+    engine.pace.limit = 8
     engine.step()
     assert [s.key for s in engine.scheduler.running] == [-1]
     (end,) = ends(engine, request(2, prefix=(5, 6, 7)))
