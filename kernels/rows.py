@@ -28,9 +28,14 @@ F16: Final = 1
 BF16: Final = 2
 I8: Final = 3
 SIGNS: Final = 4
-PLANE: Final = 5  # levels for each row
-SHARED_PLANE: Final = 6  # levels shared by all rows
+MASK: Final = 5
+VALUES_F16: Final = 6
+VALUES_I8: Final = 7
+VALUES_I4: Final = 8
+PLANE: Final = 9  # levels for each row
+SHARED_PLANE: Final = 10  # levels shared by all rows
 CODES: Final = {"f32": F32, "f16": F16, "bf16": BF16, "i8": I8}
+VALUES_CODES: Final = {"f16": VALUES_F16, "i8": VALUES_I8, "i4": VALUES_I4}
 
 BASE_PLANES: Final = 2  # in a tensor's first plane block
 ROWS: Final = 4  # rows decoded together
