@@ -66,7 +66,8 @@ def read_pruning(
     if codec != CODEC:
         alien = [name for name, value in given.items() if value is not None]
         if alien:
-            raise InvalidRequest(f"{' and '.join(alien)} belong to the codec {CODEC}; the codec {codec} has none")
+            belong = "belongs" if len(alien) == 1 else "belong"
+            raise InvalidRequest(f"{' and '.join(alien)} {belong} to the codec {CODEC}; the codec {codec} has none")
         return None
     if sparsity is not None and not 0 < sparsity < 1:  # a NaN is neither
         raise InvalidRequest(f"sparsity must be above 0 and below 1, not {sparsity}: 0.5 keeps half of the weights")

@@ -30,7 +30,7 @@ from torch import Tensor
 from ...formats.blocks import pack_mask, pack_values
 from ...formats.checkpoint import Checkpoint
 from ...formats.errors import InvalidRequest
-from ...formats.kinds import words_per_row
+from ...formats.kinds import VALUES_LIMIT, mask_nbytes, values_nbytes
 from ...formats.pruning import Pruning
 from ...formats.stack import BlockEntry, content_hash
 from .encode_bitstack import Level, checked_weight
@@ -40,7 +40,6 @@ DEFAULT_LEVELS: Final = 3
 MAX_LEVELS: Final = 4
 FIRST_SHARE: Final = 0.5  # of the kept weights, in the first of several tiers
 PRUNED_SHARE: Final = 0.3  # zeros among the weights of all linears: fewer may be chance
-LARGEST: Final = {"i8": 127, "i4": 7}
 CLIPPING: Final = {"i8": (1.0, 0.95, 0.9), "i4": tuple(1 - 0.05 * i for i in range(11))}
 F16_MAX: Final = 65504.0
 ROWS_AT_ONCE: Final = 1024  # bounds the memory of what pruning keeps for each weight
@@ -118,14 +117,11 @@ def tier_counts(keep: int, levels: int) -> tuple[int, ...]:
 
 def tier_nbytes(m: int, n: int, groups: Groups, levels: int, values: str) -> list[int]:
     """Bytes of every block of a matrix: mask and values of tier 0, of tier 1, ..."""
-    sizes, before = [], 0
-    for count in tier_counts(groups.keep, levels):
-        upto = count * (n // groups.group)
-        fresh = upto - before
-        row = {"f16": 2 * fresh, "i8": fresh, "i4": -(-fresh // 2)}[values]
-        scales = 4 * m if values != "f16" and not before else 0
-        sizes += [8 * m * words_per_row(n - before), scales + m * row]
-        before = upto
+    sizes, filled = [], 0
+    for level, count in enumerate(tier_counts(groups.keep, levels)):
+        rank = count * (n // groups.group) - filled
+        sizes += [mask_nbytes(m, n, filled), values_nbytes(m, level, values, rank)]
+        filled += rank
     return sizes
 
 
@@ -193,7 +189,7 @@ def round_values(value: Tensor, inputs: Inputs, dtype: str) -> Stored:
     """`value [m, n]` as it can be stored."""
     if dtype == "f16":
         return Stored(value.clamp(-F16_MAX, F16_MAX).half().float(), None)
-    largest, energy = LARGEST[dtype], inputs.norms.square()
+    largest, energy = VALUES_LIMIT[dtype], inputs.norms.square()
     widest = value.abs().amax(1) / largest
     best, scale = torch.full_like(widest, torch.inf), widest
     for share in CLIPPING[dtype]:
