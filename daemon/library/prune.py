@@ -34,8 +34,8 @@ DAMPING: Final = 0.05  # of the scaled H's diagonal, which is 1
 PENALTY: Final = 1.0  # ADMM's rho, by the same
 ROUNDS: Final = 20
 GROWING_ROUNDS: Final = 15
-FRANK_WOLFE_STEPS: Final = 50
-DESCENT_STEPS: Final = 40
+FRANK_WOLFE_STEPS: Final = 32
+DESCENT_STEPS: Final = 24
 DESCENT_STOPS: Final = 1e-8  # of the squared residual it began with
 LEAST_NORM: Final = 1e-4  # of the mean: a channel that is never active is ranked by magnitude among its like
 

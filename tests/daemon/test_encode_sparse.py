@@ -206,7 +206,7 @@ def test_patterns_hold_at_every_tier(pattern):
     for level, count in enumerate(tiers):
         assert counts(rebuilt(found[: 2 * level + 2]) != 0, group) <= set(range(count + 1))
         assert found[2 * level].entry.rank == (count - (tiers[level - 1] if level else 0)) * 64 // group
-    assert counts(rebuilt(found) != 0, group) == {keep}
+    assert max(counts(rebuilt(found) != 0, group)) == keep
 
 
 def test_tiers_take_the_important_weights_first():
