@@ -1,11 +1,11 @@
 """The demo model pruned, before any retraining: each method at 50, 60 and 70 %, 2:4 and 4:8, values of 8 bits.
 
 Masks and values are chosen on the text that `ebb add` samples; KL to the original and perplexity are those of held-out
-standard library text, every second window of `quality`; embedding, head and norms are the original's. `left` is what the linears' errors
-leave of their outputs, sum of (E H E^T) by that of (W H W^T), the mean over linears. Then what is stored: bytes of all
-linears against what arithmetic wants (values, and a bit for every position of a tier that was still zero), what values
-of 16 and 4 bits do, and with --stacks the model that `ebb add --codec sparse` makes, at seven sizes, beside `nested` in
-as many bytes.
+standard library text, every second window of `quality`; embedding, head and norms are the original's. `left` is what
+the linears' errors leave of their outputs, sum of (E H E^T) by that of (W H W^T), the mean over linears. Then what is
+stored: bytes of the first layer against what arithmetic wants (values, and a bit for every position of a tier that was
+still zero), what values of 16 and 4 bits do, and with --stacks the model that `ebb add --codec sparse` makes, at seven
+sizes, beside `nested` in as many bytes.
 
 Run: .venv/bin/python bench/sparse_quality.py [--stacks] [--json FILE] [--check]
 """

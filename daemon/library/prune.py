@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ...formats.errors import CorruptCheckpoint
 
-DAMPING: Final = 0.05  # of the scaled H's diagonal, which is 1
+DAMPING: Final = 0.02  # of the scaled H's diagonal, which is 1
 PENALTY: Final = 1.0  # ADMM's rho, by the same
 ROUNDS: Final = 20
 GROWING_ROUNDS: Final = 15
