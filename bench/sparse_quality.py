@@ -4,14 +4,17 @@ Masks and values are chosen on the text that `ebb add` samples; KL to the origin
 standard library text, every second window of `quality`; embedding, head and norms are the original's. `left` is what
 the linears' errors leave of their outputs, sum of (E H E^T) by that of (W H W^T), the mean over linears. Then what is
 stored: bytes of the first layer against what arithmetic wants (values, and a bit for every position of a tier that was
-still zero), what values of 16 and 4 bits do, and with --stacks the model that `ebb add --codec sparse` makes, at seven
-sizes, beside `nested` in as many bytes.
+still zero), what values of 16 and 4 bits do, and the model that `ebb add --codec sparse` makes, at seven sizes, beside
+`nested` in as many bytes.
 
-Run: .venv/bin/python bench/sparse_quality.py [--stacks] [--json FILE] [--check]
+EBBFLOW_BENCH_ROWS names what is done, of: 50% 60% 70% 2:4 4:8 storage stacks; all take a quarter of an hour.
+
+Run: .venv/bin/python bench/sparse_quality.py [--json FILE] [--check]
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
@@ -108,9 +111,9 @@ def configurations() -> Iterator[tuple[str, float | None, str | None]]:
     yield from ((pattern, None, pattern) for pattern in PATTERNS)
 
 
-def compare_methods(report: Report, demo: Demo, linears: Linears) -> None:
-    """A row for each method and configuration, and the bars between them."""
-    for label, sparsity, pattern in configurations():
+def compare_methods(report: Report, demo: Demo, linears: Linears, rows: list[str]) -> None:
+    """A row for each method and each configuration among `rows`, and the bars between them."""
+    for label, sparsity, pattern in (found for found in configurations() if found[0] in rows):
         kl, found = {}, {}
         for method in METHODS:
             found[method] = linears.pruned(Pruning(sparsity, pattern, method))
@@ -160,14 +163,19 @@ def compare_stacks(report: Report, demo: Demo, folder: Path) -> None:
 
 def main() -> int:
     """Run, in a folder that goes away."""
-    report = Report("Quality of the pruned demo model", stacks="also add the model, and nested beside it")
+    report = Report("Quality of the pruned demo model")
+    known = [label for label, _, _ in configurations()] + ["storage", "stacks"]
+    rows = os.environ.get("EBBFLOW_BENCH_ROWS", " ".join(known)).split()
+    if unknown := set(rows) - set(known):
+        sys.exit(f"EBBFLOW_BENCH_ROWS names {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     checkpoint = open_checkpoint(DEMO)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         demo, linears = Demo(checkpoint, Original(checkpoint, heldout_tokens()[::2])), linears_of(checkpoint)
         report.note("original", f"perplexity {demo.with_weights({}).perplexity:.3f}")
-        compare_methods(report, demo, linears)
-        compare_storage(report, demo, linears)
-        if report.given("stacks"):
+        compare_methods(report, demo, linears, rows)
+        if "storage" in rows:
+            compare_storage(report, demo, linears)
+        if "stacks" in rows:
             compare_stacks(report, demo, Path(folder))
     return report.finish()
 

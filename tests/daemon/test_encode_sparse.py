@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ebbflow.daemon.engine.dense import DenseAttention, build_network
 from ebbflow.daemon.library import add, texts
 from ebbflow.daemon.library.add import add_model
 from ebbflow.daemon.library.calibrate import layer_moments
@@ -36,6 +37,8 @@ from ebbflow.formats.manifest import STACK, Manifest, read_manifest
 from ebbflow.formats.messages import AddModel, Progress
 from ebbflow.formats.pruning import METHODS, PATTERNS, VALUES, Pruning
 from ebbflow.formats.stack import Stack, content_hash, read_blocks, read_stack
+
+from support.residents import load, logits, move
 
 torch.set_num_threads(1)  # beside others on two cores, a second thread waits longer than it works
 
@@ -410,6 +413,27 @@ def test_each_linear_is_pruned_for_its_own_inputs(place):
             weight = checkpoint.tensor(name)
             wanted = prune(weight, inputs, SparsePlan(Pruning()).groups(name, weight.shape[1]), "admm").weight
             torch.testing.assert_close(found[name], wanted, rtol=2e-2, atol=2e-3 * float(wanted.abs().max()))
+
+
+@kinds
+def test_what_was_added_serves_and_resizes(place, values):
+    """Tiers beside planes: as the dense reading of the same blocks, at every size, and on the way back too."""
+    place.write()
+    stack, _ = place.add(values=values)
+    tokens = np.random.default_rng(0).integers(0, SHAPE.vocab, 40).tolist()
+    sizes = [stack.base, (stack.base + len(stack.blocks)) // 2, len(stack.blocks)]
+    resident, found = load(place.library / "m", sizes[0]), {}
+    for count in (*sizes, *sizes[::-1]):
+        move(resident, count)
+        resident.check_integrity()
+        served = logits(resident, tokens, SHAPE, exact=True)
+        np.testing.assert_array_equal(served, found.setdefault(count, served))
+    for count in sizes:
+        weights = weights_of(stack, count)
+        network = build_network(SHAPE, weights.__getitem__)
+        expected = network.head(network.forward(torch.tensor(tokens), DenseAttention(SHAPE, 1, len(tokens)))).numpy()
+        np.testing.assert_allclose(found[count], expected, rtol=0, atol=1e-4 * float(np.abs(expected).max()))
+    resident.close()
 
 
 # -- a checkpoint that was pruned before --------------------------------------------------------------------------
