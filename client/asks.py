@@ -42,6 +42,7 @@ from ..formats.messages import (
     YieldMemory,
 )
 from ..formats.paths import check_name
+from ..formats.pruning import read_pruning
 from ..formats.units import SizeWish, parse_seconds, parse_size, parse_wish
 from ..formats.values import ModelSummary
 from .exchange import Reply, Watch
@@ -60,6 +61,10 @@ class AddOptions(TypedDict, total=False):
     order: str
     calibration: str | Path | None
     seed: int
+    sparsity: float | None
+    pattern: str | None
+    method: str | None
+    values: str | None
 
 
 class Terms(TypedDict, total=False):
@@ -167,7 +172,8 @@ def show(model: str) -> Ask[None, ModelDetail]:
 def add(source: str | Path, name: str | None, options: AddOptions) -> Ask[Progress, ModelSummary]:
     """Read a checkpoint into the library; a folder is made absolute and, without `name`, gives its own.
 
-    Raises `InvalidRequest` when `source` looks like a folder and is none, `InvalidName` when the name is unusable.
+    Raises `InvalidRequest` when `source` looks like a folder and is none or options make no sense, `Unsupported` for
+    names of methods and the like that there are not, `InvalidName` when the name is unusable.
     """
     check_names(options, AddOptions)
     location = locate(source)
@@ -179,6 +185,7 @@ def add(source: str | Path, name: str | None, options: AddOptions) -> Ask[Progre
         request = msgspec.convert(fields, AddModel)
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"options of add: {error}") from error
+    read_pruning(request.codec, request.sparsity, request.pattern, request.method, request.values)
     return Ask(lambda id_: msgspec.structs.replace(request, id=id_), _progress, _summary)
 
 

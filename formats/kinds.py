@@ -17,6 +17,20 @@ Numbers are little-endian. `words = ceil(n / 64)`.
             padded: planes end at a multiple of 8 bytes, scales at one of 2.
             All blocks of such a tensor are planes, and the levels of the deepest replace those before. The values make
             the *rotated* weight  W Q^T,  which wants its input rotated too:  y = (W Q^T) (Q x).
+    mask    where a tier has its values. Tier t of a tensor (the level) has the same number of values in every row: the
+            index's `rank`, c_t. A row is one bit for each of its columns that no earlier tier has filled,
+            p = n - (c_0 + ... + c_(t-1)) of them, in the order of columns, packed like signs: `[m, ceil(p / 64)]` u64.
+            1 means that the column has a value in this tier; every row has exactly c_t ones, 1 <= c_t <= p.
+    values  a tier's numbers, row by row in the order of columns, c_t in each (`rank` again); where the original has
+            fewer in a row, it is filled up with zeros. By dtype, which is one for all tiers of a tensor:
+                f16     `[m, c_t]` f16.
+                i8      with tier 0 one f32 scale per row `[m]`, which holds for all tiers; then int8 `[m, c_t]` in
+                        [-127, 127]; value = scale * int8.
+                i4      the same in [-7, 7], two to a byte, the low half first; a row is ceil(c_t / 2) bytes, the last
+                        half is 0 if it is of no column.
+            -128 or -8 makes a block bad. All blocks of such a tensor are masks and values in turn, values being of the
+            level of the mask before. A mask whose values are not there yet counts for nothing; columns that no tier
+            has filled are 0. Inputs are not rotated.
 
 Rotation Q, n x n: column j's sign is minus where `splitmix64(j)` has its top bit set; then Hadamard blocks of the sizes
 `rotation_blocks(n)`: `y[i] = sum_j (-1)^popcount(i & j) x[j] / sqrt(size)`. It spreads outliers of weights and
@@ -33,11 +47,13 @@ from typing import Final, Literal
 from .errors import BadBlock, UnknownKind
 
 Dtype = Literal["bf16", "f16", "f32", "i8"]
-Kind = Literal["dense", "signs", "plane"]
+Kind = Literal["dense", "signs", "plane", "mask", "values"]
 
 ITEM_NBYTES: Final[dict[str, int]] = {"bf16": 2, "f16": 2, "f32": 4, "i8": 1}
 ROW_LEVELS: Final = "i8"  # dtypes of plane blocks: a table for each row, or one for all
 SHARED_LEVELS: Final = "i8-shared"
+VALUES_LIMIT: Final[dict[str, int]] = {"i8": 127, "i4": 7}  # the largest of values stored as integers
+VALUES_DTYPES: Final = ("f16", *VALUES_LIMIT)
 BASE_PLANES: Final = 2
 MAX_DEPTH: Final = 8
 LARGEST_ROTATION: Final = 256
@@ -76,6 +92,21 @@ def plane_nbytes(m: int, n: int, level: int, dtype: str) -> int:
     return planes_nbytes(m, n, level) + 2 * m + ((1 if dtype == SHARED_LEVELS else m) << plane_depth(level))
 
 
+def mask_nbytes(m: int, n: int, filled: int) -> int:
+    """Bytes of a mask block; `filled` columns of every row have values in earlier tiers."""
+    return 8 * m * words_per_row(n - filled)
+
+
+def values_row_nbytes(dtype: str, rank: int) -> int:
+    """Bytes of one row of a tier's values, without its scale."""
+    return {"f16": 2 * rank, "i8": rank, "i4": -(-rank // 2)}[dtype]
+
+
+def values_nbytes(m: int, level: int, dtype: str, rank: int) -> int:
+    """Bytes of a values block, scales included."""
+    return (4 * m if level == 0 and dtype in VALUES_LIMIT else 0) + m * values_row_nbytes(dtype, rank)
+
+
 def rotation_blocks(n: int) -> tuple[int, ...]:
     """Sizes of the Hadamard blocks: n split greedily into powers of two, at most 256. 576 = 256 + 256 + 64."""
     sizes = [LARGEST_ROTATION] * (n // LARGEST_ROTATION)
@@ -91,14 +122,19 @@ def rotation_sign(j: int) -> int:
     return -1 if (z ^ z >> 31) >> 63 else 1
 
 
-def payload_nbytes(kind: str, shape: tuple[int, ...], *, dtype: str = "", rank: int = 0, level: int = 0) -> int:
-    """Bytes of a block before padding. Raises `UnknownKind`, or `BadBlock` for parameters that make no sense."""
+def payload_nbytes(
+    kind: str, shape: tuple[int, ...], *, dtype: str = "", rank: int = 0, level: int = 0, filled: int = 0
+) -> int:
+    """Bytes of a block before padding; `filled` columns of each row have values in tiers before this one.
+
+    Raises `UnknownKind`, or `BadBlock` for parameters that make no sense.
+    """
     if not shape or min(shape) < 1:
         raise BadBlock(f"shape {list(shape)} has no elements")
     match kind:
         case "dense":
             if rank:
-                raise BadBlock(f"dense block of rank {rank}; only signs blocks have one")
+                raise BadBlock(f"dense block of rank {rank}; only signs, masks and values have one")
             return dense_nbytes(shape, dtype)
         case "signs":
             if len(shape) != 2 or rank < 1 or rank > min(shape) or dtype:
@@ -113,7 +149,18 @@ def payload_nbytes(kind: str, shape: tuple[int, ...], *, dtype: str = "", rank: 
                     f"to {MAX_DEPTH - BASE_PLANES} and levels as {ROW_LEVELS} or {SHARED_LEVELS}"
                 )
             return plane_nbytes(shape[0], shape[1], level, dtype)
+        case "mask" | "values":
+            wanted = ("",) if kind == "mask" else VALUES_DTYPES
+            if len(shape) != 2 or level < 0 or filled < 0 or not 1 <= rank <= shape[1] - filled or dtype not in wanted:
+                raise BadBlock(
+                    f"{kind} block of shape {list(shape)}, rank {rank}, dtype {dtype!r}, {filled} columns filled; want "
+                    f"a matrix, 1 <= rank <= columns left, and values as {', '.join(VALUES_DTYPES)}"
+                )
+            if kind == "mask":
+                return mask_nbytes(shape[0], shape[1], filled)
+            return values_nbytes(shape[0], level, dtype, rank)
         case _:
             raise UnknownKind(
-                f"block kind {kind!r}; this version knows dense, signs and plane, a newer one may read this file"
+                f"block kind {kind!r}; this version knows dense, signs, plane, mask and values, a newer one may read "
+                "this file"
             )

@@ -113,7 +113,10 @@ class ShowModel(Message, frozen=True):
 
 
 class AddModel(Message, frozen=True):
-    """Read the checkpoint at `source` (a folder, absolute, or a hub id) into the library. `Progress`, then `Added`."""
+    """Read the checkpoint at `source` (a folder, absolute, or a hub id) into the library. `Progress`, then `Added`.
+
+    `rank` is for the codec `bitstack`; `sparsity`, `pattern`, `method` and `values` are for `sparse` (`pruning`).
+    """
 
     id: int
     source: str
@@ -124,6 +127,10 @@ class AddModel(Message, frozen=True):
     order: str = "gain"
     calibration: str | None = None
     seed: int = 0
+    sparsity: float | None = None
+    pattern: str | None = None
+    method: str | None = None
+    values: str | None = None
 
 
 class ImportModel(Message, frozen=True):

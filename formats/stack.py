@@ -15,9 +15,10 @@ Specification (version 2)
   at the end of the file. Each block is zero-padded inside its own tensor to a multiple of 64 bytes.
 * `__metadata__` holds `format` = `ebbflow-stack`, `version` = `2` and `index`, itself JSON:
   `{"base": blocks without which the model is noise, "blocks": [entry, ...]}`, entry i describing block i:
-  `kind`, `tensor`, `level` (0, 1, ... for each tensor in turn), `shape` of the weight, `nbytes` before padding,
-  `gain` (drop in expected KL, nats per token), `hash` (BLAKE2b-128 of the unpadded bytes), `uses` (the places in
-  the network that read the tensor), and `dtype` or `rank` where the kind wants it. Unknown fields are ignored.
+  `kind`, `tensor`, `level` (0, 1, ... for each tensor in turn; of a mask and its values the same), `shape` of the
+  weight, `nbytes` before padding, `gain` (drop in expected KL, nats per token), `hash` (BLAKE2b-128 of the unpadded
+  bytes), `uses` (the places in the network that read the tensor), and `dtype` or `rank` where the kind wants it.
+  Unknown fields are ignored.
 * The header is at most 16 MB.
 
 So any prefix of the data is a smaller model, and a complete file opens in any safetensors reader.
@@ -69,6 +70,7 @@ ALIGNMENT: Final = 4096
 BLOCK_ALIGNMENT: Final = 64
 MAX_HEADER: Final = 16_000_000
 MARK: Final = ".arriving"
+_TIERED: Final = ("mask", "values")
 
 
 class BlockEntry(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -293,25 +295,69 @@ def _check_offsets(tensors: dict[str, _Tensor], count: int) -> tuple[int, ...]:
 
 
 def _check_blocks(index: StackIndex, edges: Sequence[int]) -> None:
-    levels: dict[str, int] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    planes: set[str] = set()
+    tensors: dict[str, _Seen] = {}
     for position, entry in enumerate(index.blocks):
         name = f"block {position} ({entry.tensor} level {entry.level})"
-        expected = payload_nbytes(entry.kind, entry.shape, dtype=entry.dtype, rank=entry.rank, level=entry.level)
+        seen = tensors.setdefault(entry.tensor, _Seen(entry.shape, entry.kind))
+        expected = payload_nbytes(
+            entry.kind, entry.shape, dtype=entry.dtype, rank=entry.rank, level=entry.level, filled=seen.filled
+        )
         if entry.nbytes != expected or padded(expected) != edges[position + 1] - edges[position]:
             raise BadBlock(f"{name} says {entry.nbytes} bytes; {entry.kind} {list(entry.shape)} takes {expected}")
-        if entry.level != levels.get(entry.tensor, 0):
-            raise BadBlock(f"{name} comes before level {levels.get(entry.tensor, 0)}")
-        if entry.shape != shapes.setdefault(entry.tensor, entry.shape):
-            raise BadBlock(f"{name} has another shape than the tensor's first block")
-        if (entry.kind == "plane") != (entry.tensor in planes if entry.level else entry.kind == "plane"):
-            raise BadBlock(f"{name} is {entry.kind}, and blocks before it are not: planes are not added to others")
-        if entry.kind == "plane":
-            planes.add(entry.tensor)
         if not entry.uses:
             raise BadBlock(f"{name} is used nowhere")
-        levels[entry.tensor] = entry.level + 1
+        seen.add(entry, name)
+
+
+@dataclass
+class _Seen:
+    """What blocks of one tensor have been so far, the first being of this shape and kind."""
+
+    shape: tuple[int, ...]
+    first: str
+    level: int = 0
+    filled: int = 0  # columns of every row with values
+    mask: BlockEntry | None = None  # whose values come next
+    dtype: str = ""  # of values
+
+    def add(self, entry: BlockEntry, name: str) -> None:
+        """The next block. Raises `BadBlock` when it cannot follow those before."""
+        if entry.level != self.level:
+            raise BadBlock(f"{name} comes before level {self.level}")
+        if entry.shape != self.shape:
+            raise BadBlock(f"{name} has another shape than the tensor's first block")
+        if (entry.kind == "plane") != (self.first == "plane"):
+            raise BadBlock(f"{name} is {entry.kind}, and blocks before it are not: planes are not added to others")
+        if self.first in _TIERED or entry.kind in _TIERED:
+            self._add_tiered(entry, name)
+        else:
+            self.level += 1
+
+    def _add_tiered(self, entry: BlockEntry, name: str) -> None:
+        if self.first not in _TIERED or entry.kind not in _TIERED:
+            raise BadBlock(f"{name} is {entry.kind}, and the first is {self.first}: tiers are not added to others")
+        if (entry.kind == "mask") != (self.mask is None):
+            raise BadBlock(f"{name} is {entry.kind}: of every tier there is a mask, and then its values")
+        if self.mask is None:
+            self.mask = entry
+            return
+        if entry.rank != self.mask.rank:
+            raise BadBlock(f"{name} has {entry.rank} values a row; its mask says {self.mask.rank}")
+        if entry.dtype != (self.dtype or entry.dtype):
+            raise BadBlock(f"{name} is {entry.dtype}, and tiers before it are {self.dtype}")
+        self.level, self.filled, self.mask, self.dtype = self.level + 1, self.filled + entry.rank, None, entry.dtype
+
+
+def filled_before(entries: Iterable[BlockEntry]) -> tuple[int, ...]:
+    """For each block, how many columns of every row have values in earlier tiers of its tensor."""
+    filled: dict[str, int] = {}
+    found = []
+    for entry in entries:
+        before = filled.get(entry.tensor, 0)
+        found.append(before)
+        if entry.kind == "values":
+            filled[entry.tensor] = before + entry.rank
+    return tuple(found)
 
 
 def read_blocks(stack: Stack, positions: Iterable[int] | None = None) -> Iterator[tuple[BlockEntry, bytes]]:

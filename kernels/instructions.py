@@ -21,7 +21,7 @@ NEON: Final = 3
 NAMES: Final = {"avx512": AVX512, "avx2": AVX2, "neon": NEON, "portable": PORTABLE}  # the fastest first
 
 _NEEDS: Final = {
-    AVX512: ("avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512vnni", "gfni"),
+    AVX512: ("avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512vbmi2", "avx512vnni", "gfni"),
     AVX2: ("avx2",),
     NEON: ("neon", "dotprod"),
 }

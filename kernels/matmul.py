@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from .later import loaded_later
-from .rows import JIT_OFF, LANES, ROWS, decode_rows, fused
+from .rows import JIT_OFF, LANES, ROWS, decode_rows, fused, largest_rank
 
 TOKENS: Final = 4  # tokens multiplied together with ROWS rows: 16 accumulators stay in registers
 _i64, _f32 = ir.IntType(64), ir.FloatType()
@@ -147,7 +147,7 @@ def matmul(
     """
     m, chunks = y.shape[1], scratch.shape[0]
     share = -(-m // (chunks * ROWS)) * ROWS
-    rank = max(1, blocks[:, 2].max()) if blocks.shape[0] else 1
+    rank = largest_rank(blocks)
     for chunk in prange(chunks):
         w = scratch[chunk]
         partials = np.empty((TOKENS * ROWS, LANES), np.float32)
@@ -163,7 +163,7 @@ def take_rows(
     stored: NDArray[np.uint16], blocks: NDArray[np.int64], m: int, tokens: NDArray[np.int64], y: NDArray[np.float32]
 ) -> None:
     """`y[t] = W[tokens[t]]`, decoding only those rows; `y [T, n]`, tokens in `[0, m)`."""
-    rank = max(1, blocks[:, 2].max()) if blocks.shape[0] else 1
+    rank = largest_rank(blocks)
     factors = np.empty((ROWS, rank), np.float32)
     for t in range(tokens.shape[0]):
         decode_rows(stored, blocks, m, y.shape[1], tokens[t], 1, factors, y[t : t + 1])

@@ -10,14 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .planes import COLUMNS, GROUP, SUMS, column_order
-from .rows import BF16, F16, F32, I8, PLANE, SHARED_PLANE, SIGNS
+from .rows import BF16, F16, F32, I8, MASK, PLANE, SHARED_PLANE, SIGNS, VALUES_F16, VALUES_I8
 
 F64 = NDArray[np.float64]
 
 
 def reference_levels(stored: NDArray[np.uint16], blocks: NDArray[np.int64], m: int, n: int) -> list[F64]:
-    """What each of `blocks [levels, 3]` adds to the weight `[m, n]`; planes as one, rotated."""
+    """What each of `blocks [levels, 3]` adds to the weight `[m, n]`; tiers as one, planes as one, rotated."""
     raw = stored.tobytes()
+    if len(blocks) and blocks[0, 0] == MASK:
+        return [_tiers(raw, blocks, m, n)]
     if len(blocks) and blocks[0, 0] >= PLANE:
         return [_planes(raw, blocks, m, n)]
     return [_level(raw[at:], int(kind), m, n, int(rank)) for kind, at, rank in blocks]
@@ -114,6 +116,32 @@ def _level(raw: bytes, kind: int, m: int, n: int, rank: int) -> F64:
         top = np.frombuffer(raw, "<u2", m * n).astype("<u4") << 16
         return top.view("<f4").reshape(m, n).astype(np.float64)
     return np.frombuffer(raw, {F32: "<f4", F16: "<f2"}[kind], m * n).reshape(m, n).astype(np.float64)
+
+
+def _tiers(raw: bytes, blocks: NDArray[np.int64], m: int, n: int) -> F64:
+    """Row by row: of the columns that are left, the bits say which get the next values."""
+    weight = np.zeros((m, n))
+    left = [list(range(n)) for _ in range(m)]
+    scale = np.ones(m)
+    for (_, mask, rank), (kind, at, _) in zip(blocks[::2], blocks[1::2], strict=False):
+        if kind != VALUES_F16 and len(left[0]) == n:
+            scale = np.frombuffer(raw, "<f4", m, at).astype(np.float64)
+            at += 4 * m
+        for i, columns in enumerate(left):
+            width = -(-len(columns) // 64) * 8
+            bits = np.unpackbits(np.frombuffer(raw, np.uint8, width, mask + i * width), bitorder="little")
+            chosen = [column for column, bit in zip(columns, bits, strict=False) if bit]
+            if kind == VALUES_F16:
+                values = np.frombuffer(raw, "<f2", rank, at + 2 * i * rank).astype(np.float64)
+            elif kind == VALUES_I8:
+                values = np.frombuffer(raw, np.int8, rank, at + i * rank).astype(np.float64)
+            else:
+                both = np.frombuffer(raw, np.uint8, -(-rank // 2), at + i * -(-rank // 2)).astype(np.int64)
+                halves = np.stack([both % 16, both // 16], axis=1).reshape(-1)[:rank]
+                values = np.where(halves > 7, halves - 16, halves).astype(np.float64)
+            weight[i, chosen] = scale[i] * values
+            left[i] = [column for column, bit in zip(columns, bits, strict=False) if not bit]
+    return weight
 
 
 def _planes(raw: bytes, blocks: NDArray[np.int64], m: int, n: int) -> F64:

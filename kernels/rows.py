@@ -18,9 +18,10 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core.cgutils import get_or_insert_function
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 from numpy.typing import NDArray
 
+from .bits import count, deposit, lowest, taken
 from .halves import WIDEN_SCALE, widen
 
 F32: Final = 0
@@ -28,9 +29,14 @@ F16: Final = 1
 BF16: Final = 2
 I8: Final = 3
 SIGNS: Final = 4
-PLANE: Final = 5  # levels for each row
-SHARED_PLANE: Final = 6  # levels shared by all rows
+MASK: Final = 5  # of a tier, whose values come next
+VALUES_F16: Final = 6
+VALUES_I8: Final = 7
+VALUES_I4: Final = 8
+PLANE: Final = 9  # levels for each row
+SHARED_PLANE: Final = 10  # levels shared by all rows
 CODES: Final = {"f32": F32, "f16": F16, "bf16": BF16, "i8": I8}
+VALUES_CODES: Final = {"f16": VALUES_F16, "i8": VALUES_I8, "i4": VALUES_I4}
 
 BASE_PLANES: Final = 2  # in a tensor's first plane block
 ROWS: Final = 4  # rows decoded together
@@ -227,6 +233,91 @@ def _decode_planes(
                 w[i, start + j] = levels[index[j]]
 
 
+@register_jitable
+def largest_rank(blocks: NDArray[np.int64]) -> int:
+    """Of signs; at least 1."""
+    rank = 1
+    for level in range(blocks.shape[0]):
+        if blocks[level, 0] == SIGNS:
+            rank = max(rank, blocks[level, 2])
+    return rank
+
+
+@register_jitable
+def tier_width(blocks: NDArray[np.int64], tier: int, n: int) -> int:
+    """Words of a row of a tier's mask: one bit for each column that tiers before it have left."""
+    left = n
+    for before in range(tier):
+        left -= blocks[2 * before, 2]
+    return -(-left // WORD)
+
+
+@register_jitable
+def past_columns(n: int) -> np.uint64:
+    """Of a row's last word, the bits that are of no column."""
+    return np.uint64(0) if n % WORD == 0 else ~np.uint64(0) << np.uint64(n % WORD)
+
+
+@njit(nogil=True)
+def tier_value(stored: NDArray[np.uint16], kind: int, at: int, place: int) -> np.float32:
+    """Number `place` of a row whose values begin at byte `at`, without its scale."""
+    if kind == VALUES_F16:
+        return np.float32(half_to_float(stored[at // 2 + place]))
+    bytes_ = stored.view(np.int8)
+    if kind == VALUES_I8:
+        return np.float32(bytes_[at + place])
+    half = np.int64(bytes_[at + place // 2]) >> (4 * (place % 2)) & 15
+    return np.float32((half ^ 8) - 8)
+
+
+@register_jitable
+def values_place(blocks: NDArray[np.int64], tier: int, m: int, row: int) -> int:
+    """Where a row of a tier's values begins."""
+    kind, at, rank = blocks[2 * tier + 1, 0], blocks[2 * tier + 1, 1], blocks[2 * tier + 1, 2]
+    if kind == VALUES_F16:
+        return at + 2 * rank * row
+    scales = 4 * m if tier == 0 else 0
+    return at + scales + row * (rank if kind == VALUES_I8 else -(-rank // 2))
+
+
+@njit(nogil=True)
+def _decode_tiers(
+    stored: NDArray[np.uint16],
+    blocks: NDArray[np.int64],
+    m: int,
+    n: int,
+    first: int,
+    rows: int,
+    w: NDArray[np.float32],
+) -> None:
+    """`decode_rows` for a weight made of tiers, one value after the other; a mask without values counts for nothing."""
+    words = -(-n // WORD)
+    filled = np.empty(words, np.uint64)
+    packed, numbers = stored.view(np.uint64), stored.view(np.float32)
+    for i in range(rows):
+        w[i, :n] = 0
+        filled[:] = 0
+        filled[words - 1] = past_columns(n)
+        for tier in range(blocks.shape[0] // 2):
+            kind, row = blocks[2 * tier + 1, 0], first + i
+            width, at = tier_width(blocks, tier, n), values_place(blocks, tier, m, row)
+            start = blocks[2 * tier, 1] // 8 + row * width
+            stream = packed[start : start + width]
+            scale = np.float32(1)
+            if kind != VALUES_F16:
+                scale = numbers[blocks[1, 1] // 4 + row]
+            bit, place = 0, 0
+            for word in range(words):
+                free = ~filled[word]
+                columns = deposit(taken(stream, bit), free)
+                bit += count(free)
+                filled[word] |= columns
+                while columns != np.uint64(0):
+                    w[i, WORD * word + lowest(columns)] = scale * tier_value(stored, kind, at, place)
+                    columns &= np.uint64(columns - np.uint64(1))
+                    place += 1
+
+
 @njit(nogil=True)
 def decode_rows(
     stored: NDArray[np.uint16],
@@ -241,11 +332,15 @@ def decode_rows(
     """Rows `[first, first + rows)` of a weight `[m, n]` into `w [ROWS, >= n]`; columns past n are left alone.
 
     `stored` is the resident memory as uint16, a multiple of 8 bytes; `blocks [levels, 3]` holds each level's kind code,
-    byte offset (even; of planes a multiple of 8) and rank; `factors [ROWS, >= rank]` is scratch. `1 <= rows <= ROWS`.
+    byte offset (even; of planes, masks and values a multiple of 8) and rank (of tiers: values of a row); `factors
+    [ROWS, >= rank of signs]` is scratch. `1 <= rows <= ROWS`.
     Planes come rotated.
     """
     if blocks.shape[0] and blocks[0, 0] >= PLANE:
         _decode_planes(stored, blocks, m, n, first, rows, w)
+        return
+    if blocks.shape[0] and blocks[0, 0] == MASK:
+        _decode_tiers(stored, blocks, m, n, first, rows, w)
         return
     for i in range(rows):
         w[i, :n] = 0

@@ -1,4 +1,5 @@
-"""`y[T, m] = x[T, n] @ W^T` in integers for weights that are a sum of blocks: signs of rank 1, or anything else.
+"""`y[T, m] = x[T, n] @ W^T` in integers for weights that are a sum of blocks: signs of rank 1, or anything else but
+planes.
 
 Four rows of W at a time become bytes, which are multiplied with all tokens of the step by `planes.dot`.
 
@@ -10,7 +11,8 @@ which the upper 8 are kept. The signs of four levels are interleaved as `planes.
 `+-factor`. A token is multiplied with c before it is made bytes.
 
 Other blocks go the plain way: rows of W are decoded to floats (`rows`), and rounded to bytes with a scale for each row.
-A lone block of int8 is just copied. Columns keep their order then.
+A lone block of int8 is just copied, and the values of tiers go to their columns as bytes (`sparse`), which gives the
+same. Columns keep their order then.
 
 Inputs are not rotated, but finely scaled: of 512 columns, the 32 whose products meet in one of the 16 integer sums.
 Determinism is that of `planes`. Layouts are those of `formats/kinds`.
@@ -49,7 +51,8 @@ from .planes import (
     width,
 )
 from .quantize import LARGEST, LEAST
-from .rows import I8, JIT_OFF, ROWS, SIGNS, WORD, decode_rows, half_to_float
+from .rows import I8, JIT_OFF, ROWS, SIGNS, WORD, decode_rows, half_to_float, largest_rank
+from .sparse import expand_rows, expansion_nbytes, sparse
 from .vectors import (
     LANE,
     Bytes,
@@ -104,12 +107,11 @@ def groups_of(levels: int) -> int:
 
 
 @register_jitable
-def table_nbytes(blocks: I64) -> int:
-    """Scratch for the factors of ROWS rows; a multiple of 64."""
-    rank = 1
-    for level in range(blocks.shape[0]):
-        rank = max(rank, blocks[level, 2])
-    return max(_line(4 * ROWS * rank), _line(GROUPED * groups_of(blocks.shape[0]) * (8 + 16 * ROWS)))
+def table_nbytes(blocks: I64, n: int) -> int:
+    """Scratch for the factors of ROWS rows, or for `expand_rows`; a multiple of 64."""
+    if sparse(blocks):
+        return expansion_nbytes(n)
+    return max(_line(4 * ROWS * largest_rank(blocks)), _line(GROUPED * groups_of(blocks.shape[0]) * (8 + 16 * ROWS)))
 
 
 @register_jitable
@@ -449,6 +451,7 @@ def _round_rows(singles: F32, n: int, rows: int, flip: np.uint8, w: U8, scales: 
 
 @njit(nogil=True)
 def _decode_bytes(
+    instructions: int,
     stored: U8,
     blocks: I64,
     m: int,
@@ -456,12 +459,15 @@ def _decode_bytes(
     first: int,
     rows: int,
     flip: np.uint8,
-    factors: F32,
+    tables: U8,
     singles: F32,
     w: U8,
     scales: F32,
 ) -> None:
-    """Rows of any blocks that add up -> bytes, and a scale for each row."""
+    """Rows of any blocks that add up, or of tiers -> bytes, and a scale for each row."""
+    if sparse(blocks):
+        expand_rows(instructions, stored, blocks, m, n, first, rows, flip, tables, w, scales)
+        return
     if blocks.shape[0] == 1 and blocks[0, 0] == I8:
         at = blocks[0, 1]
         numbers = stored[at : at + 4 * m].view(np.float32)
@@ -471,6 +477,7 @@ def _decode_bytes(
             for j in range(n):
                 w[i, j] = stored[start + j] ^ flip
         return
+    factors = tables[: tables.shape[0] // 16 * 16].view(np.float32).reshape(ROWS, -1)
     decode_rows(stored.view(np.uint16), blocks, m, n, first, rows, factors, singles)
     _round_rows(singles, n, rows, flip, w, scales)
 
@@ -510,7 +517,6 @@ def multiply_sum_rows(
     at_units, at_flips, at_sizes, _ = made_places(levels, n)
     most = GROUPED * groups_of(levels)
     places, patterns = tables[: 8 * most].view(np.int64), tables[8 * most :]
-    factors = tables[: tables.shape[0] // 16 * 16].view(np.float32).reshape(ROWS, -1)
     for begin in range(first, stop, ROWS):
         rows = min(ROWS, stop - begin)
         if whole:
@@ -525,7 +531,7 @@ def multiply_sum_rows(
                     instructions, stored, places, groups_of(levels), words, rows, patterns, made, at_flips, at_sizes, w
                 )
         else:
-            _decode_bytes(stored, blocks, m, n, begin, rows, flip, factors, singles, w, by)
+            _decode_bytes(instructions, stored, blocks, m, n, begin, rows, flip, tables, singles, w, by)
         t = 0
         while t < x.shape[0]:
             count = tile if t + tile <= x.shape[0] else 1
@@ -566,7 +572,7 @@ def multiply_sum(
     m, chunks = y.shape[1], scratch.shape[0]
     share = -(-m // (chunks * ROWS)) * ROWS
     none = np.empty(0, np.float32)
-    tables = np.empty((chunks, table_nbytes(blocks)), np.uint8)
+    tables = np.empty((chunks, table_nbytes(blocks, n)), np.uint8)
     floats, integers = np.empty((chunks, FLOATS), np.float32), np.empty((chunks, INTEGERS), np.int64)
     for chunk in prange(chunks):
         multiply_sum_rows(

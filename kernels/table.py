@@ -71,20 +71,52 @@ class Draw:
 def store_levels(draw: Draw, levels: tuple[str, ...], m: int, n: int) -> tuple[Array, Array]:
     """Memory holding one weight `[m, n]` and its block table.
 
-    A level is a dtype, `signs:RANK`, `plane` or `shared_plane`.
+    A level is a dtype, `signs:RANK`, `plane`, `shared_plane`, `mask:SHARE` (of all columns, in hundredths: how many a
+    tier has; at least one), or `values:DTYPE`, which follows its mask.
 
     Between the blocks, and before the first, lies what must not be read as weights: NaN.
     """
-    parts, table, at = [b"\xff" * 64], [], 64
+    parts, table, at, left, count = [b"\xff" * 64], [], 64, n, 0
     for number, level in enumerate(levels):
         kind, _, rank = level.partition(":")
-        payload = _payload(draw, kind, m, n, number if kind in _PLANES else int(rank or 0))
-        table.append(((_PLANES | rows.CODES | {"signs": rows.SIGNS})[kind], at, int(rank or 0)))
+        if kind == "mask":
+            if not left:
+                break
+            count = min(left, max(1, n * int(rank) // 100))
+            payload, left = _mask_payload(draw, m, left, count), left - count
+            table.append((rows.MASK, at, count))
+        elif kind == "values":
+            payload = _values_payload(draw, rank, m, count, first=number == 1)
+            table.append((rows.VALUES_CODES[rank], at, count))
+        else:
+            payload = _payload(draw, kind, m, n, number if kind in _PLANES else int(rank or 0))
+            table.append(((_PLANES | rows.CODES | {"signs": rows.SIGNS})[kind], at, int(rank or 0)))
         payload += b"\xff" * (64 + -len(payload) % 64)
         parts.append(payload)
         at += len(payload)
     stored = np.frombuffer(b"".join(parts), np.uint16).copy()
     return stored, np.array(table, np.int64).reshape(-1, 3)
+
+
+def _mask_payload(draw: Draw, m: int, left: int, count: int) -> bytes:
+    """`count` ones among the first `left` bits of every row; nasty: at the beginning or the end of half of them."""
+    places = draw.rng.random((m, left)).argsort(axis=1)
+    if draw.nasty:
+        places[::4], places[1::4] = np.arange(left), np.arange(left)[::-1]
+    bits = np.zeros((m, -(-left // 64) * 64), np.uint8)
+    np.put_along_axis(bits, places[:, :count], 1, axis=1)
+    return np.packbits(bits, axis=1, bitorder="little").tobytes()
+
+
+def _values_payload(draw: Draw, dtype: str, m: int, count: int, first: bool) -> bytes:
+    if dtype == "f16":
+        return draw.numbers((m, count), NASTY_HALF).astype("<f2").tobytes()
+    scales = draw.singles(m).tobytes() if first else b""
+    if dtype == "i8":
+        return scales + draw.rng.integers(-127, 128, (m, count)).astype(np.int8).tobytes()
+    halves = np.zeros((m, -(-count // 2) * 2), np.int64)
+    halves[:, :count] = draw.rng.integers(-7, 8, (m, count))
+    return scales + (halves[:, ::2] & 15 | (halves[:, 1::2] & 15) << 4).astype(np.uint8).tobytes()
 
 
 def _payload(draw: Draw, kind: str, m: int, n: int, rank: int) -> bytes:
@@ -203,7 +235,9 @@ def _multiply_sum_magnitude(
     m, inputs = rest[-1].shape[1], np.abs(reference.reference_sum_inputs(table, made, n, x, scales))
     halves, levels = stored.view(np.uint16), len(table)
     if not len(made):
-        if levels == 1 and table[0, 0] == rows.I8:  # nothing is rounded
+        if table[:, 0].tolist() == [rows.I8] or (
+            levels > 1 and table[1, 0] in (rows.VALUES_I8, rows.VALUES_I4)
+        ):  # nothing is rounded
             return inputs @ _level_magnitudes(halves, table, m, n).T * 2.0**-10
         weight = sum(reference.reference_levels(halves, table, m, n), np.zeros((m, n)))
         largest: Array = inputs.sum(1)[:, None] * np.maximum(np.abs(weight).max(1), 256 * quantize.LEAST)

@@ -214,7 +214,9 @@ class Bytes:
 
 
 class Avx512(Bytes):
-    """With VBMI (byte permutation), VNNI (multiply-add of bytes) and GFNI (products with bit matrices)."""
+    """With VBMI (byte permutation), VBMI2 (expansion), VNNI (multiply-add of bytes) and GFNI (products with bit
+    matrices).
+    """
 
     name = "avx512"
     lanes = 4

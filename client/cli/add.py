@@ -13,6 +13,7 @@ from rich.progress import Progress as Display
 
 from ...formats.errors import Cancelled
 from ...formats.messages import Progress
+from ...formats.pruning import METHODS, PATTERNS, VALUES
 from ...formats.units import format_seconds, format_size
 from ...formats.values import ModelSummary
 from ..stream import ProgressStream
@@ -23,9 +24,13 @@ from .output import console, note
 @click.command()
 @click.argument("source")
 @click.option("--name", help="Name in the library; by default that of the folder.")
-@click.option("--codec", help="How weights become blocks: nested or bitstack.")
+@click.option("--codec", help="How weights become blocks: nested, bitstack or sparse.")
 @click.option("--levels", type=int, metavar="N", help="Blocks of each matrix.")
 @click.option("--rank", type=int, metavar="K", help="Rank of the factors of bitstack; by default chosen by shape.")
+@click.option("--sparsity", type=float, metavar="X", help="Share of weights that sparse makes zero; by default 0.5.")
+@click.option("--pattern", type=click.Choice(list(PATTERNS)), help="What sparse keeps of neighbours in a row.")
+@click.option("--method", type=click.Choice(METHODS), help="How sparse chooses what to keep; by default admm.")
+@click.option("--values", type=click.Choice(VALUES), help="How sparse stores what it keeps; by default i8.")
 @click.option("--order", type=click.Choice(["gain", "paper"]), help="How blocks are ordered.")
 @click.option("--calibration", metavar="FILE", help="Text to calibrate with, instead of the model's own.")
 @click.option("--seed", type=int, metavar="N", help="Seed of the model's own calibration text.")

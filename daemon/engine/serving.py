@@ -22,7 +22,7 @@ from ...kernels.matmul import matmul, row_stride, take_rows
 from ...kernels.planes import level_stride, multiply_planes
 from ...kernels.planes import padded as padded_bytes
 from ...kernels.quantize import quantize_inputs
-from ...kernels.rows import I8, PLANE, ROWS, SIGNS
+from ...kernels.rows import I8, MASK, PLANE, ROWS, SIGNS
 from ...kernels.signs import integral, multiply_sum, prepare, round_inputs
 from .batch import CHUNKS_PER_THREAD, Batch
 from .network import Linear, Network, build_layer
@@ -204,8 +204,10 @@ def _rotated(table: I64) -> bool:
 
 
 def _coarse(table: I64) -> bool:
-    """Whether rounding to bytes loses nothing worth keeping: not of numbers stored as floats."""
-    return all(kind in (I8, SIGNS) or kind >= PLANE for kind in table[:, 0])
+    """Whether rounding to bytes loses nothing worth keeping: not of numbers stored as floats, unless those are a
+    pruned weight's values.
+    """
+    return all(kind in (I8, SIGNS) or kind >= MASK for kind in table[:, 0])
 
 
 class ServingNetwork:

@@ -130,7 +130,7 @@ class Steps:
             self._blocks[place, : len(table)] = table
         self._gather_prepared()
         self._number_forms()
-        nbytes = max(map(table_nbytes, tables))
+        nbytes = max(map(table_nbytes, tables, self._shapes[:, 1]))
         if nbytes > self._tables.shape[1]:
             self._tables = lines((len(self._levels), nbytes), np.uint8)
         self._edge = self._weights.blocks

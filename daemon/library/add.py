@@ -17,14 +17,16 @@ from typing import Final
 
 from torch import Tensor
 
-from ...formats.checkpoint import open_checkpoint
+from ...formats.checkpoint import Checkpoint, open_checkpoint
 from ...formats.errors import DiskFull, storage_failed
 from ...formats.manifest import STACK, CurvePoint, Manifest, Source, write_manifest
 from ...formats.messages import AddModel
+from ...formats.pruning import Pruning, read_pruning
 from ...formats.stack import Stack, read_blocks, read_stack, write_stack
 from ...formats.summary import summary
 from ...formats.values import ModelSummary
-from .encode import EncodePlan, choose_levels, encode_model, expected_nbytes
+from .encode import EncodePlan, choose_levels, encode_model, expected_nbytes, layer_linears
+from .encode_sparse import SparsePlan, find_zeros
 from .gain import GainEstimate, second_order_gain
 from .measure import curve_blocks, measure_curve
 from .order import check_rule, order_entries
@@ -77,12 +79,13 @@ def _add(
     estimate: GainEstimate,
 ) -> ModelSummary:
     place = free_place(library, request.name)
-    levels = _check_options(request)
+    levels, pruning = _check_options(request)
     Reporter(request.id, 0, send, clock).begin("reading")
     checkpoint = open_checkpoint(find_source(request.source))
     reporter = Reporter(request.id, checkpoint.nbytes, send, clock)
-    plan = EncodePlan(checkpoint, request.codec, levels, request.rank, request.seed, estimate, reporter)
-    most = expected_nbytes(checkpoint.architecture, request.codec, levels, request.rank)
+    sparse = _sparse(checkpoint, pruning, reporter)
+    plan = EncodePlan(checkpoint, request.codec, levels, request.rank, request.seed, estimate, reporter, sparse)
+    most = expected_nbytes(checkpoint.architecture, request.codec, levels, request.rank, sparse)
     check_room({library: most, cache: most - leftover_nbytes(cache)})
     # The work so far is let go when the model is in the library.
     with contextlib.ExitStack() as work, making(place, commit) as folder:
@@ -98,10 +101,22 @@ def _add(
     return summary(manifest)
 
 
-def _check_options(request: AddModel) -> int:
-    """The number of levels. Raises `Unsupported` or `InvalidRequest`."""
+def _check_options(request: AddModel) -> tuple[int, Pruning | None]:
+    """The number of levels, and what is asked of pruning. Raises `Unsupported` or `InvalidRequest`."""
     check_rule(request.order)
-    return choose_levels(request.codec, request.levels, request.rank)
+    levels = choose_levels(request.codec, request.levels, request.rank)
+    return levels, read_pruning(request.codec, request.sparsity, request.pattern, request.method, request.values)
+
+
+def _sparse(checkpoint: Checkpoint, pruning: Pruning | None, reporter: Reporter) -> SparsePlan | None:
+    """How its linears are to be pruned. Raises `InvalidRequest` when a pattern does not fit one of them."""
+    if pruning is None:
+        return None
+    reporter.begin("looking for zeros")
+    zeros = find_zeros(checkpoint, layer_linears(checkpoint.architecture), pruning)
+    if zeros is not None:
+        reporter.begin(f"keeping {zeros.text}")
+    return SparsePlan(pruning, zeros)
 
 
 def _texts(request: AddModel, plan: EncodePlan, checksum: str, cache: Path) -> Texts:
@@ -113,7 +128,8 @@ def _texts(request: AddModel, plan: EncodePlan, checksum: str, cache: Path) -> T
 
 def _work_key(request: AddModel, plan: EncodePlan, checksum: str, tokens: Tensor) -> str:
     estimate = f"{plan.estimate.__module__}.{plan.estimate.__qualname__}"
-    return work_key(checksum, tokens, request.codec, plan.levels, request.rank, request.seed, estimate)
+    sparse = None if plan.sparse is None else repr(plan.sparse.pruning)
+    return work_key(checksum, tokens, request.codec, plan.levels, request.rank, request.seed, estimate, sparse)
 
 
 def _make_stack(plan: EncodePlan, rule: str, tokens: Tensor, spool: Spool, folder: Path) -> Stack:
@@ -144,6 +160,7 @@ def _manifest(
     options: dict[str, str | int | float] = {
         "levels": plan.levels,
         **({"rank": request.rank or "by shape"} if request.codec == "bitstack" else {}),
+        **(_pruned(plan.sparse) if plan.sparse else {}),
         "order": request.order,
         "calibration": request.calibration or "sampled",
         "seed": request.seed,
@@ -163,3 +180,16 @@ def _manifest(
         curve=curve,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _pruned(sparse: SparsePlan) -> dict[str, str | int | float]:
+    """What the manifest says of it."""
+    pruning, zeros = sparse.pruning, sparse.zeros
+    asked = pruning.pattern or pruning.sparsity
+    return {
+        "sparsity": pruning.wanted if asked or zeros is None else "as it came",
+        **({"pattern": pruning.pattern} if pruning.pattern else {}),
+        "method": pruning.method,
+        "values": pruning.values,
+        **({"kept": zeros.text} if zeros else {}),
+    }

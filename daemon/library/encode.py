@@ -1,8 +1,9 @@
 """Every weight of a checkpoint -> blocks in a spool, each with its gain; in what order they come does not matter.
 
 Matrices go through the codec, layer by layer as their moments arrive; everything else is stored dense (with `bitstack`,
-which would take more bytes for them than int8, embedding and head too). The codecs are `encode_nested` and
-`encode_bitstack`; which there are, and what they are asked for, is told apart only here.
+which would take more bytes for them than int8, embedding and head too; with `sparse` they are `nested`'s planes). The
+codecs are `encode_nested`, `encode_bitstack` and `encode_sparse`; which there are, and what they are asked for, is told
+apart only here.
 """
 
 from __future__ import annotations
@@ -22,22 +23,25 @@ from ...formats.checkpoint import Checkpoint
 from ...formats.errors import InvalidRequest, Unsupported
 from ...formats.kinds import payload_nbytes, plane_nbytes, signs_nbytes
 from ...formats.stack import BlockEntry, content_hash, padded
-from . import encode_bitstack, encode_nested
+from . import encode_bitstack, encode_nested, encode_sparse
 from .calibrate import Gradients, LinearMoments, layer_moments, output_gradients
 from .encode_bitstack import Level, choose_rank, encode_matrix, square_root
 from .encode_nested import encode_planes, input_metric, level_dtype
+from .encode_sparse import SparsePlan, encode_tiers, tier_nbytes
 from .gain import GainEstimate
 from .progress import Reporter
+from .prune import inputs_of
 from .spool import Spool
 
-CODECS: Final = ("nested", "bitstack")
+VOCABULARY: Final = ("embed", "head")
+CODECS: Final = ("nested", "bitstack", "sparse")
 
 S = TypeVar("S")
 
 
 @dataclass(frozen=True)
 class EncodePlan:
-    """What is to be encoded and how; `rank` is `bitstack`'s, None means by shape."""
+    """What is to be encoded and how; `rank` is `bitstack`'s, None means by shape; `sparse` is `sparse`'s."""
 
     checkpoint: Checkpoint
     codec: str
@@ -46,15 +50,16 @@ class EncodePlan:
     seed: int
     estimate: GainEstimate
     reporter: Reporter
+    sparse: SparsePlan | None = None
 
 
 def choose_levels(codec: str, levels: int | None, rank: int | None) -> int:
     """How many levels `codec` shall store. Raises `Unsupported`, or `InvalidRequest` for what makes no sense."""
     match codec:
-        case "nested":
+        case "nested" | "sparse":
             if rank is not None:
-                raise InvalidRequest("rank belongs to the codec bitstack; the codec nested has none")
-            return encode_nested.choose_levels(levels)
+                raise InvalidRequest(f"rank belongs to the codec bitstack; the codec {codec} has none")
+            return encode_nested.choose_levels(levels) if codec == "nested" else encode_sparse.choose_levels(levels)
         case "bitstack":
             choose_rank(1, 1, rank)
             return encode_bitstack.choose_levels(levels)
@@ -72,22 +77,33 @@ def encode_model(plan: EncodePlan, tokens: Tensor, spool: Spool) -> None:
     _encode_linears(plan, tokens, spool)
 
 
-def expected_nbytes(a: Architecture, codec: str, levels: int, rank: int | None) -> int:
+def expected_nbytes(
+    a: Architecture, codec: str, levels: int, rank: int | None, sparse: SparsePlan | None = None
+) -> int:
     """The most bytes that a stack of these options can take, its header apart."""
     linears = encoded_matrices(a, codec)
     total = 0
     for name, shape in weight_shapes(a).items():
         if name in linears:
-            total += sum(padded(_level_nbytes(codec, *linears[name], level, rank)) for level in range(levels))
+            total += sum(map(padded, _levels_nbytes(codec, name, *linears[name], levels, rank, sparse)))
         else:
             total += padded(payload_nbytes("dense", shape, dtype="i8" if len(shape) > 1 else "f32"))
     return total
 
 
-def _level_nbytes(codec: str, m: int, n: int, level: int, rank: int | None) -> int:
-    if codec == "nested":
-        return plane_nbytes(m, n, level, level_dtype(n, level))
-    return signs_nbytes(m, n, choose_rank(m, n, rank))
+def _levels_nbytes(
+    codec: str, name: str, m: int, n: int, levels: int, rank: int | None, sparse: SparsePlan | None
+) -> list[int]:
+    if codec == "bitstack":
+        return levels * [signs_nbytes(m, n, choose_rank(m, n, rank))]
+    if sparse is not None and name not in VOCABULARY:
+        return tier_nbytes(m, n, sparse.groups(name, n), levels, sparse.pruning.values)
+    return [plane_nbytes(m, n, level, level_dtype(n, level)) for level in range(_planes(codec, levels))]
+
+
+def _planes(codec: str, levels: int) -> int:
+    """Levels of what is stored as planes: as asked for, or, beside tiers, as many as `nested` has."""
+    return levels if codec == "nested" else encode_nested.DEFAULT_LEVELS
 
 
 def layer_linears(a: Architecture) -> dict[str, tuple[int, int]]:
@@ -96,10 +112,10 @@ def layer_linears(a: Architecture) -> dict[str, tuple[int, int]]:
 
 
 def encoded_matrices(a: Architecture, codec: str) -> dict[str, tuple[int, int]]:
-    """What goes through the codec: the linears of layers; with `nested`, embedding and head too."""
+    """What is not dense: the linears of layers; but with `bitstack`, embedding and head too."""
     shapes = layer_linears(a)
-    if codec == "nested":
-        shapes |= {name: (a.vocab, a.hidden) for name in ("embed", "head") if name in weight_shapes(a)}
+    if codec != "bitstack":
+        shapes |= {name: (a.vocab, a.hidden) for name in VOCABULARY if name in weight_shapes(a)}
     return shapes
 
 
@@ -136,22 +152,23 @@ def _encode_dense(plan: EncodePlan, spool: Spool) -> None:
 
 
 def _encode_linears(plan: EncodePlan, tokens: Tensor, spool: Spool) -> None:
-    a, vocabulary = plan.checkpoint.architecture, plan.codec == "nested"
+    a, vocabulary = plan.checkpoint.architecture, plan.codec != "bitstack"
     parts = [_part(index) for index in range(a.layers + vocabulary)]
     first = next((index for index, part in enumerate(parts) if not spool.load(part)), len(parts))
     if first == len(parts):
         return
     sizes = {name: prod(shape) for name, shape in encoded_matrices(a, plan.codec).items()}
-    done, total = sum(sizes.get(entry.tensor, 0) for entry in spool.entries if not entry.level), sum(sizes.values())
+    whole = {entry.tensor for entry in spool.entries}
+    done, total = sum(size for name, size in sizes.items() if name in whole), sum(sizes.values())
     plan.reporter.skip(done, total)
     for index, linears in _moments(plan, tokens, spool, first):
         plan.reporter.enter("encoding")
         with spool.writing(parts[index]):
-            for name, levels in _encoded(plan, linears):
-                for i, level in enumerate(levels):
+            for name, count, levels in _encoded(plan, linears):
+                for level in levels:
                     gain = plan.estimate(linears[name].gradient, level.before, level.after)
                     spool.add(msgspec.structs.replace(level.entry, gain=gain), level.payload)
-                    plan.reporter.fraction(done + round((i + 1) / plan.levels * sizes[name]), total, name)
+                    plan.reporter.fraction(done + round((level.entry.level + 1) / count * sizes[name]), total, name)
                 done += sizes[name]
                 plan.reporter.fraction(done, total, name)
         plan.reporter.enter("measuring activations")
@@ -176,35 +193,52 @@ def _moments(
     )
     if kept is None:
         spool.keep("gradients", gradients.to_bytes())
-    vocabulary = plan.codec == "nested"
+    vocabulary = plan.codec != "bitstack"
     return layer_moments(
         plan.checkpoint, tokens, tick, seed=plan.seed, vocabulary=vocabulary, gradients=gradients, first=first
     )
 
 
-def _encoded(plan: EncodePlan, linears: dict[str, LinearMoments]) -> Iterator[tuple[str, Iterator[Level]]]:
-    """Each linear's name and its levels, encoded as they are asked for."""
-    a, tensor = plan.checkpoint.architecture, plan.checkpoint.tensor
-    if plan.codec == "nested":
-        for name, _, metric in _per_input(linears, input_metric):
-            uses = weight_uses(a, name)
-            yield name, encode_planes(name, tensor(name), metric, uses=uses, levels=plan.levels, seed=plan.seed)
-        return
+def _encoded(plan: EncodePlan, linears: dict[str, LinearMoments]) -> Iterator[tuple[str, int, Iterator[Level]]]:
+    """Each linear's name, the most levels it can have, and these, encoded as they are asked for."""
+    if plan.codec == "bitstack":
+        yield from _as_signs(plan, linears)
+    elif plan.sparse is not None and not linears.keys() & set(VOCABULARY):
+        yield from _as_tiers(plan, plan.sparse, linears)
+    else:
+        yield from _as_planes(plan, linears)
+
+
+def _as_planes(plan: EncodePlan, linears: dict[str, LinearMoments]) -> Iterator[tuple[str, int, Iterator[Level]]]:
+    a, tensor, levels = plan.checkpoint.architecture, plan.checkpoint.tensor, _planes(plan.codec, plan.levels)
+    for name, _, metric in _per_input(linears, input_metric):
+        uses = weight_uses(a, name)
+        yield name, levels, encode_planes(name, tensor(name), metric, uses=uses, levels=levels, seed=plan.seed)
+
+
+def _as_tiers(
+    plan: EncodePlan, sparse: SparsePlan, linears: dict[str, LinearMoments]
+) -> Iterator[tuple[str, int, Iterator[Level]]]:
+    a, tensor, levels = plan.checkpoint.architecture, plan.checkpoint.tensor, plan.levels
+    for name, _, inputs in _per_input(linears, inputs_of):
+        uses = weight_uses(a, name)
+        yield name, levels, encode_tiers(name, tensor(name), inputs, sparse, uses=uses, levels=levels)
+
+
+def _as_signs(plan: EncodePlan, linears: dict[str, LinearMoments]) -> Iterator[tuple[str, int, Iterator[Level]]]:
     for name, moments, probes in _per_input(linears, square_root):
-        weight = tensor(name)
-        yield (
+        weight = plan.checkpoint.tensor(name)
+        levels = encode_matrix(
             name,
-            encode_matrix(
-                name,
-                weight,
-                moments.scale,
-                probes,
-                uses=weight_uses(a, name),
-                levels=plan.levels,
-                rank=choose_rank(weight.shape[0], weight.shape[1], plan.rank),
-                seed=plan.seed,
-            ),
+            weight,
+            moments.scale,
+            probes,
+            uses=weight_uses(plan.checkpoint.architecture, name),
+            levels=plan.levels,
+            rank=choose_rank(weight.shape[0], weight.shape[1], plan.rank),
+            seed=plan.seed,
         )
+        yield name, plan.levels, levels
 
 
 def _per_input(

@@ -66,6 +66,7 @@ def check_rule(rule: str) -> None:
 
 def stack_order(candidates: Sequence[Candidate], rule: str = "gain") -> Order:
     """Place all candidates, which come in network order and each tensor's levels as 0, 1, ... . Ties keep that order.
+    Blocks of one tensor that have the same level, a mask and its values, stay together.
 
     Raises `Unsupported` for an unknown rule.
     """
@@ -101,5 +102,8 @@ def _later_levels(candidates: Sequence[Candidate]) -> list[list[_Group]]:
     for i, candidate in enumerate(candidates):
         if candidate.level > 0:
             group = _Group((i,), candidate.level, candidate.nbytes, candidate.gain)
-            tensors.setdefault(candidate.tensor, []).append(group)
+            levels = tensors.setdefault(candidate.tensor, [])
+            if levels and levels[-1].level == candidate.level:
+                group = levels.pop().followed_by(group)
+            levels.append(group)
     return list(tensors.values())

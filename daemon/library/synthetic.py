@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...formats.errors import EbbflowError
+from ...formats.kinds import VALUES_DTYPES
 from ...formats.units import format_size
 from .shapes import SHAPES, find_shape
 from .synthetic_checkpoint import write_checkpoint
@@ -45,6 +46,8 @@ def _make(options: argparse.Namespace) -> str:
         seed=options.seed,
         levels=options.levels,
         rank=options.rank,
+        sparsity=options.sparsity,
+        values=options.values,
     )
     return f"{manifest.name}: {manifest.blocks} blocks, {format_size(manifest.nbytes)} in {options.stack}"
 
@@ -59,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--codec", choices=LEVELS, default="nested", help="of a model of the library")
     parser.add_argument("--levels", type=int, help="as many as the codec's default, if not given")
     parser.add_argument("--rank", type=int, help="rank of every block of bitstack (by shape, if not given)")
+    parser.add_argument("--sparsity", type=float, help="share of the linears' weights that are zero (sparse; 0.5)")
+    parser.add_argument("--values", choices=VALUES_DTYPES, default="i8", help="what the others are stored as (sparse)")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from ...formats.blocks import check_finite
 from ...formats.errors import BadBlock, CorruptStack, NotArrived, TruncatedStack
 from ...formats.kinds import SHARED_LEVELS
-from ...formats.stack import BlockEntry, Stack, content_hash, mark_of
-from ...kernels.rows import CODES, PLANE, SHARED_PLANE, SIGNS
+from ...formats.stack import BlockEntry, Stack, content_hash, filled_before, mark_of
+from ...kernels.rows import CODES, MASK, PLANE, SHARED_PLANE, SIGNS, VALUES_CODES
 from ..mapping import Mapping
 
 READ_NBYTES: Final = 8_000_000  # read at once: a shrink that arrives meanwhile waits for one such read, a few ms
@@ -48,6 +48,7 @@ class Resident:
         self.arriving = stack.arriving
         self._verified = 0 if stack.arriving else len(stack.blocks)  # blocks before it matched their hashes
         self._doubtful: int | None = None  # a block that did not, which may be a hole that will be filled
+        self._filled = filled_before(stack.blocks)
         self._mapping = Mapping(stack.nbytes)
         self._tables: dict[str, NDArray[np.int64]] = {}
         self._rows: dict[str, list[tuple[int, int, int]]] = {}
@@ -112,7 +113,7 @@ class Resident:
             self._read(self.nbytes, self.stack.edges[stop])
             self._verify(self.blocks, stop)
             for position in range(self.blocks, stop):
-                check_finite(self.stack.blocks[position], self._slice(position))
+                check_finite(self.stack.blocks[position], self._slice(position), self._filled[position])
         except BaseException:
             self._drop_tail()
             raise
@@ -201,5 +202,9 @@ def _code(entry: BlockEntry) -> int:
             return SIGNS
         case "plane":
             return SHARED_PLANE if entry.dtype == SHARED_LEVELS else PLANE
+        case "mask":
+            return MASK
+        case "values":
+            return VALUES_CODES[entry.dtype]
         case _:
             return CODES[entry.dtype]

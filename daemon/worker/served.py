@@ -148,7 +148,8 @@ def _fitting(stack: Stack, a: Architecture) -> Stack:
     for block in stack.blocks:
         if block.tensor not in shapes or (len(block.shape) == 1 and block.level):
             raise BadBlock(f"{stack.path} holds {block.tensor} level {block.level}, which the network does not read")
-    base = {entry.tensor: entry for entry in stack.blocks[: stack.base]}
+    # a mask without its values is nothing
+    base = {entry.tensor: entry for entry in stack.blocks[: stack.base] if entry.kind != "mask"}
     for name, shape in shapes.items():
         entry = base.get(name)
         if entry is None or entry.shape != shape or (len(shape) == 1 and entry.kind != "dense"):

@@ -19,7 +19,7 @@ from ebbflow.client.cli import chat as chat_module
 from ebbflow.client.cli.main import EPILOG, main
 from ebbflow.client.launch import COMMAND
 from ebbflow.formats.architecture import Architecture
-from ebbflow.formats.errors import BY_CODE
+from ebbflow.formats.errors import BY_CODE, InvalidRequest
 from ebbflow.formats.manifest import CurvePoint
 from ebbflow.formats.messages import (
     Added,
@@ -283,6 +283,27 @@ def test_add_tells_how_far_it_is_on_stderr(daemon: FakeDaemon, tmp_path: Path):
     asked = daemon.wait_for(AddModel)
     assert (asked.source, asked.name) == (str(tmp_path / "some-model"), "some-model")
     assert (asked.levels, asked.order, asked.codec) == (4, "paper", "nested")
+
+
+def test_add_asks_for_a_sparse_model(daemon: FakeDaemon, tmp_path: Path):
+    options = ["--codec", "sparse", "--sparsity", "0.6", "--method", "frankwolfe", "--values", "i4"]
+    ebb("add", str(tmp_path), "--name", "tiny", *options)
+    asked = daemon.wait_for(AddModel)
+    assert (asked.codec, asked.sparsity, asked.pattern) == ("sparse", 0.6, None)
+    assert (asked.method, asked.values) == ("frankwolfe", "i4")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--codec", "sparse", "--sparsity", "1"], "sparsity must be above 0 and below 1, not 1.0"),
+        (["--codec", "sparse", "--sparsity", "0.7", "--pattern", "2:4"], "the pattern 2:4 prunes 0.5, not 0.7"),
+        (["--sparsity", "0.5"], "sparsity belongs to the codec sparse; the codec nested has none"),
+    ],
+)
+def test_add_says_what_cannot_be_pruned_so(daemon: FakeDaemon, tmp_path: Path, options: list[str], said: str):
+    result = ebb("add", str(tmp_path), "--name", "tiny", *options, code=InvalidRequest.exit_code)
+    assert said in result.stderr
 
 
 def test_ctrl_c_cancels_an_add_and_says_that_nothing_changed(daemon: FakeDaemon, tmp_path: Path):

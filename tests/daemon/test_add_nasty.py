@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -26,10 +27,14 @@ SHAPE = Architecture(
     family="llama", vocab=258, hidden=64, layers=2, heads=2, kv_heads=1, head_dim=32, intermediate=96, context=64,
     norm_eps=1e-5, rotary_theta=1e4,
 )  # fmt: skip
-LEVELS = {"nested": 5, "bitstack": 10}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "nested": {"levels": 5},
+    "bitstack": {"levels": 10},
+    "sparse": {"sparsity": 0.02, "values": "f16"},  # so little that the model comes near
+}
 
 Weights = dict[str, torch.Tensor]
-codecs = pytest.mark.parametrize("codec", ["nested", "bitstack"])
+codecs = pytest.mark.parametrize("codec", ["nested", "bitstack", "sparse"])
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +63,7 @@ class Place:
 
     def add(self, codec: str, **options) -> dict[str, torch.Tensor]:
         """The weights of the whole stack; the curve must be of sane numbers, and of a model that came near."""
-        request = AddModel(id=1, source=str(self.source), name="m", codec=codec, levels=LEVELS[codec], **options)
+        request = AddModel(id=1, source=str(self.source), name="m", codec=codec, **OPTIONS[codec], **options)
         add_model(request, self.library, self.cache, lambda progress: None)
         curve = read_manifest(self.library / "m").curve
         assert all(math.isfinite(point.kl) and math.isfinite(point.perplexity) for point in curve)

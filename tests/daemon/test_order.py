@@ -123,6 +123,25 @@ def test_paper_finishes_a_level_before_the_next():
     assert stack_order(candidates, "paper") == Order(2, (0, 3, 4, 1, 2, 5))
 
 
+@pytest.mark.parametrize("rule", ["gain", "paper"])
+def test_a_mask_stays_with_its_values_even_where_they_do_harm(rule):
+    candidates = [
+        Candidate("a", 0, 64, 0.0),
+        Candidate("a", 0, 64, 1.0),
+        Candidate("a", 1, 64, 0.0),
+        Candidate("a", 1, 64, -1.0),
+        Candidate("b", 0, 64, 5.0),
+        Candidate("b", 1, 64, 3.0),
+        Candidate("b", 2, 64, 1.0),
+        Candidate("c", 0, 64, 0.0),
+        Candidate("c", 0, 64, 1.0),
+        Candidate("c", 1, 64, 0.0),
+        Candidate("c", 1, 64, 4.0),
+    ]
+    wanted = {"gain": (5, 9, 10, 6, 2, 3), "paper": (5, 9, 10, 2, 3, 6)}[rule]
+    assert stack_order(candidates, rule) == Order(5, (0, 1, 4, 7, 8, *wanted))
+
+
 def test_unknown_rule():
     with pytest.raises(Unsupported, match="gain and paper"):
         stack_order([], "random")

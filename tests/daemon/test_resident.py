@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import signal
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from ebbflow.formats.stack import read_stack
 from ebbflow.kernels.instructions import VARIABLE, available
 
 from support.residents import load, logits, move, run_child
-from support.stacks import TINY, copy_model, write_planes_model, write_signs_model
+from support.stacks import TINY, copy_model, write_planes_model, write_signs_model, write_sparse_model
 
 TOKENS = list(range(5, 25))
 
@@ -243,10 +244,13 @@ def test_no_step_reads_beyond_the_edge(folder: Path) -> None:
     assert int(done.stdout) > 20
 
 
+@pytest.mark.parametrize("write", [write_planes_model, write_sparse_model])
 @pytest.mark.parametrize("name", available())
-def test_no_step_reads_planes_beyond_the_edge(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_step_reads_planes_or_tiers_beyond_the_edge(
+    name: str, write: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(VARIABLE, name)
-    done = run_child("forbidden_tail", str(write_planes_model(tmp_path / "planes")), "compute")
+    done = run_child("forbidden_tail", str(write(tmp_path / "model")), "compute")
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 10
 

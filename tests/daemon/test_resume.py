@@ -97,7 +97,7 @@ def encoded_layers(adder: Adder) -> set[str]:
 # -- the same stack with less work --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("codec", ["nested", "bitstack"])
+@pytest.mark.parametrize("codec", ["nested", "bitstack", "sparse"])
 @pytest.mark.parametrize(("until", "left"), [("layers.0.gate", 3), ("layers.1.q", 2), ("layers.2.down", 1)])
 def test_goes_on_after_the_last_whole_layer(adder, small, codec, until, left):
     whole = adder(small, "whole", codec=codec)

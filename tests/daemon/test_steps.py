@@ -21,7 +21,7 @@ from ebbflow.formats.manifest import STACK
 from ebbflow.formats.stack import read_stack
 
 from support.residents import load, move
-from support.stacks import TINY, write_planes_model, write_signs_model
+from support.stacks import TINY, write_planes_model, write_signs_model, write_sparse_model
 
 NETWORKS = {
     "plain": TINY,
@@ -151,6 +151,20 @@ def test_a_compiled_step_of_signs_is_its_operations(name: str, rank: int, tmp_pa
     stack = read_stack(folder / STACK)
     resident = load(folder, len(stack.blocks))
     for blocks in (len(stack.blocks), stack.base, stack.base + 5, len(stack.blocks)):
+        move(resident, blocks)
+        same(Runs(a, resident, whole=True).logits(), Runs(a, resident, whole=False).logits())
+    resident.close()
+
+
+@pytest.mark.parametrize("dtype", ["f16", "i8", "i4"])
+@pytest.mark.parametrize("name", ["odd", "tied, windowed", "biases"])
+def test_a_compiled_step_of_tiers_is_its_operations(name: str, dtype: str, tmp_path: Path) -> None:
+    """At edges between tiers, and between a mask and its values."""
+    a = NETWORKS[name]
+    folder = write_sparse_model(tmp_path / "model", a, dtype)
+    stack = read_stack(folder / STACK)
+    resident = load(folder, len(stack.blocks))
+    for blocks in (len(stack.blocks), stack.base, stack.base + 4, stack.base + 5, len(stack.blocks)):
         move(resident, blocks)
         same(Runs(a, resident, whole=True).logits(), Runs(a, resident, whole=False).logits())
     resident.close()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from ebbflow.formats.checkpoint import open_checkpoint
 from ebbflow.formats.errors import InvalidRequest, ModelExists
 from ebbflow.formats.kinds import words_per_row
 from ebbflow.formats.manifest import STACK, read_manifest
-from ebbflow.formats.stack import padded, read_blocks, read_stack
+from ebbflow.formats.stack import filled_before, padded, read_blocks, read_stack
 
 TINY = SHAPES["tiny"]  # 172 wide: rows do not end at a word
 
@@ -42,7 +43,7 @@ def test_named_shapes_have_the_size_of_their_models(name, millions):
 # -- stacks -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["nested", "bitstack"])
+@pytest.fixture(params=["nested", "bitstack", "sparse"])
 def model(request, tmp_path) -> Path:
     write_random_stack(TINY, tmp_path, "m", codec=request.param, seed=3, levels=3)
     return tmp_path / "m"
@@ -56,21 +57,33 @@ def test_a_random_stack_is_a_valid_model(model):
     assert manifest.original_nbytes == 2 * weights_of(TINY)
     blocks = list(read_blocks(stack))
     assert {entry.tensor for entry, _ in blocks} == set(weight_shapes(TINY))
-    for entry, payload in blocks:
-        check_finite(entry, np.frombuffer(payload.ljust(padded(entry.nbytes), b"\0"), np.uint8))
+    for (entry, payload), filled in zip(blocks, filled_before(stack.blocks), strict=True):
+        check_finite(entry, np.frombuffer(payload.ljust(padded(entry.nbytes), b"\0"), np.uint8), filled)
 
 
 def test_a_random_stack_is_in_stack_order(model):
     stack = read_stack(model / STACK)
-    assert [entry.tensor for entry in stack.blocks[: stack.base]] == list(weight_shapes(TINY))
-    worth = [entry.gain / padded(entry.nbytes) for entry in stack.blocks[stack.base :]]
+    assert [e.tensor for e in stack.blocks[: stack.base] if e.kind != "mask"] == list(weight_shapes(TINY))
+    rest = stack.blocks[stack.base :]
+    tiers = [
+        a
+        for a, b in pairwise(rest)
+        if a.kind == "mask" and (b.kind, b.level, b.tensor) == ("values", a.level, a.tensor)
+    ]
+    assert len(tiers) == sum(entry.kind == "mask" for entry in rest)
+    masks = {entry.tensor + str(entry.level): padded(entry.nbytes) for entry in rest if entry.kind == "mask"}
+    worth = [
+        entry.gain / (padded(entry.nbytes) + masks.get(entry.tensor + str(entry.level), 0))
+        for entry in rest
+        if entry.kind != "mask"
+    ]
     assert worth == sorted(worth, reverse=True)
     assert worth[-1] > 0
 
 
 def test_bits_past_the_last_column_are_zero(model):
     for entry, payload in read_blocks(read_stack(model / STACK)):
-        if entry.kind != "dense":
+        if entry.kind in ("plane", "signs"):  # of masks, `check_finite` sees to it
             m, n = entry.shape
             words = np.frombuffer(payload, "<u8", m * words_per_row(n)).reshape(m, -1)
             assert n % 64 == 0 or not (words[:, -1] >> np.uint64(n % 64)).any()
@@ -79,7 +92,10 @@ def test_bits_past_the_last_column_are_zero(model):
 def test_weights_are_like_a_fresh_networks(model):
     blocks = list(read_blocks(read_stack(model / STACK)))
     for name, weight in sum_blocks(blocks).items():
-        assert weight.std() == pytest.approx(0.0 if "norm" in name else 0.021, rel=0.35, abs=1e-9)
+        values = weight[weight != 0]
+        assert values.std() == pytest.approx(0.0 if "norm" in name else 0.021, rel=0.35, abs=1e-9)
+    if blocks[-1][0].kind == "values":
+        return
     first = sum_blocks((entry, payload) for entry, payload in blocks if entry.level == 0)
     assert first["layers.0.q"].std() == pytest.approx(0.02, rel=0.2)
 
@@ -103,6 +119,24 @@ def test_rank_and_levels_are_as_asked(tmp_path):
     signs = [entry for entry in read_stack(tmp_path / "m" / STACK).blocks if entry.kind == "signs"]
     assert {entry.rank for entry in signs} == {4}
     assert {entry.level for entry in signs} == set(range(5))
+
+
+@pytest.mark.parametrize("values", ["f16", "i8", "i4"])
+def test_sparsity_and_values_are_as_asked(tmp_path, values):
+    write_random_stack(TINY, tmp_path, "m", codec="sparse", levels=3, sparsity=0.7, values=values)
+    blocks = list(read_blocks(read_stack(tmp_path / "m" / STACK)))
+    assert {entry.dtype for entry, _ in blocks if entry.kind == "values"} == {values}
+    assert {entry.level for entry, _ in blocks if entry.kind == "values"} == {0, 1, 2}
+    weight = sum_blocks(blocks)["layers.0.q"]
+    filled = sum(entry.rank for entry, _ in blocks if (entry.kind, entry.tensor) == ("mask", "layers.0.q"))
+    assert filled == round(0.3 * weight.shape[1])
+    assert (weight != 0).mean() == pytest.approx(0.3 * (14 / 15 if values == "i4" else 1), rel=0.02)
+
+
+@pytest.mark.parametrize("wrong", [{"sparsity": 1.0}, {"sparsity": -0.1}, {"values": "f32"}, {"levels": 500}])
+def test_a_sparse_stack_that_makes_no_sense(tmp_path, wrong):
+    with pytest.raises(InvalidRequest):
+        write_random_stack(TINY, tmp_path, "m", codec="sparse", **wrong)
 
 
 def test_biases_are_zero(tmp_path):

@@ -12,13 +12,17 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from ebbflow.formats.blocks import (
     check_finite,
     pack_dense,
+    pack_mask,
     pack_plane,
     pack_signs,
+    pack_values,
     rotate_rows,
     sum_blocks,
     unpack_dense,
+    unpack_mask,
     unpack_plane,
     unpack_signs,
+    unpack_values,
     unrotate_rows,
 )
 from ebbflow.formats.errors import BadBlock, UnknownKind
@@ -85,6 +89,18 @@ def test_sizes(n, words):
         ("plane", (3, 4), {"dtype": "f16"}),
         ("plane", (3, 4), {"dtype": "i8", "level": 7}),
         ("plane", (3, 4), {"dtype": "i8", "level": -1}),
+        ("mask", (4,), {"rank": 1}),
+        ("mask", (3, 4), {"rank": 0}),
+        ("mask", (3, 4), {"rank": 5}),
+        ("mask", (3, 4), {"rank": 2, "filled": 3}),
+        ("mask", (3, 4), {"rank": 1, "filled": 4}),
+        ("mask", (3, 4), {"rank": 1, "dtype": "i8"}),
+        ("values", (4,), {"rank": 1, "dtype": "i8"}),
+        ("values", (3, 4), {"rank": 0, "dtype": "i8"}),
+        ("values", (3, 4), {"rank": 2, "filled": 3, "dtype": "i8"}),
+        ("values", (3, 4), {"rank": 1, "dtype": "bf16"}),
+        ("values", (3, 4), {"rank": 1}),
+        ("values", (3, 4), {"rank": 1, "dtype": "i8", "level": -1}),
     ],
 )
 def test_parameters_that_make_no_sense(kind, shape, own):
@@ -93,8 +109,8 @@ def test_parameters_that_make_no_sense(kind, shape, own):
 
 
 def test_unknown_kind():
-    with pytest.raises(UnknownKind, match="mask"):
-        payload_nbytes("mask", (1, 1))
+    with pytest.raises(UnknownKind, match="lattice"):
+        payload_nbytes("lattice", (1, 1))
 
 
 # -- round trips --------------------------------------------------------------------------------------------------
@@ -186,6 +202,141 @@ def test_deeper_levels_replace_those_before():
     np.testing.assert_allclose(rotate_rows(both), [[4, -4, 6], [-4, 3, 2]], atol=1e-5)
 
 
+# -- tiers --------------------------------------------------------------------------------------------------------
+
+
+def tier_entries(shape: tuple[int, int], level: int, rank: int, dtype: str, filled: int) -> list[BlockEntry]:
+    """A tier's mask and its values."""
+    kinds = (("mask", ""), ("values", dtype))
+    return [
+        BlockEntry(
+            kind=kind,
+            tensor="t",
+            level=level,
+            shape=shape,
+            nbytes=payload_nbytes(kind, shape, dtype=stored, rank=rank, level=level, filled=filled),
+            gain=0.0,
+            hash="",
+            uses=("t",),
+            dtype=stored,
+            rank=rank,
+        )
+        for kind, stored in kinds
+    ]
+
+
+def golden_tiers(dtype: str) -> list[tuple[BlockEntry, bytes]]:
+    entries = [*tier_entries((2, 5), 0, 2, dtype, 0), *tier_entries((2, 5), 1, 1, dtype, 2)]
+    payloads = [payload for tier in zip(golden.MASKS, golden.VALUES[dtype], strict=True) for payload in tier]
+    return list(zip(entries, payloads, strict=True))
+
+
+@pytest.mark.parametrize("dtype", golden.VALUES)
+def test_tier_layouts(dtype):
+    blocks = golden_tiers(dtype)
+    assert [entry.nbytes for entry, _ in blocks] == [len(payload) for _, payload in blocks]
+    before, scale = np.zeros((2, 5), np.bool_), None
+    columns = ([[1, 4], [0, 2]], [[3], [1]])
+    for (_, mask), (values, stored), wanted in zip(blocks[::2], blocks[1::2], columns, strict=True):
+        tier = unpack_mask(mask, 2, 5, before)
+        assert [np.flatnonzero(row).tolist() for row in tier] == wanted
+        assert pack_mask(tier, before) == mask
+        numbers, scale = unpack_values(values, stored, scale)
+        assert pack_values(numbers, dtype, scale, values.level == 0) == stored
+        before |= tier
+    np.testing.assert_array_equal(sum_blocks(blocks)["t"], golden.SPARSE[dtype])
+
+
+def test_a_mask_without_its_values_counts_for_nothing():
+    blocks = golden_tiers("i8")
+    np.testing.assert_array_equal(sum_blocks(blocks[:3])["t"], sum_blocks(blocks[:2])["t"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "own", "nbytes"),
+    [
+        ("mask", {"rank": 30}, 7 * 8 * 3),
+        ("mask", {"rank": 30, "level": 1, "filled": 44}, 7 * 8 * 2),
+        ("mask", {"rank": 30, "level": 1, "filled": 142}, 7 * 8),
+        ("values", {"rank": 31, "dtype": "f16"}, 7 * 62),
+        ("values", {"rank": 31, "dtype": "i8"}, 7 * (4 + 31)),
+        ("values", {"rank": 31, "dtype": "i8", "level": 1, "filled": 44}, 7 * 31),
+        ("values", {"rank": 31, "dtype": "i4"}, 7 * (4 + 16)),
+    ],
+)
+def test_sizes_of_tiers(kind, own, nbytes):
+    assert payload_nbytes(kind, (7, 172), **own) == nbytes
+
+
+@given(st.data())
+def test_tiers_round_trip(data):
+    m, n = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 200))
+    dtype, rng = data.draw(st.sampled_from(["f16", "i8", "i4"])), np.random.default_rng(data.draw(st.integers(0, 99)))
+    before, weight, scale = np.zeros((m, n), np.bool_), np.zeros((m, n), np.float32), np.full(m, 0.375, np.float32)
+    blocks, filled, limit = [], 0, {"f16": 600, "i8": 127, "i4": 7}[dtype]
+    for level in range(3):
+        if filled == n:
+            break
+        rank = data.draw(st.integers(1, n - filled))
+        places = np.where(before, 2.0, rng.random((m, n))).argsort(axis=1)[:, :rank]
+        tier = np.zeros((m, n), np.bool_)
+        np.put_along_axis(tier, places, True, axis=1)
+        weight[tier] = 0.375 * rng.integers(-limit, limit + 1, m * rank)
+        values = weight[tier].reshape(m, rank)
+        payloads = pack_mask(tier, before), pack_values(values, dtype, None if dtype == "f16" else scale, level == 0)
+        for tiers, payload in zip(tier_entries((m, n), level, rank, dtype, filled), payloads, strict=True):
+            assert len(payload) == tiers.nbytes
+            check_finite(tiers, aligned(payload), filled)
+            blocks.append((tiers, payload))
+        before, filled = before | tier, filled + rank
+    np.testing.assert_array_equal(sum_blocks(blocks)["t"], weight)
+
+
+def test_integers_are_rounded_and_cut_off():
+    values, scale = np.array([[0.74, 0.76, -80.0, 80.0]], np.float32), np.full(1, 0.5, np.float32)
+    entry_ = tier_entries((1, 4), 0, 4, "i8", 0)[1]
+    found, _ = unpack_values(entry_, pack_values(values, "i8", scale, True))
+    np.testing.assert_array_equal(found, [[0.5, 1.0, -63.5, 63.5]])
+    nothing = pack_values(values, "i4", np.zeros(1, np.float32), True)
+    assert nothing[:4] == bytes(4)
+
+
+def test_tiers_refuse():
+    full = np.ones((2, 3), np.bool_)
+    one, uneven = np.array([[1, 0, 0]] * 2, np.bool_), np.array([[1, 0, 0], [1, 1, 0]], np.bool_)
+    for tier, before in ((uneven, ~full), (one, uneven), (~full, one)):
+        with pytest.raises(BadBlock, match="different numbers"):
+            pack_mask(tier, before)
+    with pytest.raises(BadBlock, match="earlier"):
+        pack_mask(one, full)
+    values, scale = np.ones((2, 3), np.float32), np.ones(2, np.float32)
+    for dtype in ("f16", "i8", "i4"):
+        with pytest.raises(BadBlock, match="NaN or infinity"):
+            pack_values(values * np.float32(np.nan), dtype, scale, True)
+    with pytest.raises(BadBlock, match="NaN or infinity"):
+        pack_values(values, "i8", scale * np.float32(np.inf), True)
+    with pytest.raises(BadBlock, match="too large"):
+        pack_values(values * np.float32(65520), "f16", None, True)
+
+
+@pytest.mark.parametrize(
+    ("at", "bits", "message"),
+    [(0, 0x10, "not 2 ones"), (0, 0x32, "not 2 ones"), (8, 0x21, "past its last"), (15, 0x80, "not 2 ones")],
+)
+def test_a_mask_that_kernels_could_not_follow(at, bits, message):
+    (mask, payload), *_ = golden_tiers("i8")
+    spoilt = payload[:at] + bytes([bits]) + payload[at + 1 :]
+    with pytest.raises(BadBlock, match=message):
+        check_finite(mask, aligned(spoilt))
+
+
+def test_ones_past_the_columns_that_are_left():
+    mask, payload = golden_tiers("i8")[2]
+    check_finite(mask, aligned(payload), 2)
+    with pytest.raises(BadBlock, match="past its last"):
+        check_finite(mask, aligned(payload.replace(b"\x04", b"\x08", 1)), 2)
+
+
 @given(st.data())
 def test_planes_round_trip(data):
     m, n, level = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 200)), data.draw(st.integers(0, 6))
@@ -265,6 +416,9 @@ STORED = {
     "i8 vector": Stored(entry("dense", (4,), dtype="i8"), pack_dense(ONES[0], "i8"), (0,), b"\0\0\x80\xff"),
     "plane": Stored(plane_entry((2, 3), 0, "i8"), golden.PLANES, (32, 34), b"\x80\x7f"),
     "shared plane": Stored(plane_entry((2, 3), 1, "i8-shared"), golden.SHARED_PLANE, (16, 18), b"\xc0\xff"),
+    "values f16": Stored(tier_entries((2, 5), 0, 2, "f16", 0)[1], golden.VALUES["f16"][0], (0, 6), b"\0\xfc"),
+    "values i8": Stored(tier_entries((2, 5), 0, 2, "i8", 0)[1], golden.VALUES["i8"][0], (0, 4), b"\0\0\xc0\x7f"),
+    "values i4": Stored(tier_entries((2, 5), 0, 2, "i4", 0)[1], golden.VALUES["i4"][0], (0, 4), b"\0\0\x80\xff"),
     "signs": Stored(entry("signs", (2, 3), rank=1), golden.SIGNS, (16, 18, 20, 24), b"\x01\x7c"),
 }
 
@@ -290,6 +444,16 @@ def test_check_finite_refuses_what_integer_kernels_could_not_negate(name, at):
     spoilt = stored.payload[:at] + b"\x80" + stored.payload[at + 1 :]
     with pytest.raises(BadBlock, match=r"t level \d holds a level of -128"):
         check_finite(stored.entry, aligned(spoilt))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "at", "byte", "value"),
+    [("i8", 8, 0x80, -128), ("i8", 11, 0x80, -128), ("i4", 8, 0x18, -8), ("i4", 9, 0x81, -8)],
+)
+def test_check_finite_refuses_values_that_integer_kernels_could_not_negate(dtype, at, byte, value):
+    _, (values, payload), *_ = golden_tiers(dtype)
+    with pytest.raises(BadBlock, match=f"a value of {value}"):
+        check_finite(values, aligned(payload[:at] + bytes([byte]) + payload[at + 1 :]))
 
 
 def test_plane_refuses():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,6 +31,7 @@ from ebbflow.formats.stack import (
     StackIndex,
     content_hash,
     encode_header,
+    filled_before,
     padded,
     prefix_edges,
     read_blocks,
@@ -293,10 +295,71 @@ def test_planes_are_not_added_to_other_blocks(tmp_path, changed):
         read_stack(assemble(tmp_path / "s", document))
 
 
+def tiers(changes: dict[int, dict] | None = None, gone: tuple[int, ...] = ()) -> tuple[BlockEntry, ...]:
+    """Two tiers of a 2 x 5 matrix, some entries changed, each as long as it says."""
+    found, filled = [], 0
+    for place in range(4):
+        own = {"kind": ("mask", "values")[place % 2], "level": place // 2, "rank": 2 - place // 2}
+        own |= {"dtype": "i8"} if place % 2 else {}
+        own |= {"tensor": "t", "shape": (2, 5), "filled": 2 * (place // 2)} | (changes or {}).get(place, {})
+        filled = own.pop("filled")
+        sizes = {name: own[name] for name in ("dtype", "rank", "level") if name in own}
+        nbytes = payload_nbytes(own["kind"], own["shape"], filled=filled, **sizes)
+        if place not in gone:
+            found.append(BlockEntry(**own, nbytes=nbytes, gain=0.0, hash="", uses=("t",)))
+    return tuple(found)
+
+
+def write_entries(path: Path, blocks: tuple[BlockEntry, ...]) -> Path:
+    text = encode_header(StackIndex(1, blocks))
+    path.write_bytes(text + bytes(prefix_edges(blocks)[-1]))
+    return path
+
+
+def test_tiers_of_a_tensor(tmp_path):
+    blocks = tiers()
+    assert read_stack(write_entries(tmp_path / "s", blocks)).blocks == blocks
+    assert filled_before(blocks) == (0, 0, 2, 2)
+    alone = tiers(gone=(3,))  # any prefix is a stack
+    assert read_stack(write_entries(tmp_path / "s", alone)).blocks == alone
+
+
+@pytest.mark.parametrize(
+    ("changes", "gone", "message"),
+    [
+        ({}, (0,), "of every tier"),
+        ({}, (2,), "of every tier"),
+        ({}, (1,), "comes before"),
+        ({2: {"level": 0, "filled": 0}}, (1,), "of every tier"),
+        ({1: {"rank": 3}}, (), "its mask says 2"),
+        ({3: {"rank": 2}}, (), "its mask says 1"),
+        ({3: {"dtype": "i4"}}, (), "tiers before it are i8"),
+        ({3: {"level": 0}}, (), "comes before|takes"),
+        ({2: {"rank": 3}, 3: {"shape": (5, 2)}}, (), "columns left|another shape"),
+        ({1: {"shape": (5, 2)}}, (), "another shape"),
+        ({2: {"kind": "dense", "rank": 0, "dtype": "f16"}}, (3,), "not added to others"),
+        ({0: {"kind": "dense", "rank": 0, "dtype": "f16"}}, (1,), "not added to others|comes before"),
+        ({0: {"kind": "plane", "rank": 0, "dtype": "i8"}, 1: {"level": 1}}, (2, 3), "not added to others"),
+        ({2: {"kind": "plane", "rank": 0, "dtype": "i8"}}, (3,), "not added to others"),
+    ],
+)
+def test_tiers_that_make_no_sense(tmp_path, changes, gone, message):
+    with pytest.raises(BadBlock, match=message):
+        read_stack(write_entries(tmp_path / "s", tiers(changes, gone)))
+
+
+@pytest.mark.parametrize("second", [{"rank": 4}, {"rank": 6}, {"rank": -1}])
+def test_more_values_than_columns_are_left(tmp_path, second):
+    (*first, mask, values) = tiers()
+    changed = tuple(msgspec.structs.replace(entry, **second) for entry in (mask, values))
+    with pytest.raises(BadBlock, match="columns left"):
+        read_stack(write_entries(tmp_path / "s", (*first, *changed)))
+
+
 def test_unknown_kind(tmp_path):
     document = header()
-    entries(document)[1]["kind"] = "mask"
-    with pytest.raises(UnknownKind, match="mask"):
+    entries(document)[1]["kind"] = "lattice"
+    with pytest.raises(UnknownKind, match="lattice"):
         read_stack(assemble(tmp_path / "s", document))
 
 

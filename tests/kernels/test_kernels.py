@@ -17,6 +17,18 @@ from ebbflow.kernels.table import TABLE, Draw, Entry
 
 ROUNDING = 2.0**-24
 UNDERFLOW = 1e-40  # absolute: products of subnormals
+TIERS = (
+    ("mask:50", "values:f16"),
+    ("mask:50", "values:i8"),
+    ("mask:50", "values:i4"),
+    ("mask:100", "values:i8"),
+    ("mask:1", "values:f16"),
+    ("mask:30", "values:f16", "mask:20", "values:f16"),
+    ("mask:1", "values:i4", "mask:49", "values:i4", "mask:13", "values:i4"),
+    ("mask:40", "values:i8", "mask:9", "values:i8", "mask:100", "values:i8"),
+    ("mask:40", "values:i8", "mask:9"),
+    ("mask:40",),
+)
 LEVELS = (
     (),
     ("f32",),
@@ -35,6 +47,7 @@ LEVELS = (
     ("shared_plane", "plane"),
     ("plane", "shared_plane"),
     ("plane", "plane", "shared_plane", "plane", "shared_plane", "shared_plane", "shared_plane"),
+    *TIERS,
 )
 PLANES = (
     ("plane",),
@@ -47,6 +60,7 @@ SUMS = (
     ("signs:2",),
     ("i8", "signs:1", "f16", "signs:3", "bf16"),
     *(("signs:1",) * count for count in (1, 2, 3, 4, 5, 9)),
+    *TIERS,
 )
 # plain Python takes microseconds for each multiplication
 COLUMNS = (1, 65) if JIT_OFF else (1, 63, 64, 65, 172, 576)

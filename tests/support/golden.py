@@ -21,6 +21,21 @@ SHARED_PLANE = bytes.fromhex(
     "0040 803f"  # scales: 2, 1
     "fcfdfeff 01020304"  # levels for all rows: -4 -3 -2 -1 1 2 3 4
 )
+# two tiers of a 2 x 5 matrix: columns 1, 4 and 0, 2; then 3 and 1, which are the third and the first of those left
+MASKS = (bytes.fromhex("1200000000000000 0500000000000000"), bytes.fromhex("0400000000000000 0100000000000000"))
+VALUES = {
+    "f16": (bytes.fromhex("003c 00c0 0038 0034"), bytes.fromhex("0040 00bc")),  # 1 -2  0.5 0.25; 2  -1
+    "i8": (
+        bytes.fromhex("0000803f 0000003f 03ff 7f81"),
+        bytes.fromhex("05 fc"),
+    ),  # scales 1, 0.5; 3 -1  127 -127; 5  -4
+    "i4": (bytes.fromhex("0000803f 0000003f f3 97"), bytes.fromhex("05 0c")),  # 3 -1  7 -7; 5  -4
+}
+SPARSE = {
+    "f16": [[0, 1, 0, 2, -2], [0.5, -1, 0.25, 0, 0]],
+    "i8": [[0, 3, 0, 5, -1], [63.5, -2, -63.5, 0, 0]],
+    "i4": [[0, 3, 0, 5, -1], [3.5, -2, -3.5, 0, 0]],
+}
 ROTATION_SIGNS = [-1, 1, 1]
 ENTRIES = (
     BlockEntry(

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebbflow.formats.architecture import Architecture, weight_shapes, weight_uses
-from ebbflow.formats.blocks import pack_dense, pack_plane, pack_signs
-from ebbflow.formats.kinds import ROW_LEVELS, SHARED_LEVELS, plane_depth
+from ebbflow.formats.blocks import pack_dense, pack_mask, pack_plane, pack_signs, pack_values
+from ebbflow.formats.kinds import ROW_LEVELS, SHARED_LEVELS, VALUES_LIMIT, plane_depth
 from ebbflow.formats.manifest import MANIFEST, STACK, TOKENIZER_FILES, Manifest, Source, write_manifest
 from ebbflow.formats.stack import BlockEntry, StackIndex, content_hash, read_stack, write_stack
 
@@ -161,6 +161,57 @@ def _plane(
         dtype=dtype,
     )
     return entry, payload
+
+
+def write_sparse_model(
+    folder: Path, a: Architecture = TINY, dtype: str = "i8", shares: tuple[int, ...] = (30, 15, 25), seed: int = 0
+) -> Path:
+    """Random linears of which each tier has a share of the columns, in hundredths; embedding and head are int8."""
+    rng = np.random.default_rng(seed)
+    base: list[tuple[BlockEntry, bytes]] = []
+    rest: list[tuple[BlockEntry, bytes]] = []
+    for name, shape in weight_shapes(a).items():
+        if len(shape) == 1:
+            base.append(dense_entry(a, name, np.ones(shape, np.float32), "f32"))
+        elif name in ("embed", "head"):
+            base.append(dense_entry(a, name, rng.standard_normal(shape).astype(np.float32), "i8"))
+        else:
+            blocks = _tiers(a, name, rng, shape, dtype, shares)
+            base += blocks[:2]
+            rest += blocks[2:]
+    rest.sort(key=lambda block: block[0].level)
+    return write_model(folder, a, base + rest, len(base))
+
+
+def _tiers(
+    a: Architecture, name: str, rng: np.random.Generator, shape: tuple[int, ...], dtype: str, shares: tuple[int, ...]
+) -> list[tuple[BlockEntry, bytes]]:
+    """Masks and values in turn, tier after tier, large weights first."""
+    m, n = shape
+    weight = rng.standard_normal((m, n)).astype(np.float32) / np.float32(n**0.5)
+    scale = np.abs(weight).max(axis=1) / VALUES_LIMIT[dtype] if dtype in VALUES_LIMIT else None
+    places, before, blocks, start = np.argsort(-np.abs(weight)), np.zeros((m, n), np.bool_), [], 0
+    for level, share in enumerate(shares):
+        rank = max(1, n * share // 100)
+        tier = np.zeros((m, n), np.bool_)
+        np.put_along_axis(tier, places[:, start : start + rank], True, axis=1)
+        values = pack_values(weight[tier].reshape(m, rank), dtype, scale, level == 0)
+        for kind, own, payload in (("mask", "", pack_mask(tier, before)), ("values", dtype, values)):
+            entry = BlockEntry(
+                kind=kind,
+                tensor=name,
+                level=level,
+                shape=shape,
+                nbytes=len(payload),
+                gain=0.5**level if own else 0.0,
+                hash=content_hash(payload),
+                uses=weight_uses(a, name),
+                dtype=own,
+                rank=rank,
+            )
+            blocks.append((entry, payload))
+        before, start = before | tier, start + rank
+    return blocks
 
 
 def copy_model(source: Path, target: Path) -> Path:

@@ -1,0 +1,294 @@
+"""Tiers of masks and values -> rows of bytes, which `signs.multiply_sum` multiplies.
+
+Method: the next tier's mask has a bit only for columns that are still zero, so `deposit` first moves its bits to their
+columns. A row's values are bytes one after the other (int8 as they are stored, halves of bytes unpacked, fp16 rounded
+with the row's own scale, which all its tiers share), and those of 64 columns are put in their places at once: by
+`vpexpandb` with AVX-512, by eight deposits of bytes with BMI2 (code AVX2), else one by one. Tier after tier writes into
+the same row. What fp16 becomes is what `signs` makes of rows decoded to floats, without the floats of all columns.
+
+Nothing here is rounded but fp16, value by value, and nothing is added up: no order matters. Layouts are those of
+`formats/kinds`, whose promise that every row of a mask has the same number of ones makes all offsets arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core.cgutils import alloca_once
+from numba.extending import intrinsic, register_jitable
+from numpy.typing import NDArray
+
+from .bits import DEPOSITS, count, deposit, emit_count, emit_deposit, taken
+from .instructions import AVX2, AVX512
+from .planes import AHEAD, SETS, USABLE, plain, pointer, width
+from .quantize import LARGEST, LEAST
+from .rows import (
+    JIT_OFF,
+    MASK,
+    VALUES_F16,
+    VALUES_I8,
+    WORD,
+    half_to_float,
+    past_columns,
+    tier_width,
+    values_place,
+)
+from .vectors import call, cases, constant, i8, i64, load, loop, number, prefetch, store, vector
+
+EACH: Final = 0x0101010101010101
+ABLE: Final = tuple(code for code in USABLE if code in (AVX512, AVX2)) if DEPOSITS else ()
+_CAN: Final = np.array([code in ABLE for code in range(max(AVX512, AVX2) + 2)])
+_ROUND: Final = np.float32(12582912.0)  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+U8 = NDArray[np.uint8]
+U64 = NDArray[np.uint64]
+
+
+@register_jitable
+def sparse(blocks: I64) -> bool:
+    """Whether these blocks are tiers."""
+    return bool(blocks.shape[0] > 0 and blocks[0, 0] == MASK)
+
+
+@register_jitable
+def _line(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64
+
+
+@register_jitable
+def expansion_nbytes(n: int) -> int:
+    """Scratch of `expand_rows`: which columns are filled, and a tier's values of one row in bytes."""
+    return _line(8 * -(-n // WORD)) + _line(n + 1)
+
+
+def _emit_columns(b: Any, word: Any, stream: Any, width: Any, at: Any, filled: Any, first: bool) -> Any:
+    """The columns of a tier in one word; marks them as filled, and moves `at` on in the stream."""
+    place = b.gep(filled, [word])
+    if first:
+        columns = b.load(b.gep(stream, [word]))
+        b.store(columns, place)
+        return columns
+    before, begins, last = b.load(place), b.load(at), b.sub(width, number(1))
+    free = b.not_(before)
+
+    def smaller(x: Any) -> Any:
+        return b.select(b.icmp_signed("<", x, last), x, last)
+
+    index = b.lshr(begins, number(6))
+    low, high = (b.load(b.gep(stream, [smaller(x)])) for x in (index, b.add(index, number(1))))
+    columns = emit_deposit(b, call(b, "llvm.fshr.i64", i64, [high, low, begins]), free)
+    b.store(b.add(begins, emit_count(b, free)), at)
+    b.store(b.or_(before, columns), place)
+    return columns
+
+
+def _emit_by_vector(b: Any, columns: Any, values: Any, at: Any, stop: Any, out: Any, flip: int, first: bool) -> None:
+    """Expand 64 bytes with AVX-512; no byte beyond the word's own is touched."""
+    kind, mask = vector(i8, WORD), vector(ir.IntType(1), WORD)
+    ones = call(b, "llvm.x86.bmi.bzhi.64", i64, [number(-1), emit_count(b, columns)])
+    arguments = [b.gep(values, [at]), ir.Constant(ir.IntType(32), 1), b.bitcast(ones, mask), constant(i8, [0] * WORD)]
+    found = b.xor(call(b, "llvm.masked.load.v64i8.p0", kind, arguments), constant(i8, [flip] * WORD))
+    under = constant(i8, [flip] * WORD) if first else load(b, kind, out)
+    where = b.bitcast(columns, mask)
+    store(b, call(b, "llvm.x86.avx512.mask.expand.v64i8", kind, [found, under, where]), out)
+
+
+def _emit_by_words(b: Any, columns: Any, values: Any, at: Any, stop: Any, out: Any, flip: int, first: bool) -> None:
+    """Expand eight bytes at a time with BMI2; no byte from `stop` on is touched."""
+    last = b.sub(stop, number(8))
+    for k in range(8):
+        before = emit_count(b, b.and_(columns, number((1 << 8 * k) - 1)))
+        own = b.and_(b.lshr(columns, number(8 * k)), number(0xFF))
+        where = b.mul(emit_deposit(b, own, number(EACH)), number(0xFF))
+        wanted = b.add(at, before)
+        begins = b.select(b.icmp_signed("<", wanted, last), wanted, last)
+        by = b.and_(b.mul(b.sub(wanted, begins), number(8)), number(63))  # 64 where no byte is wanted any more
+        raw = b.lshr(load(b, i64, b.gep(values, [begins])), by)
+        found = emit_deposit(b, b.xor(raw, number(flip * EACH)), where)
+        here = b.gep(out, [number(8 * k)])
+        under = number(flip * EACH) if first else load(b, i64, here)
+        store(b, b.or_(found, b.and_(under, b.not_(where))), here)
+
+
+def _typed_expand(
+    typing: Any,
+    instructions: Any,
+    stored: Any,
+    mask: Any,
+    length: Any,
+    unpacked: Any,
+    aside: Any,
+    at: Any,
+    stop: Any,
+    filled: Any,
+    words: Any,
+    first: Any,
+    w: Any,
+    row: Any,
+) -> Any:
+    """A tier's bytes into row `row` of `w [ROWS, stride]`, xor the set's flip: `[at, stop)` of `unpacked` if `aside`,
+    else of `stored`.
+
+    The mask's row is `length` words of `stored` from byte `mask`; `filled [words]` says which columns tiers before this
+    one have, and gets this one's. `first` is 1 for tier 0, which overwrites both.
+    """
+    whole = types.int64
+    signature = types.void(whole, stored, *[whole] * 2, unpacked, *[whole] * 3, filled, whole, whole, w, whole)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        b = builder
+        instructions, stored, mask, length, unpacked, aside, at, stop, filled, words, first, w, row = args
+        base, own, out = (pointer(context, b, sig.args[k], x) for k, x in ((1, stored), (4, unpacked), (11, w)))
+        source = b.select(b.icmp_signed("!=", aside, number(0)), own, base)
+        marks = context.make_array(sig.args[8])(context, b, filled).data
+        raw = b.gep(base, [mask])
+        stream = b.bitcast(raw, i64.as_pointer())
+        target = b.gep(out, [b.mul(row, width(context, b, sig.args[11], w))])
+        bit, place = alloca_once(b, i64), alloca_once(b, i64)
+
+        def tier(code: int, initial: bool) -> None:
+            b.store(number(0), bit)
+            b.store(at, place)
+            word, following, end = loop(b, words, unroll=False)
+            columns = _emit_columns(b, word, stream, length, bit, marks, initial)
+            here = b.load(place)
+            prefetch(b, b.gep(raw, [b.add(b.mul(word, number(8)), number(AHEAD))]))
+            prefetch(b, b.gep(source, [b.add(here, number(AHEAD))]))
+            emit = _emit_by_vector if code == AVX512 else _emit_by_words
+            there = b.gep(target, [b.mul(word, number(WORD))])
+            emit(b, columns, source, here, stop, there, SETS[code].flip, initial)
+            b.store(b.add(here, emit_count(b, columns)), place)
+            following()
+            end()
+
+        def for_set(code: int) -> None:
+            cases(b, first, {1: lambda: tier(code, True), 0: lambda: tier(code, False)})
+
+        cases(b, instructions, {code: lambda code=code: for_set(code) for code in ABLE})
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+_expand: Any = plain if JIT_OFF else intrinsic(_typed_expand)
+
+
+@njit(nogil=True)
+def _portable_expand(
+    stream: U64, values: U8, at: int, filled: U64, words: int, first: bool, flip: np.uint8, w: U8, row: int
+) -> None:
+    """What `_typed_expand` documents, one column at a time."""
+    bit = 0
+    for word in range(words):
+        if first:
+            filled[word] = 0
+            w[row, WORD * word : WORD * (word + 1)] = flip
+        free = ~filled[word]
+        columns = deposit(taken(stream, bit), free)
+        bit += count(free)
+        filled[word] |= columns
+        for j in range(WORD):
+            if columns >> np.uint64(j) & np.uint64(1):
+                w[row, WORD * word + j] = values[at] ^ flip
+                at += 1
+
+
+@njit(nogil=True)
+def _scale_of_halves(halves: NDArray[np.uint16], blocks: I64, m: int, row: int) -> np.float32:
+    """The largest of a row's values in all tiers."""
+    top = np.uint16(0)
+    for tier in range(blocks.shape[0] // 2):
+        at = values_place(blocks, tier, m, row) // 2
+        for k in range(blocks[2 * tier, 2]):
+            top = max(top, halves[at + k] & np.uint16(0x7FFF))
+    return np.float32(half_to_float(top))
+
+
+@njit(nogil=True)
+def _round_halves(halves: NDArray[np.uint16], at: int, rank: int, by: np.float32, bytes_: U8) -> None:
+    for k in range(rank):
+        moved = np.float32(half_to_float(halves[at + k]) * by + _ROUND)
+        bytes_[k] = np.uint8(moved.view(np.int32) & np.int32(0xFF))
+
+
+@njit(nogil=True)
+def _unpack_nibbles(stored: U8, at: int, rank: int, bytes_: U8) -> None:
+    for k in range(-(-rank // 2)):
+        low, high = stored[at + k] & np.uint8(15), stored[at + k] >> np.uint8(4)
+        # the sign, bit 3, into the four bits above
+        bytes_[2 * k] = np.uint8(low | np.uint8((low & np.uint8(8)) * np.uint8(30)))
+        bytes_[2 * k + 1] = np.uint8(high | np.uint8((high & np.uint8(8)) * np.uint8(30)))
+
+
+@njit(nogil=True)
+def expand_rows(
+    instructions: int,
+    stored: U8,
+    blocks: I64,
+    m: int,
+    n: int,
+    first: int,
+    rows: int,
+    flip: np.uint8,
+    scratch: U8,
+    w: U8,
+    scales: F32,
+) -> None:
+    """Rows `[first, first + rows)` of a `sparse` weight `[m, n]` into `w [ROWS, >= columns in whole words]`, xor
+    `flip`, which is the instruction set's; row i's bytes count `scales[i]` each.
+
+    `scratch [>= expansion_nbytes(n)]` begins at a multiple of 8. A mask without its values counts for nothing.
+    """
+    words, tiers = -(-n // WORD), blocks.shape[0] // 2
+    filled, unpacked = scratch[: 8 * words].view(np.uint64), scratch[_line(8 * words) :]
+    halves, numbers = stored.view(np.uint16), stored.view(np.float32)  # a view for each row would count references
+    for i in range(rows):
+        row, by = first + i, np.float32(0)
+        if tiers == 0:
+            scales[i] = 0
+            w[i, : WORD * words] = flip
+        elif blocks[1, 0] == VALUES_F16:
+            largest = _scale_of_halves(halves, blocks, m, row)
+            scales[i] = largest / np.float32(LARGEST)
+            if largest >= np.float32(LEAST):
+                by = np.float32(LARGEST) / largest
+            else:
+                scales[i] = 0
+        else:
+            scales[i] = numbers[blocks[1, 1] // 4 + row]
+        for tier in range(tiers):
+            kind, rank, length = blocks[2 * tier + 1, 0], blocks[2 * tier, 2], tier_width(blocks, tier, n)
+            mask, at = blocks[2 * tier, 1] + 8 * length * row, values_place(blocks, tier, m, row)
+            stop, aside = values_place(blocks, tier, m, m), kind != VALUES_I8
+            if aside:
+                if kind == VALUES_F16:
+                    _round_halves(halves, at // 2, rank, by, unpacked)
+                else:
+                    _unpack_nibbles(stored, at, rank, unpacked)
+                at, stop = 0, unpacked.shape[0]
+            if _CAN[instructions]:
+                _expand(
+                    instructions,
+                    stored,
+                    mask,
+                    length,
+                    unpacked,
+                    int(aside),
+                    at,
+                    stop,
+                    filled,
+                    words,
+                    int(tier == 0),
+                    w,
+                    i,
+                )
+            else:
+                stream = stored[mask : mask + 8 * length].view(np.uint64)
+                _portable_expand(stream, unpacked if aside else stored, at, filled, words, tier == 0, flip, w, i)
+            if tier == 0:
+                filled[words - 1] |= past_columns(n)
