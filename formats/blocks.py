@@ -172,7 +172,7 @@ def pack_values(values: F32, dtype: str, scale: F32 | None, first: bool) -> byte
     else:
         stored = numbers.tobytes()
     data: bytes = (scale.astype("<f4").tobytes() if first else b"") + stored
-    assert len(data) == values_nbytes(*values.shape[:1], 0 if first else 1, dtype, values.shape[1])
+    assert len(data) == values_nbytes(len(values), 0 if first else 1, dtype, values.shape[1])
     return data
 
 
@@ -232,7 +232,7 @@ class GrowingWeight:
             return
         if entry.kind == "mask":
             before = np.zeros(entry.shape, np.bool_) if self._filled is None else self._filled
-            self._tier = unpack_mask(payload, *entry.shape, before)
+            self._tier = unpack_mask(payload, entry.shape[0], entry.shape[1], before)
             return
         if entry.kind == "values":
             self._add_values(entry, payload)

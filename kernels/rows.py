@@ -275,9 +275,9 @@ def values_place(blocks: NDArray[np.int64], tier: int, m: int, row: int) -> int:
     """Where a row of a tier's values begins."""
     kind, at, rank = blocks[2 * tier + 1, 0], blocks[2 * tier + 1, 1], blocks[2 * tier + 1, 2]
     if kind == VALUES_F16:
-        return at + 2 * rank * row
+        return int(at + 2 * rank * row)
     scales = 4 * m if tier == 0 else 0
-    return at + scales + row * (rank if kind == VALUES_I8 else -(-rank // 2))
+    return int(at + scales + row * (rank if kind == VALUES_I8 else -(-rank // 2)))
 
 
 @njit(nogil=True)

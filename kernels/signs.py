@@ -474,8 +474,9 @@ def _decode_bytes(
         for i in range(rows):
             scales[i] = numbers[first + i]
             start = at + 4 * m + (first + i) * n
+            own, row = stored[start : start + n], w[i, :n]  # indices from 0 become vectors, others do not
             for j in range(n):
-                w[i, j] = stored[start + j] ^ flip
+                row[j] = own[j] ^ flip
         return
     factors = tables[: tables.shape[0] // 16 * 16].view(np.float32).reshape(ROWS, -1)
     decode_rows(stored.view(np.uint16), blocks, m, n, first, rows, factors, singles)

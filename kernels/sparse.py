@@ -22,6 +22,7 @@ from numba.extending import intrinsic, register_jitable
 from numpy.typing import NDArray
 
 from .bits import DEPOSITS, count, deposit, emit_count, emit_deposit, taken
+from .halves import WIDEN_SCALE
 from .instructions import AVX2, AVX512
 from .planes import AHEAD, SETS, USABLE, plain, pointer, width
 from .quantize import LARGEST, LEAST
@@ -203,23 +204,27 @@ def _scale_of_halves(halves: NDArray[np.uint16], blocks: I64, m: int, row: int) 
     """The largest of a row's values in all tiers."""
     top = np.uint16(0)
     for tier in range(blocks.shape[0] // 2):
-        at = values_place(blocks, tier, m, row) // 2
-        for k in range(blocks[2 * tier, 2]):
-            top = max(top, halves[at + k] & np.uint16(0x7FFF))
+        at, rank = values_place(blocks, tier, m, row) // 2, blocks[2 * tier, 2]
+        own = halves[at : at + rank]  # indices from 0 become vectors, others do not
+        for k in range(rank):
+            top = max(top, np.uint16(own[k] & np.uint16(0x7FFF)))
     return np.float32(half_to_float(top))
 
 
 @njit(nogil=True)
-def _round_halves(halves: NDArray[np.uint16], at: int, rank: int, by: np.float32, bytes_: U8) -> None:
-    for k in range(rank):
-        moved = np.float32(half_to_float(halves[at + k]) * by + _ROUND)
+def _round_halves(halves: NDArray[np.uint16], by: np.float32, bytes_: U8) -> None:
+    for k in range(halves.shape[0]):
+        bits = halves[k]
+        rest = np.uint32(np.uint32(bits & np.uint16(0x7FFF)) << np.uint32(13)).view(np.float32)
+        size = np.float32(rest * np.float32(WIDEN_SCALE)) * by
+        moved = np.float32((-size if bits & np.uint16(0x8000) else size) + _ROUND)
         bytes_[k] = np.uint8(moved.view(np.int32) & np.int32(0xFF))
 
 
 @njit(nogil=True)
-def _unpack_nibbles(stored: U8, at: int, rank: int, bytes_: U8) -> None:
-    for k in range(-(-rank // 2)):
-        low, high = stored[at + k] & np.uint8(15), stored[at + k] >> np.uint8(4)
+def _unpack_nibbles(stored: U8, bytes_: U8) -> None:
+    for k in range(stored.shape[0]):
+        low, high = stored[k] & np.uint8(15), stored[k] >> np.uint8(4)
         # the sign, bit 3, into the four bits above
         bytes_[2 * k] = np.uint8(low | np.uint8((low & np.uint8(8)) * np.uint8(30)))
         bytes_[2 * k + 1] = np.uint8(high | np.uint8((high & np.uint8(8)) * np.uint8(30)))
@@ -267,9 +272,9 @@ def expand_rows(
             stop, aside = values_place(blocks, tier, m, m), kind != VALUES_I8
             if aside:
                 if kind == VALUES_F16:
-                    _round_halves(halves, at // 2, rank, by, unpacked)
+                    _round_halves(halves[at // 2 : at // 2 + rank], by, unpacked)
                 else:
-                    _unpack_nibbles(stored, at, rank, unpacked)
+                    _unpack_nibbles(stored[at : at - (-rank // 2)], unpacked)
                 at, stop = 0, unpacked.shape[0]
             if _CAN[instructions]:
                 _expand(

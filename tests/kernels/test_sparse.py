@@ -10,7 +10,7 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -133,6 +133,7 @@ def test_nothing_but_the_rows_is_written(name: str, levels: tuple[str, ...]) -> 
     assert (around[-64:] == 7).all()
 
 
+@settings(deadline=None)
 @given(bit=WORDS, where=WORDS)
 def test_words(bit: int, where: int) -> None:
     places = [j for j in range(64) if where >> j & 1]
