@@ -240,7 +240,8 @@ def _multiply_sum_magnitude(
         ):  # nothing is rounded
             return inputs @ _level_magnitudes(halves, table, m, n).T * 2.0**-10
         weight = sum(reference.reference_levels(halves, table, m, n), np.zeros((m, n)))
-        largest: Array = inputs.sum(1)[:, None] * np.maximum(np.abs(weight).max(1), 256 * quantize.LEAST)
+        # half a step of a row's 127, which is a little more than a 256th
+        largest: Array = inputs.sum(1)[:, None] * np.maximum(np.abs(weight).max(1) * 256 / 254, 256 * quantize.LEAST)
         return largest
     units = made[signs.made_places(levels, n)[0] :][: 4 * levels].view("<f4").astype(np.float64)
     starts = table[:, 1] // 2 + m * -(-n // 64) * 4

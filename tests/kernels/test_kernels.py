@@ -198,7 +198,7 @@ def test_another_dtype_or_layout_is_refused_not_compiled(entry: Entry) -> None:
     *_, shape = inner(entry.name, SHAPES[entry.name][-1])
     arguments = entry.arguments(Draw(0), **shape)
     for place, value in enumerate(arguments):
-        if isinstance(value, np.ndarray):
+        if isinstance(value, np.ndarray) and value.size:  # what is empty has any layout
             for wrong in (narrower(value), np.repeat(value, 2, axis=-1)[..., ::2]):
                 with pytest.raises(TypeError):
                     entry.kernel(*arguments[:place], wrong, *arguments[place + 1 :])
