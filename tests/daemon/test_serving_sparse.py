@@ -134,12 +134,11 @@ def rewritten(folder: Path, change: Callable[[list], int]) -> Path:
     return write_model(folder.parent / "changed", TINY, blocks, change(blocks))
 
 
-@pytest.mark.parametrize("what", SPOILT)
-@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize(  # scales are in tier 0
+    ("what", "level"), [(what, level) for what in SPOILT for level in (0, 1) if not (level and "scale" in what)]
+)
 def test_a_spoilt_block_is_not_admitted(what: str, level: int, tmp_path: Path) -> None:
     kind, spoil, message = SPOILT[what]
-    if level and kind == "values" and "NaN" in message:
-        pytest.skip("scales are in tier 0")
 
     def change(blocks: list) -> int:
         place = next(
