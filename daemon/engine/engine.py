@@ -190,11 +190,17 @@ class Engine:
         """Have a prefix computed and kept; answered when it is, or at once with why not."""
         try:
             job = self.pins.begin(request.id, request.name, self._tokens(request), request.namespace, request.save)
+            self._postpone_renewal()
             self.scheduler.submit(job.sequence)
         except EbbflowError as error:
             return [failure(request.id, error)]
         self.pins.jobs[request.id] = job
         return []
+
+    def unpin(self, name: str) -> None:
+        """Let a pin go. Raises what `PinStore.remove` raises."""
+        self._postpone_renewal()  # which would bring it back
+        self.pins.remove(name)
 
     def pin_summaries(self) -> tuple[PinSummary, ...]:
         """The prefixes that are kept."""

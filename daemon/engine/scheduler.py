@@ -1,10 +1,10 @@
 """Which tokens the next step computes, and whose keys and values are kept for whom. Pure: no clock, arrays or sockets.
 
 Waiting sequences are admitted in this order: higher priority, then whoever was overtaken `OVERTAKEN_MOST` times (by a
-group that shares a prefix, once: else no group could stay together), then
-clients with fewer running sequences, earlier deadlines, longer prefixes that are there already, earlier arrival. One
-whose next block is about to be computed by a running one (its leader) waits for that; and while more siblings of a
-leader wait than can run, no other prefix is begun, so that memory holds few prefixes and each is computed once.
+group that shares a prefix, once: else no group could stay together), then clients with fewer running sequences, earlier
+deadlines, longer prefixes that are there already, earlier arrival. One whose next block is about to be computed by a
+running one (its leader) waits for that; and while more siblings of a leader wait than can run, no other prefix is
+begun, so that memory holds few prefixes and each is computed once.
 
 A sequence gets blocks for its prompt when it is admitted, one by one afterwards. If there are none, first what nobody
 uses or waits for is evicted, then what only waiting ones want, and then the youngest running sequence gives up its
@@ -472,9 +472,7 @@ class Scheduler:
     # -- blocks -----------------------------------------------------------------------------------------------------
 
     def _grow(self, sequence: Sequence) -> None:
-        """A block for the next token, where it needs one."""
-        if sequence.computed < len(sequence.blocks) * BLOCK_TOKENS:
-            return
+        """A block for the next token of a sequence whose blocks are full."""
         while not self.prefixes.make_room(1, spare_wanted=False):
             victim = self._youngest()
             if victim is not None:
@@ -493,7 +491,7 @@ class Scheduler:
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's place away; it waits, and goes on where it was as if nothing had been."""
         self._stop(sequence)
-        sequence.blocks, sequence.nodes, sequence.computed = [], [], 0
+        sequence.computed = 0
         sequence.preemptions += 1
         self.totals.preemptions += 1
         self._queue(sequence)

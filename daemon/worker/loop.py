@@ -207,7 +207,7 @@ class Loop:
             return
         try:
             if isinstance(message, Unpin):
-                served.engine.pins.remove(message.name)
+                served.engine.unpin(message.name)
         except EbbflowError as error:
             self._line.send(failure(message.id, error))
             return

@@ -241,7 +241,7 @@ def test_a_pinned_prefix_outlives_everything(folder: Path, resident: Resident) -
     assert engine.kv_nbytes == engine.kv_pinned_nbytes == 3 * BLOCK_NBYTES
     (end,) = ends(engine, request(2, 5))
     assert end.reused_tokens == 96
-    engine.pins.remove("system")
+    engine.unpin("system")
     engine.trim(1 << 40)
     assert engine.kv_nbytes == 0
     assert not (folder / FOLDER).exists()
@@ -255,7 +255,7 @@ def test_pins_may_overlap_and_be_replaced(folder: Path, resident: Resident) -> N
     engine.trim(1 << 40)
     assert engine.kv_nbytes == 2 * BLOCK_NBYTES
     assert [one.tokens for one in engine.pin_summaries()] == [32, 64]
-    engine.pins.remove("b")
+    engine.unpin("b")
     engine.trim(1 << 40)
     assert engine.kv_nbytes == BLOCK_NBYTES
 
@@ -269,7 +269,7 @@ def test_a_saved_pin_is_there_after_a_restart(folder: Path, resident: Resident) 
     assert (summary.name, summary.tokens, summary.saved, summary.current) == ("system", 96, True, True)
     assert texts(after, [request(2, 5)]) == want
     assert after.scheduler.totals.reused == 96
-    after.pins.remove("system")
+    after.unpin("system")
     assert engine_of(folder, resident).pin_summaries() == ()
 
 
@@ -335,11 +335,11 @@ def test_a_file_that_was_not_read_back_can_be_let_go_and_replaced(folder: Path, 
     (file,) = (folder / FOLDER).iterdir()
     content = file.read_bytes()
     engine = engine_of(folder, resident, settings=replace(DEFAULTS, kv="i8"))
-    engine.pins.remove("system")
+    engine.unpin("system")
     assert not file.exists()
     for name in ("system", "../pins/system"):
         with pytest.raises(InvalidRequest):
-            engine.pins.remove(name)
+            engine.unpin(name)
     file.write_bytes(content)
     pinned(engine, pin(2, "system", PREFIX[:32]))  # not saved: what had its name is not to come back one day
     assert not file.exists()
@@ -398,6 +398,23 @@ def test_who_asks_does_not_wait_for_a_pin_that_is_computed_again(folder: Path) -
     (end,) = ends(engine, request(2, prefix=(5, 6, 7)))
     assert end.reason == "length"
     assert [one.current for one in engine.pin_summaries()] == [True]  # afterwards
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_pin_that_goes_while_it_is_renewed_does_not_come_back(folder: Path, again: bool) -> None:
+    resident = load(folder, BASE)
+    engine = engine_of(folder, resident)
+    pinned(engine, pin(1, "system"))
+    resident.grow(BLOCKS)
+    engine.pace.limit = 8
+    engine.step()
+    assert [s.key for s in engine.scheduler.running] == [-1]
+    if again:
+        pinned(engine, pin(2, "system", PREFIX[:32]))
+    else:
+        engine.unpin("system")
+    finish(engine, Answers())
+    assert [one.tokens for one in engine.pin_summaries()] == ([32] if again else [])
 
 
 def test_nobody_begins_with_what_gave_no_numbers(
