@@ -95,8 +95,14 @@ def test_kill_9_of_a_job_leaves_the_library_as_it_was(daemon: RealDaemon, tmp_pa
     with daemon.client() as client:
         adding = client.add(source)
         next(adding)
-        job = next(process.pid for process in client.status().processes if process.role.startswith("job"))
-        os.kill(job, signal.SIGKILL)
+        jobs: list[int] = []  # told of progress first, it may have to wait for memory before its process starts
+
+        def started() -> bool:
+            jobs[:] = [process.pid for process in client.status().processes if process.role == "job"]
+            return bool(jobs)
+
+        until(started, 10)
+        os.kill(jobs[0], signal.SIGKILL)
         with pytest.raises(errors.JobDied):
             adding.result()
         until(lambda: sorted(daemon.paths.library.iterdir()) == before, 10)  # deleted behind the loop's back
