@@ -33,7 +33,7 @@ from .bands import Bands
 from .batch import Batch
 from .kv import MAX_SEQUENCES, MOST_NBYTES, KvCache
 from .pace import Pace
-from .pins import PinStore
+from .pins import PinJob, PinStore
 from .sampler import sample
 from .scheduler import Piece, Policy, Scheduler, Sequence
 from .serving import ServingNetwork
@@ -207,12 +207,27 @@ class Engine:
         return self.pins.summaries(self._band)
 
     def cancel(self, key: int) -> list[EngineEvent]:
-        """End a request; an unknown one was answered already."""
+        """End a request; an unknown one was answered already. A pin that is being written is answered afterwards."""
+        self.pins.cancel_saving(key)
         return self._end(key, Cancelled("the request was cancelled"))
 
     def cancel_all(self) -> list[EngineEvent]:
-        """End every request, because the model goes."""
+        """End every request but those for pins that are being written."""
         return [event for key in [*self._jobs, *self.pins.jobs] for event in self.cancel(key)]
+
+    def close(self) -> list[EngineEvent]:
+        """End every request, because the model goes."""
+        gone = Cancelled("the model was unloaded")
+        return self.cancel_all() + [event for job in self.pins.close() for event in self._kept(job, gone)]
+
+    @property
+    def saving(self) -> bool:
+        """Whether pins are being written, whose end `settle` will tell."""
+        return self.pins.saving
+
+    def settle(self) -> list[EngineEvent]:
+        """What has been written since, to tell whoever asked for it."""
+        return [event for job, error in self.pins.settled() for event in self._kept(job, error)]
 
     def step(self) -> list[EngineEvent]:
         """Admit, compute one step, sample; what to tell whom."""
@@ -300,11 +315,15 @@ class Engine:
         except EbbflowError as found:
             error = found
         self.scheduler.finish(sequence)
+        return [] if job.save and error is None else self._kept(job, error)
+
+    def _kept(self, job: PinJob, error: EbbflowError | None) -> list[EngineEvent]:
+        """The answer to whoever asked for a pin, if anybody did."""
         if not job.asked:
             return []
         if error is not None:
-            return [failure(sequence.key, error)]
-        return [Pinned(id=sequence.key, pin=next(pin for pin in self.pin_summaries() if pin.name == job.name))]
+            return [failure(job.sequence.key, error)]
+        return [Pinned(id=job.sequence.key, pin=next(pin for pin in self.pin_summaries() if pin.name == job.name))]
 
     def _make_do(self, pieces: list[Piece]) -> list[EngineEvent]:
         """There was no memory for a step of these pieces, and nothing of it counts.

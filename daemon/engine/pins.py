@@ -1,31 +1,33 @@
 """Prefixes that are kept by name, in memory and, if asked for, on disk.
 
-A file `pins/NAME.safetensors` in the model's folder holds the tokens, their KV blocks as they lie in memory, and in its
-metadata what they belong to. It is read back only if all of that is true of the model that is loaded; else it is as if
-it were not there.
+Kept on disk means a file `pins/NAME.safetensors` in the model's folder (`pin_files`), which is read back only if it
+belongs to the model that is loaded; else it is as if it were not there. A file is written by a thread of its own, from
+blocks that do not change as long as they are pinned: a slow disk holds up nobody's step.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import logging
-import os
-from collections.abc import Iterable
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from ...formats.errors import CorruptFile, InvalidRequest, storage_failed
+from ...formats.errors import Cancelled, CorruptFile, EbbflowError, InvalidRequest, storage_failed
 from ...formats.manifest import Manifest
 from ...formats.paths import check_name
 from ...formats.values import PinSummary
 from ...kernels.attention import BLOCK_TOKENS
-from .bands import BANDS
+from .pin_files import VERSION, Label, open_pin, write_partial
 from .prefixes import Node
 from .scheduler import Scheduler, Sequence
 
@@ -33,22 +35,11 @@ log = logging.getLogger(__name__)
 
 FOLDER: Final = "pins"
 SUFFIX: Final = ".safetensors"
+PARTIAL: Final = ".partial"
 MOST_PINS: Final = 64
-VERSION: Final = 1
 RENEWAL_KEY: Final = -1  # of the one sequence that nobody asked for
 RENEWAL_PRIORITY: Final = -1000
-
-
-class _Label(msgspec.Struct, frozen=True):
-    """What a file's blocks belong to and how good they are; `blocks_hash` is BLAKE2b-128 of their bytes."""
-
-    version: int
-    model: str
-    kv: str
-    namespace: str
-    band: int
-    depth: int
-    blocks_hash: str
+_NUMBERS: Final = count()  # of partial files: an engine that was closed may still be writing one
 
 
 @dataclass
@@ -74,6 +65,17 @@ class PinJob:
     asked: bool = True
 
 
+@dataclass
+class _Saving:
+    """A pin whose file is being written, as `partial`; `dropped`: nobody wants it any more, for that reason."""
+
+    job: PinJob
+    nodes: list[Node]
+    partial: Path
+    written: Future[None]
+    dropped: str = ""
+
+
 class PinStore:
     """The pins of one model, whose files it reads at once, up to `most_nbytes` of blocks.
 
@@ -95,6 +97,10 @@ class PinStore:
         self._room = len(array) if most_nbytes is None else most_nbytes // self._bytes.shape[1]  # blocks
         self._kept: dict[str, _Kept] = {}
         self.jobs: dict[int, PinJob] = {}  # by the key of their sequences
+        self._saving: list[_Saving] = []  # in the order in which they are written
+        self._writer = ThreadPoolExecutor(1, "pins")
+        for left in self._folder.glob("*" + PARTIAL):
+            _forget(left)
         for path in sorted(self._folder.glob("*" + SUFFIX))[:MOST_PINS]:
             try:
                 self._restore(path)
@@ -106,7 +112,8 @@ class PinStore:
         whole = len(tokens) // BLOCK_TOKENS * BLOCK_TOKENS
         if not whole:
             raise InvalidRequest(f"the prefix has {len(tokens)} tokens; only blocks of {BLOCK_TOKENS} can be kept")
-        if name not in self._kept and len(self._kept) >= MOST_PINS:
+        names = {*self._kept, *(saving.job.name for saving in self._saving)}
+        if name not in names and len(names) >= MOST_PINS:
             raise InvalidRequest(f"{MOST_PINS} prefixes are pinned; unpin one first")
         sequence = Sequence(key, tokens[:whole], whole, namespace=namespace, samples=False)
         return PinJob(name, sequence, save)
@@ -134,26 +141,92 @@ class PinStore:
             self._kept[job.name].tried = self._kept[job.name].band
         return job.sequence
 
-    def keep(self, job: PinJob) -> None:
-        """Keep what was computed, instead of what had that name.
+    @property
+    def saving(self) -> bool:
+        """Whether a file is being written; `settled` will say how that ended."""
+        return bool(self._saving)
 
-        Raises `OutOfMemory` when there is no room for it beside requests, `StorageFailed` when it cannot be saved;
-        then all is as before.
+    def keep(self, job: PinJob) -> None:
+        """Keep what was computed, instead of what had that name; once it is saved, if it is to be (`settled`).
+
+        Raises `OutOfMemory` when there is no room for it beside requests, `StorageFailed` when a file of that name
+        cannot be removed; then all is as before.
         """
-        sequence, before = job.sequence, self._kept.get(job.name)
+        sequence = job.sequence
         nodes = list(sequence.nodes)
         self._scheduler.pin(nodes)
-        try:
-            if job.save:
-                self._save(job.name, sequence)
-            else:  # also one that was never read back, which would have this name again some day
-                self._path(job.name).unlink(missing_ok=True)
+        self._drop(job.name, "another prefix was pinned by that name")
+        if job.save:
+            self._saving.append(self._begin_saving(job, nodes))
+            return
+        try:  # also one that was never read back, which would have this name again some day
+            self._path(job.name).unlink(missing_ok=True)
         except OSError as error:
             self._scheduler.unpin(nodes)
             raise storage_failed(error, self._folder) from error
+        self._enter(job, nodes)
+
+    def settled(self) -> Iterator[tuple[PinJob, EbbflowError | None]]:
+        """Those that are saved now, and kept, and those that are not, with the reason; for these all is as before."""
+        while self._saving and self._saving[0].written.done():
+            saving = self._saving.pop(0)
+            error = self._end_saving(saving)
+            if error is None:
+                self._enter(saving.job, saving.nodes)
+            else:
+                self._scheduler.unpin(saving.nodes)
+            yield saving.job, error
+
+    def cancel_saving(self, key: int) -> None:
+        """The request of that key is over."""
+        for saving in self._saving:
+            if saving.job.sequence.key == key:
+                saving.dropped = "the request was cancelled"
+
+    def close(self) -> list[PinJob]:
+        """The model goes: nothing that is being written will be kept. Those of which that is true; nobody waits for
+        the disk.
+        """
+        for saving in self._saving:
+            saving.written.add_done_callback(partial(_forget, saving.partial))
+        self._writer.shutdown(wait=False)
+        ended, self._saving = [saving.job for saving in self._saving], []
+        return ended
+
+    def _enter(self, job: PinJob, nodes: list[Node]) -> None:
+        before = self._kept.get(job.name)
         if before is not None:
             self._scheduler.unpin(before.nodes)
+        sequence = job.sequence
         self._kept[job.name] = _Kept(sequence.tokens, sequence.namespace, nodes, job.save, sequence.band)
+
+    def _drop(self, name: str, why: str) -> bool:
+        """Whether there was something by that name being written, of which nothing will be kept."""
+        found = [saving for saving in self._saving if saving.job.name == name and not saving.dropped]
+        for saving in found:
+            saving.dropped = why
+        return bool(found)
+
+    def _begin_saving(self, job: PinJob, nodes: list[Node]) -> _Saving:
+        s = job.sequence
+        label = Label(VERSION, self._model, self._kv, s.namespace, s.band, s.depth)
+        path = self._folder / f"{job.name}.{next(_NUMBERS)}{PARTIAL}"
+        blocks = [self._bytes[block] for block in s.blocks]
+        written = self._writer.submit(write_partial, path, label, list(s.tokens), blocks)
+        return _Saving(job, nodes, path, written)
+
+    def _end_saving(self, saving: _Saving) -> EbbflowError | None:
+        """Give a written file its name, or take it away; what went wrong."""
+        try:
+            saving.written.result()
+            if not saving.dropped:
+                saving.partial.rename(self._path(saving.job.name))
+                return None
+        except OSError as error:
+            _forget(saving.partial)
+            return storage_failed(error, self._folder)
+        _forget(saving.partial)
+        return Cancelled(f"{saving.job.name} was not kept: {saving.dropped}")
 
     def remove(self, name: str) -> None:
         """Let a pin and its file go, or a file that was not read back.
@@ -161,7 +234,8 @@ class PinStore:
         Raises `InvalidRequest` when there is neither, `InvalidName`, `StorageFailed`.
         """
         kept = self._kept.get(name)
-        if kept is None and not self._path(check_name(name, "pin")).exists():
+        dropped = self._drop(name, "it was let go")
+        if kept is None and not dropped and not self._path(check_name(name, "pin")).exists():
             raise InvalidRequest(f"nothing is pinned as {name!r}; there are {', '.join(self._kept) or 'no pins'}")
         try:
             self._path(name).unlink(missing_ok=True)
@@ -187,63 +261,24 @@ class PinStore:
     def _path(self, name: str) -> Path:
         return self._folder / (name + SUFFIX)
 
-    def _save(self, name: str, sequence: Sequence) -> None:
-        """Write a pin's file, atomically, block by block: there may be no memory for a copy of them."""
-        self._folder.mkdir(exist_ok=True)
-        tokens = np.array(sequence.tokens, "<i8").tobytes()
-        blocks = [self._bytes[block] for block in sequence.blocks]
-        label = _Label(VERSION, self._model, self._kv, sequence.namespace, sequence.band, sequence.depth, _hash(blocks))
-        end = len(tokens) + len(blocks) * self._bytes.shape[1]
-        header = {
-            "__metadata__": {"label": msgspec.json.encode(label).decode()},
-            "tokens": {"dtype": "I64", "shape": [len(sequence.tokens)], "data_offsets": [0, len(tokens)]},
-            "blocks": {"dtype": "U8", "shape": [len(blocks), len(blocks[0])], "data_offsets": [len(tokens), end]},
-        }
-        encoded = msgspec.json.encode(header)
-        encoded += b" " * (-len(encoded) % 8)
-        partial = self._path(name).with_suffix(".partial")
-        try:
-            with partial.open("wb") as file:
-                file.write(len(encoded).to_bytes(8, "little") + encoded + tokens)
-                for block in blocks:
-                    file.write(block.data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.rename(self._path(name))
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-
     def _restore(self, path: Path) -> None:
         """Take a pin from its file. Raises `CorruptFile`, and whatever reading and parsing raise."""
-        with safe_open(path, framework="numpy") as file:
-            label = msgspec.json.decode((file.metadata() or {})["label"], type=_Label)
-            if (label.version, label.model, label.kv) != (VERSION, self._model, self._kv):
-                raise CorruptFile("it belongs to another model, or to keys and values of another type")
-            tokens, blocks = file.get_slice("tokens"), file.get_slice("blocks")
-            count = blocks.get_shape()[0] if blocks.get_shape() else 0
-            found = (tokens.get_dtype(), tokens.get_shape(), blocks.get_dtype(), blocks.get_shape())
-            if not count or found != ("I64", [count * BLOCK_TOKENS], "U8", [count, self._bytes.shape[1]]):
-                raise CorruptFile("its shapes are not those of a pin of this model")
-            if not 0 <= label.band < BANDS:
-                raise CorruptFile(f"there is no quality band {label.band}")
-            if count > self._room:
+        with open_pin(path, self._model, self._kv, self._bytes.shape[1]) as file:
+            if file.count > self._room:
                 raise CorruptFile("there is no memory for it now")
-            if _hash(blocks[index : index + 1] for index in range(count)) != label.blocks_hash:
-                raise CorruptFile("its blocks do not match their hash")
-            ids = [int(token) for token in tokens[:]]
-            restored = self._scheduler.restore(label.namespace, ids, label.band, label.depth)
+            file.check_blocks()
+            label = file.label
+            restored = self._scheduler.restore(label.namespace, file.tokens, label.band, label.depth)
             if restored is None:
                 raise CorruptFile("there is no room for it")
             nodes, fresh = restored
             self._room -= len(fresh)
             for index in fresh:
-                self._bytes[nodes[index].block] = blocks[index : index + 1]
-        self._kept[path.name.removesuffix(SUFFIX)] = _Kept(ids, label.namespace, nodes, True, label.band)
+                self._bytes[nodes[index].block] = file.blocks[index : index + 1]
+        self._kept[path.name.removesuffix(SUFFIX)] = _Kept(file.tokens, label.namespace, nodes, True, label.band)
 
 
-def _hash(blocks: Iterable[NDArray[np.uint8]]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for block in blocks:
-        digest.update(block.data)
-    return digest.hexdigest()
+def _forget(path: Path, _: object = None) -> None:
+    """Take away a file that nobody reads; where that cannot be, it is tried again when the model is loaded."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)

@@ -52,6 +52,7 @@ GROW_MOST_SECONDS: Final = 0.05  # which a shrink that arrives meanwhile has to 
 IDLE_GROW_SECONDS: Final = 0.1  # while nothing runs: how long a message may have to wait
 REPORT_SECONDS: Final = 0.5
 IDLE_SECONDS: Final = 5.0
+SAVING_SECONDS: Final = 0.02  # between two looks at a file that is being written
 
 
 class Line(Protocol):
@@ -87,19 +88,26 @@ class Loop:
     def turn(self) -> bool:
         """One round; whether there will be another."""
         active = any(served.engine.busy or not served.arrived for served in self._models.values())
-        arriving = any(served.resident.arriving for served in self._models.values())
-        for message in self._line.receive(0.0 if active else LOOK_SECONDS if arriving else IDLE_SECONDS):
+        for message in self._line.receive(0.0 if active else self._patience()):
             self._handle(message)
         if [name for name, served in self._models.items() if self._move(name, served)]:
             self._report()  # before the step, which may take a while: the budget waits for this
         busy = any(served.engine.busy for served in self._models.values())
         self._step_next()
+        for served in self._models.values():
+            self._tell(served.engine.settle())
         idle = active and not any(served.engine.busy for served in self._models.values())
         if idle and busy:
             give_back_freed()
         if idle or (active and self._clock() - self._reported >= REPORT_SECONDS):
             self._report()
         return self._running
+
+    def _patience(self) -> float:
+        """How long a message may be waited for while there is nothing to compute, in seconds."""
+        if any(served.engine.saving for served in self._models.values()):
+            return SAVING_SECONDS
+        return LOOK_SECONDS if any(served.resident.arriving for served in self._models.values()) else IDLE_SECONDS
 
     def _handle(self, message: ToWorker) -> None:
         match message:
@@ -165,7 +173,7 @@ class Loop:
         served = self._models.pop(name, None)
         if served is None:
             return
-        self._tell(served.engine.cancel_all())
+        self._tell(served.engine.close())
         self._answer(name, served)
         served.close()
         del served

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -224,8 +226,8 @@ def pin(key: int, name: str, ids: tuple[int, ...] = PREFIX, save: bool = False) 
 def pinned(engine: Engine, message: Pin) -> Any:
     """The answer to a pin."""
     events = engine.pin(message)
-    while engine.busy:
-        events += engine.step()
+    while engine.busy or engine.saving:
+        events += engine.step() + engine.settle()
         engine.scheduler.check_integrity()
     (event,) = events
     return event
@@ -384,6 +386,7 @@ def test_a_pin_is_computed_again_when_the_model_is_better_and_nobody_waits(folde
     assert end.reused_tokens == 96
     resident.shrink(BASE)
     assert not engine.busy
+    assert settled(engine) == []  # nobody asked for it
     assert [one.current for one in engine_of(folder, load(folder, BLOCKS)).pin_summaries()] == [True]
 
 
@@ -495,12 +498,92 @@ def test_a_disk_that_is_full_in_the_middle_of_a_pin(
 
 
 def test_a_pin_whose_file_cannot_be_made_fails_alone(folder: Path, resident: Resident) -> None:
-    (folder / FOLDER / "system.partial").mkdir(parents=True)
+    (folder / FOLDER / "system.safetensors").mkdir(parents=True)
     engine = engine_of(folder, resident)
     event = pinned(engine, pin(1, "system", save=True))
     assert isinstance(event, Failed)
     assert event.code == "storage_failed"
     assert engine.kv_pinned_nbytes == 0
+    assert [path.name for path in (folder / FOLDER).iterdir()] == ["system.safetensors"]
+
+
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """A disk that takes nothing until the event is set."""
+    sync, moves = os.fsync, threading.Event()
+
+    def slow(descriptor: int) -> None:
+        assert moves.wait(60)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    yield moves
+    moves.set()
+
+
+def begin_saving(engine: Engine, key: int, name: str = "system", ids: tuple[int, ...] = PREFIX) -> None:
+    """Have a pin computed whose file is then being written."""
+    assert engine.pin(pin(key, name, ids, save=True)) == []
+    while engine.busy:
+        assert engine.step() == []
+    assert engine.saving
+
+
+def settled(engine: Engine) -> list[Any]:
+    events = []
+    while engine.saving:
+        events += engine.settle()
+    engine.scheduler.check_integrity()
+    return events
+
+
+def test_nobody_waits_for_a_slow_disk(folder: Path, resident: Resident, slow_disk: threading.Event) -> None:
+    engine = engine_of(folder, resident)
+    begin_saving(engine, 1)
+    (end,) = ends(engine, request(2, 9))
+    assert isinstance(end, Finished)
+    assert end.reused_tokens == 96
+    assert engine.settle() == []
+    assert engine.pin_summaries() == ()  # not before it is on disk
+    assert engine.kv_pinned_nbytes == 3 * BLOCK_NBYTES  # but nothing takes its blocks
+    slow_disk.set()
+    (event,) = settled(engine)
+    assert isinstance(event, Pinned)
+    assert event.pin.saved
+    assert [one.name for one in engine_of(folder, resident).pin_summaries()] == ["system"]
+
+
+@pytest.mark.parametrize("how", ["cancel", "unpin", "replace", "unload"])
+def test_a_pin_that_is_not_wanted_any_more_while_it_is_written(
+    folder: Path, resident: Resident, slow_disk: threading.Event, how: str
+) -> None:
+    engine, events = engine_of(folder, resident), []
+    begin_saving(engine, 1)
+    match how:
+        case "cancel":
+            events += engine.cancel(1)
+        case "unpin":
+            engine.unpin("system")
+        case "replace":
+            engine.pin(pin(2, "system", PREFIX[:32]))
+            while engine.busy:
+                engine.step()
+        case "unload":
+            events += engine.close()
+    slow_disk.set()
+    (event,) = events + settled(engine)
+    assert isinstance(event, Failed)
+    assert (event.id, event.code) == (1, "cancelled")
+    engine.pins._writer.shutdown()  # an engine that was closed does not wait for it
+    assert list((folder / FOLDER).iterdir()) == []
+    assert [one.tokens for one in engine.pin_summaries()] == ([32] if how == "replace" else [])
+
+
+def test_what_a_killed_worker_was_writing_is_taken_away(folder: Path, resident: Resident) -> None:
+    (folder / FOLDER).mkdir()
+    (folder / FOLDER / "system.7.partial").write_bytes(b"half")
+    engine_of(folder, resident)
+    assert list((folder / FOLDER).iterdir()) == []
 
 
 def test_cancelling_a_pin(folder: Path, resident: Resident) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from ebbflow.daemon.settings import DEFAULTS, KV_TYPES, WorkerSettings
 from ebbflow.daemon.worker import loop as loop_module
-from ebbflow.daemon.worker.loop import IDLE_SECONDS, REPORT_SECONDS, Loop
+from ebbflow.daemon.worker.loop import IDLE_SECONDS, REPORT_SECONDS, SAVING_SECONDS, Loop
 from ebbflow.daemon.worker.resident import Resident
 from ebbflow.formats.child_messages import (
     Exit,
@@ -30,7 +31,7 @@ from ebbflow.formats.child_messages import (
     UnloadModel,
 )
 from ebbflow.formats.manifest import MANIFEST, STACK, read_manifest, write_manifest
-from ebbflow.formats.messages import Cancel, Failed, Finished, Generate, Resized
+from ebbflow.formats.messages import Cancel, Failed, Finished, Generate, Pin, Pinned, Resized
 from ebbflow.formats.stack import read_stack
 from ebbflow.formats.values import Residency, Sampling
 
@@ -479,3 +480,27 @@ def test_a_busy_worker_reports_now_and_then_and_once_when_done(folder: Path) -> 
         assert 1 < len(reports) <= seconds / REPORT_SECONDS + 2
         assert reports[0].models[0].running == 1
         assert reports[-1].models[0].running == 0
+
+
+@pytest.mark.parametrize("unloaded", [False, True])
+def test_while_a_pin_is_written_others_are_answered(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unloaded: bool
+) -> None:
+    disk, sync = threading.Event(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (disk.wait(60), sync(descriptor)))
+    worker = Worker()
+    worker.load(copy_model(folder, tmp_path / "model"))
+    worker.hear(Pin(id=1, model="m", name="system", ids=tuple(range(64)), save=True), ask(2))
+    said = worker.settle()
+    assert worker.line.timeouts[-1] == SAVING_SECONDS  # it looks again soon, and does not spin
+    assert not any(isinstance(message, Pinned) for message in said)
+    assert isinstance(worker.answers.by_id[2].end, Finished)
+    if unloaded:
+        said = worker.hear(UnloadModel(model="m"))  # which does not wait for the disk either
+        disk.set()
+        assert only(Failed, said).id == 1
+        return
+    disk.set()
+    while not any(isinstance(message, Pinned) for message in said):
+        said = worker.hear()
+    worker.hear(Exit())
