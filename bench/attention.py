@@ -31,7 +31,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from ebbflow.daemon.engine.kv import KvCache, blocks_for
-from ebbflow.daemon.engine.scheduler import Piece, Sequence
+from ebbflow.daemon.engine.sequences import Piece, Sequence
 from ebbflow.daemon.engine.serving import Batch
 from ebbflow.daemon.library.shapes import SHAPES
 from ebbflow.daemon.settings import KV_TYPES, KvType

@@ -27,7 +27,7 @@ from quality import heldout_tokens
 from ebbflow.daemon.engine.bands import Bands
 from ebbflow.daemon.engine.batch import Batch
 from ebbflow.daemon.engine.kv import KvCache, blocks_for
-from ebbflow.daemon.engine.scheduler import Piece, Sequence
+from ebbflow.daemon.engine.sequences import Piece, Sequence
 from ebbflow.daemon.engine.serving import ServingNetwork
 from ebbflow.daemon.worker.processors import usable_threads
 from ebbflow.daemon.worker.resident import Resident

@@ -35,7 +35,8 @@ import msgspec
 
 from ebbflow.daemon.engine.engine import Engine, EngineEvent
 from ebbflow.daemon.engine.kv import KvCache, blocks_for
-from ebbflow.daemon.engine.scheduler import Piece, Policy, Sequence
+from ebbflow.daemon.engine.sequences import Piece, Sequence
+from ebbflow.daemon.engine.waiting import Policy
 from ebbflow.daemon.settings import DEFAULTS, WorkerSettings
 from ebbflow.daemon.worker.processors import usable_threads
 from ebbflow.daemon.worker.resident import Resident

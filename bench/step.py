@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ebbflow.daemon.engine.batch import Batch
 from ebbflow.daemon.engine.kv import KvCache, blocks_for
 from ebbflow.daemon.engine.program import Program, build_program
-from ebbflow.daemon.engine.scheduler import Piece, Sequence
+from ebbflow.daemon.engine.sequences import Piece, Sequence
 from ebbflow.daemon.engine.serving import ServingNetwork
 from ebbflow.daemon.engine.steps import Steps
 from ebbflow.daemon.worker.processors import usable_threads

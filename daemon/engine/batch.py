@@ -13,7 +13,7 @@ from ...formats.architecture import Architecture
 from ...kernels.attention import KINDS, attend, store_kv, unit_floats
 from ...kernels.elementwise import rotate
 from .rotary import rotary_frequencies
-from .scheduler import Piece
+from .sequences import Piece
 from .weights import lines
 
 F32 = NDArray[np.float32]

@@ -35,9 +35,11 @@ from .kv import MAX_SEQUENCES, MOST_NBYTES, KvCache
 from .pace import Pace
 from .pins import PinJob, PinStore
 from .sampler import sample
-from .scheduler import Piece, Policy, Scheduler, Sequence
+from .scheduler import Scheduler
+from .sequences import Piece, Sequence
 from .serving import ServingNetwork
 from .tokenizer import TextStream, Tokenizer
+from .waiting import Policy
 from .weights import Weights
 
 _MOST_PER_TOKEN: Final = 128  # characters; the longest tokens in use are runs of so many spaces

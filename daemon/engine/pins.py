@@ -29,7 +29,8 @@ from ...formats.values import PinSummary
 from ...kernels.attention import BLOCK_TOKENS
 from .pin_files import VERSION, Label, open_pin, write_partial
 from .prefixes import Node
-from .scheduler import Scheduler, Sequence
+from .scheduler import Scheduler
+from .sequences import Sequence
 
 log = logging.getLogger(__name__)
 

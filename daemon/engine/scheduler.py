@@ -1,10 +1,6 @@
 """Which tokens the next step computes, and whose keys and values are kept for whom. Pure: no clock, arrays or sockets.
 
-Waiting sequences are admitted in this order: higher priority, then whoever was overtaken `OVERTAKEN_MOST` times (by a
-group that shares a prefix, once: else no group could stay together), then clients with fewer running sequences, earlier
-deadlines, longer prefixes that are there already, earlier arrival. One whose next block is about to be computed by a
-running one (its leader) waits for that; and while more siblings of a leader wait than can run, no other prefix is
-begun, so that memory holds few prefixes and each is computed once.
+Who of those that wait is next is said in `waiting`.
 
 A sequence gets blocks for its prompt when it is admitted, one by one afterwards. If there are none, first what nobody
 uses or waits for is evicted, then what only waiting ones want, and then the youngest running sequence gives up its
@@ -16,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from typing import Final, Protocol
 
@@ -24,10 +20,10 @@ from ...formats.errors import OutOfMemory, PromptTooLong, TooBusy
 from ...kernels.attention import BLOCK_TOKENS
 from .kv import MAX_SEQUENCES, blocks_for
 from .prefixes import MIXED, Blocks, Node, Prefixes
+from .sequences import Piece, Sequence
+from .waiting import Policy, Waiting
 
 MAX_WAITING: Final = 4096
-OVERTAKEN_MOST: Final = 16  # times, where SIBLINGS that reuse what is computed count as one
-SIBLINGS: Final = 16
 AHEAD_TOKENS: Final = 64  # of its answer, for which a sequence must find room before it starts
 SPOILT: Final = -1  # a band below all others
 _SHARE: Final = 4  # prompts get at least one of so many parts of a step, however many sequences decode
@@ -49,72 +45,6 @@ class Pool(Blocks, Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Policy:
-    """What is done for prefixes. Without any of it: first come, first served, and the longest unused goes first.
-
-    `longest_first`: order waiting sequences by what of them is there. `gate`: let siblings wait for their leader.
-    `wanted`: keep what waiting sequences will read.
-    """
-
-    longest_first: bool = True
-    gate: bool = True
-    wanted: bool = True
-
-
-@dataclass(eq=False)
-class Sequence:
-    """One request's tokens: prompt and what was generated. `computed` of them have keys and values in `blocks`.
-
-    `limit`: tokens at most, prompt included. `deadline`: by the caller's clock. One that does not sample is only
-    computed. Of its blocks the first are those of `nodes`.
-    """
-
-    key: int
-    tokens: list[int]
-    limit: int
-    namespace: str = ""
-    exact: bool = False
-    priority: int = 0
-    owner: int = 0
-    deadline: float = math.inf
-    samples: bool = True
-    computed: int = 0
-    blocks: list[int] = field(default_factory=list)
-    nodes: list[Node] = field(default_factory=list)
-    band: int = 0
-    depth: int = MIXED
-    arrival: int = -1
-    overtaken: int = 0  # in parts of 1 / SIBLINGS
-    path: list[Node] = field(default_factory=list)
-    matched: int = 0
-    version: int = -1  # of the prefixes, when that was counted
-    prompt_tokens: int = 0
-    reused: int | None = None  # tokens of the prompt that were there when it first ran
-    shareable: int = 0
-    preemptions: int = 0
-    miss: str = ""
-
-    @property
-    def pending(self) -> int:
-        """Tokens not computed yet; 1 means the sequence is decoding."""
-        return len(self.tokens) - self.computed
-
-
-@dataclass(slots=True)
-class Piece:
-    """Compute tokens `[start, start + count)` of a sequence; if that is its end, sample the next."""
-
-    sequence: Sequence
-    start: int
-    count: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the piece reaches the end of what is known, and that is followed by something."""
-        return self.sequence.samples and self.start + self.count == len(self.sequence.tokens)
-
-
 @dataclass
 class Totals:
     """Tokens so far: of prompts that began, those of them that were there already, and all that were computed."""
@@ -133,19 +63,23 @@ class Scheduler:
         self.policy = policy or Policy()
         self.cached = pool.most if cached is None else cached
         self.prefixes = Prefixes(pool, spares=self.policy.wanted)
+        self._waiting = Waiting(self.prefixes, self.policy)
         self.totals = Totals()
-        self.waiting: dict[int, Sequence] = {}  # by arrival
         self.running: list[Sequence] = []
         self._arrivals = count()
         self._asked = pool.most
         self._band, self._depth = 0, 0
         self._owners: Counter[int] = Counter()  # of what runs
-        self._waiting_of: Counter[int] = Counter()  # by priority
         self._needs: Counter[int] = Counter()  # blocks that accepted sequences may need at most
         self._timed = 0  # sequences that have a deadline
         self._ordered = True
-        self._changes = 0  # of what waits or runs
-        self._stuck: tuple[int, int, int, int] | None = None  # how things were when nothing could be admitted
+        self._stops = 0  # so many that ran do no more
+        self._stuck: tuple[int, int, int, int, int] | None = None  # how things were when nothing could be admitted
+
+    @property
+    def waiting(self) -> dict[int, Sequence]:
+        """Those that wait, by arrival."""
+        return self._waiting.sequences
 
     @property
     def busy(self) -> bool:
@@ -167,14 +101,14 @@ class Scheduler:
         sequence.prompt_tokens = len(sequence.tokens)
         self._needs[blocks_for(sequence.limit)] += 1
         self._timed += sequence.deadline < math.inf
-        sequence.shareable = BLOCK_TOKENS * self._queue(sequence)
+        sequence.shareable = BLOCK_TOKENS * self._waiting.add(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Forget a sequence, waiting or running; its whole blocks stay for others while there is room."""
         if sequence in self.running:
             self._stop(sequence)
         elif self.waiting.get(sequence.arrival) is sequence:
-            self._dequeue(sequence)
+            self._waiting.remove(sequence)
         else:
             return
         self._timed -= sequence.deadline < math.inf
@@ -204,6 +138,7 @@ class Scheduler:
         """What the model is from the next step on: a quality, the higher the better, and an exact size."""
         if (band, depth) != (self._band, self._depth):
             self._band, self._depth = band, depth
+            self._waiting.set_quality(band, depth)
             self.prefixes.version += 1
             self.prefixes.news += 1
 
@@ -316,46 +251,10 @@ class Scheduler:
         if need > min(self._asked, self.pool.limit) - pinned:
             raise OutOfMemory(f"{wanted}; memory is short and there are {self._asked} now{kept}; try again later")
 
-    def _queue(self, sequence: Sequence) -> int:
-        """Put it among those that wait; how many of its blocks somebody has, computes or waits for already."""
-        sequence.path, known = self.prefixes.want(sequence.namespace, sequence.tokens)
-        sequence.matched, sequence.version = 0, -1
-        self.waiting[sequence.arrival] = sequence
-        self._changes += 1
-        self._waiting_of[sequence.priority] += 1
-        return known
-
-    def _dequeue(self, sequence: Sequence) -> None:
-        self.prefixes.unwant(sequence.path)
-        del self.waiting[sequence.arrival]
-        self._changes += 1
-        self._waiting_of[sequence.priority] -= 1
-        if not self._waiting_of[sequence.priority]:
-            del self._waiting_of[sequence.priority]
-
-    def _usable(self, node: Node, sequence: Sequence) -> bool:
-        if node.block < 0:
-            return False
-        return node.depth == self._depth if sequence.exact else node.band >= self._band
-
-    def _match(self, sequence: Sequence) -> bool:
-        """Count the blocks that are there; whether somebody is about to compute the next."""
-        path, at = sequence.path, sequence.matched
-        if sequence.version != self.prefixes.version:
-            sequence.version = self.prefixes.version
-            if sequence.exact:
-                at = 0
-            while at and not self._usable(path[at - 1], sequence):  # none is better than those above it
-                at -= 1
-        while at < len(path) and self._usable(path[at], sequence):
-            at += 1
-        sequence.matched = at
-        return self.policy.gate and at < len(path) and path[at].leader is not None
-
-    def _state(self, most: int) -> tuple[int, int, int, int]:
+    def _state(self, most: int) -> tuple[int, int, int, int, int]:
         """What decides whether something can be admitted."""
         room = self.prefixes.room(spare_wanted=self.policy.wanted)
-        return most, self._changes, self.prefixes.news, room
+        return most, self._waiting.changes, self._stops, self.prefixes.news, room
 
     def _still_stuck(self, most: int) -> bool:
         """Whether nothing has happened since admission failed; looking at all that wait would take long."""
@@ -366,32 +265,11 @@ class Scheduler:
         return now == before and room <= room_before
 
     def _next(self, most: int) -> Sequence | None:
-        """Who is to be admitted next, if somebody is."""
+        """Who is to be admitted next, if somebody is who can have a place."""
         free = most - len(self.running)
-        if free <= 0 and max(self._waiting_of) <= min(s.priority for s in self.running):
+        if free <= 0 and self._waiting.highest <= min(s.priority for s in self.running):
             return None
-        best: Sequence | None = None
-        best_key: tuple[float, ...] = ()
-        gated: Counter[tuple[int, int]] = Counter()
-        for sequence in self.waiting.values():
-            held_back = self._match(sequence)
-            overtaken = sequence.overtaken >= OVERTAKEN_MOST * SIBLINGS
-            if held_back:
-                gated[sequence.priority, sequence.owner] += 1
-                if not overtaken:
-                    continue
-            key: tuple[float, ...] = (-sequence.priority, not overtaken, sequence.arrival)
-            if self.policy.longest_first and not overtaken:
-                here = (self._owners[sequence.owner], sequence.deadline, -sequence.matched)
-                key = (-sequence.priority, True, *here, sequence.arrival)
-            if best is None or key < best_key:
-                best, best_key = sequence, key
-        if best is None or best.overtaken >= OVERTAKEN_MOST * SIBLINGS:
-            return None if best is None or self._match(best) else best
-        leads = best.matched < len(best.path) and best.path[best.matched].wanted > 1
-        if leads and gated[best.priority, best.owner] >= max(free, 1):
-            return None  # those that wait for a leader will fill what is free
-        return best
+        return self._waiting.next(free, self._owners)
 
     def _find_room(self, sequence: Sequence, most: int) -> bool:
         """A place and blocks for a sequence, if need be those of running ones of a lower priority."""
@@ -440,7 +318,7 @@ class Scheduler:
     def _start(self, sequence: Sequence) -> None:
         matched, rest = sequence.path[: sequence.matched], sequence.path[sequence.matched :]
         self.prefixes.lead(rest, sequence)
-        self._dequeue(sequence)
+        self._waiting.remove(sequence)
         sequence.nodes = matched
         more = blocks_for(len(sequence.tokens)) - len(matched)
         sequence.blocks = [node.block for node in matched] + self.prefixes.allocate(more)
@@ -450,24 +328,13 @@ class Scheduler:
         sequence.depth = depths.pop() if len(depths) == 1 else MIXED
         if sequence.reused is None:
             sequence.reused = sequence.computed
-            sequence.miss = self._reason(sequence, rest[0] if rest else None)
+            sequence.miss = self._waiting.reason(sequence, rest[0] if rest else None)
             self.totals.prompt += sequence.prompt_tokens
             self.totals.reused += sequence.computed
-        parts = 1 if matched else SIBLINGS
-        for other in self.waiting.values():
-            if other.arrival < sequence.arrival and other.priority >= sequence.priority:
-                other.overtaken += parts
+        self._waiting.overtake(sequence)
         self.running.append(sequence)
         self._owners[sequence.owner] += 1
         self._ordered = False
-
-    def _reason(self, sequence: Sequence, missed: Node | None) -> str:
-        """Why not more of a prompt was there."""
-        if missed is None:
-            return "" if sequence.path else "short"
-        if missed.block >= 0:
-            return "size" if sequence.exact else "quality"
-        return "evicted" if missed.lost else "new"
 
     # -- blocks -----------------------------------------------------------------------------------------------------
 
@@ -494,11 +361,11 @@ class Scheduler:
         sequence.computed = 0
         sequence.preemptions += 1
         self.totals.preemptions += 1
-        self._queue(sequence)
+        self._waiting.add(sequence)
 
     def _stop(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self._changes += 1
+        self._stops += 1
         self._owners[sequence.owner] -= 1
         if not self._owners[sequence.owner]:
             del self._owners[sequence.owner]
@@ -550,9 +417,8 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raises `AssertionError` when what is counted is not so."""
         self.prefixes.check_integrity(s.blocks for s in self.running)
-        assert not any(s.blocks or s.nodes for s in self.waiting.values())
+        self._waiting.check_integrity()
         assert self._owners == Counter(s.owner for s in self.running)
-        assert self._waiting_of == Counter(s.priority for s in self.waiting.values())
         everything = [*self.running, *self.waiting.values()]
         assert self._needs == Counter(blocks_for(s.limit) for s in everything)
         assert self.pool.limit >= self._least()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ebbflow.daemon.engine.batch import Batch
 from ebbflow.daemon.engine.kv import KvCache
-from ebbflow.daemon.engine.scheduler import Piece, Sequence
+from ebbflow.daemon.engine.sequences import Piece, Sequence
 from ebbflow.daemon.engine.serving import ServingNetwork
 from ebbflow.daemon.worker.resident import READ_NBYTES, Resident
 from ebbflow.formats.errors import BadBlock, CorruptStack, TruncatedStack

@@ -12,15 +12,9 @@ from hypothesis import strategies as st
 
 from ebbflow.daemon.engine.kv import MAX_SEQUENCES, blocks_for
 from ebbflow.daemon.engine.prefixes import MIXED
-from ebbflow.daemon.engine.scheduler import (
-    AHEAD_TOKENS,
-    MAX_WAITING,
-    OVERTAKEN_MOST,
-    SIBLINGS,
-    Policy,
-    Scheduler,
-    Sequence,
-)
+from ebbflow.daemon.engine.scheduler import AHEAD_TOKENS, MAX_WAITING, Scheduler
+from ebbflow.daemon.engine.sequences import Sequence
+from ebbflow.daemon.engine.waiting import OVERTAKEN_MOST, SIBLINGS, Policy
 from ebbflow.formats.errors import OutOfMemory, PromptTooLong, TooBusy
 
 from support.scheduling import Memory, World, alone, band_of, prompt_of

@@ -11,7 +11,7 @@ import torch
 
 from ebbflow.daemon.engine.batch import Batch
 from ebbflow.daemon.engine.kv import KvCache
-from ebbflow.daemon.engine.scheduler import Piece, Sequence
+from ebbflow.daemon.engine.sequences import Piece, Sequence
 from ebbflow.daemon.engine.serving import ServingNetwork
 from ebbflow.daemon.worker.resident import Resident
 from ebbflow.formats.checkpoint import open_checkpoint

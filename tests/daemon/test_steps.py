@@ -12,7 +12,7 @@ import pytest
 
 from ebbflow.daemon.engine.batch import Batch
 from ebbflow.daemon.engine.kv import KvCache, blocks_for
-from ebbflow.daemon.engine.scheduler import Piece, Sequence
+from ebbflow.daemon.engine.sequences import Piece, Sequence
 from ebbflow.daemon.engine.serving import ServingNetwork
 from ebbflow.daemon.settings import KV_TYPES, KvType
 from ebbflow.daemon.worker.resident import Resident

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 from ebbflow.daemon.engine.kv import blocks_for
 from ebbflow.daemon.engine.prefixes import BLOCK_TOKENS, MIXED, NO_BLOCK, Node
-from ebbflow.daemon.engine.scheduler import OVERTAKEN_MOST, SIBLINGS, Piece, Policy, Scheduler, Sequence
+from ebbflow.daemon.engine.scheduler import Scheduler
+from ebbflow.daemon.engine.sequences import Piece, Sequence
+from ebbflow.daemon.engine.waiting import OVERTAKEN_MOST, SIBLINGS, Policy
 from ebbflow.formats.errors import OutOfMemory
 
 VOCAB = 50
