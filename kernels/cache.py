@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
+PARTS: Final = ("step", "others")  # of `compile`
 _COMPLETE: Final = "complete"  # written when every kernel is there
 
 
@@ -44,14 +45,31 @@ def compiled(folder: Path) -> bool:
     return (folder / _COMPLETE).exists()
 
 
-def compile_once(folder: Path, module: str = "ebbflow.kernels.compile") -> None:
-    """Fill an empty cache in a process of its own (`python -m MODULE`, which imports `kernels.compile`), so that this
-    one never carries the compiler's memory.
+def compile_once(folder: Path, module: str = "ebbflow.kernels.compile", *, together: bool = False) -> None:
+    """Fill an empty cache in processes of their own (`python -m MODULE PART`, for each part of `kernels.compile`), so
+    that this one never carries the compiler's memory; `together`: at the same time, each taking half a gigabyte.
 
     Raises `subprocess.CalledProcessError`.
     """
-    if not compiled(folder):
-        # -P: never from the folder the user happens to stand in
-        command = [sys.executable, "-P", "-m", module]
-        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
-        (folder / _COMPLETE).touch()
+    if compiled(folder):
+        return
+    # -P: never from the folder the user happens to stand in
+    command = [sys.executable, "-P", "-m", module]
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        for part in PARTS:
+            running.append(subprocess.Popen([*command, part], stdin=subprocess.DEVNULL))
+            if not together:
+                _finish(running.pop())
+        while running:
+            _finish(running.pop(0))
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    (folder / _COMPLETE).touch()
+
+
+def _finish(process: subprocess.Popen[bytes]) -> None:
+    if code := process.wait():
+        raise subprocess.CalledProcessError(code, process.args)

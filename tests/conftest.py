@@ -5,11 +5,19 @@ from __future__ import annotations
 import os
 import signal
 
-from ebbflow.kernels.cache import use_cache
+import pytest
+
+from ebbflow.kernels.cache import compile_once, use_cache
 
 from support.real_daemon import KERNELS
 
 os.environ.setdefault("EBBFLOW_INSTRUCTIONS", "every")
-use_cache(KERNELS)
+FOLDER = use_cache(KERNELS)
 # A shell's background job (and some CI) starts with Ctrl-C ignored, and Python then leaves it so; tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before the suite is dealt out to processes, which would all compile the same."""
+    if getattr(config.option, "numprocesses", None):
+        compile_once(FOLDER, together=True)

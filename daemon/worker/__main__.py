@@ -31,6 +31,7 @@ def main() -> None:
     from ...kernels.instructions import choose
     from ..channel import Child
     from ..settings import parse_settings
+    from .processors import usable_threads
 
     settings = parse_settings(flags)
     choose()  # a wrong choice ends the worker here, in words, before the compiler meets it
@@ -39,13 +40,12 @@ def main() -> None:
         kernels = use_cache(default_paths().cache)
         if not compiled(kernels):
             channel.send(Progress(id=0, stage=COMPILING))
-            compile_once(kernels, "ebbflow.daemon.worker.compiling")
+            compile_once(kernels, "ebbflow.daemon.worker.compiling", together=usable_threads() > 1)
 
         # numba reads its settings when it is first imported
         from ...kernels.threads import set_threads
         from ..mapping import drop_clean_pages, private_nbytes
         from .loop import Loop
-        from .processors import usable_threads
 
         threads = set_threads(usable_threads() if settings.threads is None else settings.threads)
         loop = Loop(channel, threads, time.monotonic, settings)

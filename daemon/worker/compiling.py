@@ -1,4 +1,4 @@
-"""`python -m ebbflow.daemon.worker.compiling`: what a worker starts to have its kernels compiled.
+"""`python -m ebbflow.daemon.worker.compiling PART`: what a worker starts to have its kernels compiled.
 
 It must not outlive the worker: a minute of compiling for nobody, on a machine that may just be short of memory.
 """
@@ -9,9 +9,11 @@ from ..process import die_with_parent
 
 
 def main() -> None:
-    """Compile every kernel that is not in the cache, unless the worker ends before."""
+    """Compile what is not in the cache, unless the worker ends before."""
     die_with_parent()
-    from ...kernels import compile  # noqa: A004, F401 - importing it compiles
+    from ...kernels.compile import main as compile_part
+
+    compile_part()
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from ebbflow.kernels.cache import compile_once, use_cache
+from ebbflow.kernels.cache import compile_once, compiled, use_cache
 from ebbflow.kernels.instructions import available
 from ebbflow.kernels.rows import JIT_OFF
 
 
-def kernels_behind(module: str) -> set[str]:
-    """Modules of kernels that a process has once it has imported `module`."""
-    code = f"import sys, {module}; print(*(name for name in sys.modules if name.startswith('ebbflow.kernels.')))"
+def kernels_behind(statement: str) -> set[str]:
+    """Modules of kernels that a process has after a statement."""
+    code = f"import sys; {statement}; print(*(name for name in sys.modules if name.startswith('ebbflow.kernels.')))"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=100, check=True)
     return set(done.stdout.split())
 
@@ -25,7 +25,8 @@ def test_the_worker_imports_no_kernel_that_was_not_compiled_before() -> None:
     """Else it would carry the compiler's memory, and be as late."""
     # its `compile` runs that module; `cache` and `threads` hold no kernels
     ours = {f"ebbflow.kernels.{name}" for name in ("cache", "threads")}
-    assert kernels_behind("ebbflow.daemon.worker.loop") - ours <= kernels_behind("ebbflow.kernels.compile")
+    compiled = kernels_behind("import ebbflow.kernels.compile as c; c.compile_step(); c.compile_others()")
+    assert kernels_behind("import ebbflow.daemon.worker.loop") - ours <= compiled
 
 
 def test_the_threads_are_those_that_a_step_needs_whatever_other_programs_want(
@@ -44,6 +45,18 @@ def test_a_run_without_the_compiler_does_not_make_the_cache_complete(
     monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
     compile_once(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_compiler_that_fails_is_told_of_and_leaves_nobody_behind(tmp_path: Path, together: bool) -> None:
+    module = tmp_path / "failing_compiler.py"
+    module.write_text("import sys, time; sys.argv[1] == 'step' and sys.exit(3); time.sleep(1000)")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        patch.setenv("NUMBA_DISABLE_JIT", "0")
+        with pytest.raises(subprocess.CalledProcessError):
+            compile_once(tmp_path, "failing_compiler", together=together)
+    assert not compiled(tmp_path)
 
 
 @pytest.mark.skipif(JIT_OFF, reason="then there is one set only")
