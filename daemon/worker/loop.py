@@ -43,6 +43,7 @@ from ..mapping import private_nbytes
 from ..process import give_back_freed
 from ..settings import DEFAULTS, WorkerSettings
 from .served import LOOK_SECONDS, Served
+from .shared import SharedBlocks
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class Loop:
     ) -> None:
         self._line, self._threads, self._clock, self._settings = line, threads, clock, settings
         self._models: dict[str, Served] = {}
+        self._shared = SharedBlocks()
         self._owner: dict[int, str] = {}
         self._running = True
         self._kv_limit = 0  # of each model, also of those that come later
@@ -149,6 +151,7 @@ class Loop:
                 self._clock,
                 self._settings,
                 message.pins_nbytes,
+                self._shared,
             )
         except (EbbflowError, MemoryError) as error:
             known = (
