@@ -92,8 +92,11 @@ class Loop:
         arriving = any(served.resident.arriving for served in self._models.values())
         for message in self._line.receive(0.0 if active else LOOK_SECONDS if arriving else IDLE_SECONDS):
             self._handle(message)
-        if [name for name, served in self._models.items() if self._move(name, served)]:
+        moved = [name for name, served in self._models.items() if self._move(name, served)]
+        if moved:
             self._report()  # before the step, which may take a while: the budget waits for this
+        for name in moved:  # after the report: what one model lets go of may be counted with another now
+            self._answer_if_arrived(name, self._models[name])
         busy = any(served.engine.busy for served in self._models.values())
         self._step_next()
         idle = active and not any(served.engine.busy for served in self._models.values())
@@ -143,6 +146,7 @@ class Loop:
         for name, other in self._models.items():
             if other.target < other.resident.blocks:
                 self._move(name, other)  # what others were just told to give is meant for this one
+                self._answer_if_arrived(name, other)
         try:
             served = Served(
                 Path(message.folder),
@@ -193,8 +197,7 @@ class Loop:
         if message.id:
             served.wait(message.id)
         served.aim(message.target_nbytes)
-        if served.arrived:
-            self._answer(message.model, served)
+        self._answer_if_arrived(message.model, served)
 
     def _submit(self, message: Generate | Pin, ids: tuple[int, ...] = ()) -> None:
         served = self._find(message)
@@ -232,16 +235,17 @@ class Loop:
         between = min(max(GROW_SECONDS, GROW_SHARE * served.engine.step_seconds), GROW_MOST_SECONDS)
         idle = not served.engine.scheduler.running
         try:
-            moved = served.move(IDLE_GROW_SECONDS if idle else between)
+            return served.move(IDLE_GROW_SECONDS if idle else between)
         except EbbflowError as error:
             log.warning("%s stays at %d bytes: %s", name, served.resident.nbytes, error)
             if served.waiting is not None:
                 self._line.send(failure(served.waiting.id, error))
                 served.waiting = None
             return True
-        if moved and served.arrived:
+
+    def _answer_if_arrived(self, name: str, served: Served) -> None:
+        if served.arrived:
             self._answer(name, served)
-        return moved
 
     def _answer(self, name: str, served: Served) -> None:
         """Tell whoever waits for the edge where it is."""

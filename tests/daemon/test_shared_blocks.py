@@ -475,7 +475,11 @@ def test_a_worker_serves_variants_that_share(large: dict[str, Path]) -> None:
     assert worker.shared_nbytes[0] == 0
     assert worker.shared_nbytes[1] > worker.reported[1].shared_base_nbytes > 1_000_000
     assert [worker.ask(1, "bytes"), worker.ask(2, "halves")] == list(alone.values())
+    before = worker.shared_nbytes[1]
     worker.hear(SetTarget(model="bytes", target_nbytes=0))
+    base = worker.reported[1].shared_base_nbytes
+    assert worker.shared_nbytes == [0, base]  # what the other gave up beyond its base counts here now
+    assert before > base
     assert worker.ask(3, "halves") == alone["halves"]
     worker.hear(SetTarget(model="bytes", target_nbytes=10**9))
     assert worker.ask(4, "bytes") == alone["bytes"]
