@@ -131,7 +131,7 @@ class Resident:
         own = [position for position in range(self.blocks, stop) if position not in found]
         try:
             for start, end in _runs(own):
-                self._read(self.stack.edges[start], self.stack.edges[end])
+                self._read(start, end)
             self._verify(own)
             for position in own:
                 check_finite(self.stack.blocks[position], self._slice(position), self._filled[position])
@@ -142,7 +142,9 @@ class Resident:
             self._admit(position, found.get(position))
         self.blocks = stop
         self._ground.edge = self.nbytes
-        self._span()
+        self.version += 1
+        if found:
+            self._span()
 
     def shrink(self, blocks: int) -> None:
         """Move the edge down to `blocks` and give the tail back; never below the base, never fails."""
@@ -156,6 +158,7 @@ class Resident:
             self._leave(position)
         self.blocks = blocks
         self._ground.move(self.nbytes)
+        self.version += 1
         self._span()
 
     def statistics(self) -> ResidentStatistics:
@@ -241,8 +244,7 @@ class Resident:
             self._shared.leave(use)
 
     def _span(self) -> None:
-        """Follow the tables after they changed."""
-        self.version += 1
+        """Let `stored` reach from the first to the last of the mappings in which the blocks are."""
         grounds = {self._ground, *(use.block.ground for use in self._uses.values())}
         if grounds != self._grounds:
             self._grounds, span = grounds, Span(grounds)
@@ -250,8 +252,9 @@ class Resident:
             self._tables.clear()
 
     def _read(self, start: int, stop: int) -> None:
+        """Read blocks into their places."""
         view = self._mapping.bytes.data
-        at = start
+        at, stop = self.stack.edges[start], self.stack.edges[stop]
         while at < stop:
             try:
                 count = os.preadv(self._file, [view[at:stop]], self.stack.data_start + at)
