@@ -8,10 +8,13 @@ Three parts, each with a real daemon in a memory cgroup of its own (v1; needs ro
   run. Then the same with a fixed size instead of the automatic one, which has to end in an out-of-memory kill; its
   streams, which were opened with `resume=True`, go on in the next worker.
 * `many`: RESIZES random sizes under load; answers at some of them against those of a fresh daemon at the same size.
+* `variants`: two sparse models with the same masks, embedding and head, loaded, resized and unloaded in turn: what the
+  kernel counts against what they are, and against the books.
 
 The second part's first minute is drawn into docs/, if matplotlib is there.
 
-Run: .venv/bin/python bench/breathing.py [--json FILE] [--check]    EBBFLOW_BENCH_PARTS=resize,hog,many names parts.
+Run: .venv/bin/python bench/breathing.py [--json FILE] [--check]    EBBFLOW_BENCH_PARTS=resize,hog,many names parts;
+EBBFLOW_BENCH_MODEL=full-sparse takes a pruned model, whose picture is not drawn.
 """
 
 from __future__ import annotations
@@ -37,7 +40,9 @@ from report import Report, percentile
 from support.cgroups import Limited, limited_cgroup
 from support.hog import Hog
 
-PARTS = os.environ.get("EBBFLOW_BENCH_PARTS", "resize,hog,many").split(",")
+PARTS = os.environ.get("EBBFLOW_BENCH_PARTS", "resize,hog,many,variants").split(",")
+MODEL = os.environ.get("EBBFLOW_BENCH_MODEL", "full")
+VARIANTS = ("full-sparse", "full-sparse-i4")
 ROUNDS = int(os.environ.get("EBBFLOW_BENCH_ROUNDS", "50"))
 SHRINKS, RESIZES = 2 * ROUNDS, 20 * ROUNDS
 STEP = 100_000_000
@@ -122,7 +127,7 @@ class Load:
 @contextlib.contextmanager
 def serving(limit: int) -> Iterator[tuple[Client, Limited, str]]:
     """A daemon with the full shape, loaded to its top, in a group of its own."""
-    model = full_shape()
+    model = full_shape(MODEL)
     with limited_cgroup(limit) as group, daemon(("--reserve", str(RESERVE)), group.prefix) as client:
         client.generate(model.name, "hello", max_tokens=1).text()
         yield client, group, model.name
@@ -195,7 +200,7 @@ def resize(report: Report) -> None:
     """The first part."""
     with serving(4_000_000_000) as (client, group, model):
         sizes(report, client, model)
-        grow(report, client, model, full_shape() / "stack.safetensors")
+        grow(report, client, model, full_shape(MODEL) / "stack.safetensors")
         shrink(report, "decode", client, group, model, Load(client, model, "hello", 400, 1))
         shrink(report, "prefill", client, group, model, Load(client, model, "x = 1\n" * 170, 1, 2))
 
@@ -260,7 +265,8 @@ def hog(report: Report) -> None:
         )
         report.bar("hog_oom_kills", group.oom_kills, "<=", 0)
         report.bar("hog_lost_streams", len(load.failures) + len(load.broken), "<=", 0)
-        draw(watch, load)
+        if MODEL == "full":
+            draw(watch, load)
     with serving(LIMIT) as (client, group, model):
         client.resize(model, "100%")
         load = Load(client, model, "hello", 64, STREAMS, resume=True)
@@ -304,7 +310,7 @@ def draw(watch: Watch, load: Load) -> None:
 
 def many(report: Report) -> None:
     """The third part."""
-    dice, model = random.Random(1), full_shape().name
+    dice, model = random.Random(1), full_shape(MODEL).name
     asked: dict[int, str] = {}
 
     def answer(client: Client) -> str:
@@ -342,11 +348,54 @@ def many(report: Report) -> None:
     report.bar("resizes_memory_growth", after / private - 1, "<=", 0.01)
 
 
+def variants(report: Report) -> None:
+    """The fourth part."""
+    for name in VARIANTS:
+        full_shape(name)
+    first, second = VARIANTS
+    with limited_cgroup(4_000_000_000) as group, daemon(("--reserve", str(RESERVE)), group.prefix) as client:
+        sizes = {name: (client.show(name).summary.base_nbytes, client.show(name).summary.nbytes) for name in VARIANTS}
+
+        def resize(name: str, nbytes: int) -> float:
+            client.generate(name, "hello", max_tokens=1).text()
+            began = time.perf_counter()
+            client.resize(name, f"{nbytes}B")
+            return time.perf_counter() - began
+
+        resize(first, sizes[first][0])
+        overhead, worst = private(client, "worker") - sizes[first][0], 0.0
+
+        def look(what: str) -> int:
+            nonlocal worst
+            models = client.status().models
+            kernel, booked = private(client, "worker") - overhead, sum(m.nbytes - m.shared_nbytes for m in models)
+            whole = sum(m.nbytes for m in models)
+            text = f"stacks {whole / 1e6:.0f} MB, kernel {kernel / 1e6:.0f} MB ({kernel / whole:.2f}), books "
+            report.note(f"variants: {what}", text + f"{booked / 1e6:.0f} MB", [whole, kernel, booked])
+            worst = max(worst, abs(kernel - booked) / booked)
+            return kernel
+
+        resize(first, sizes[first][1])
+        resize(second, sizes[second][1])
+        both = look("both whole")
+        seconds = resize(first, sizes[first][0])
+        report.note("variants: the one that was first to its base", f"{seconds * 1e3:.0f} ms")
+        look("first at its base")
+        resize(second, sizes[second][0])
+        look("both at their bases")
+        resize(second, sizes[second][1])
+        resize(first, sizes[first][1])
+        again = look("both whole, the second first")
+        report.bar("variants_kernel_against_books", worst, "<=", 0.05)
+        report.bar("variants_kernel_by_sum_of_stacks", both / sum(full for _, full in sizes.values()), "<=", 0.8)
+        report.bar("variants_memory_growth", again / both - 1, "<=", 0.01)
+
+
 def main() -> int:
     """Measure and report."""
     report = Report("Breathing on the full shape (random weights)")
     for part in PARTS:
-        {"resize": resize, "hog": hog, "many": many}[part](report)
+        {"resize": resize, "hog": hog, "many": many, "variants": variants}[part](report)
     return report.finish()
 
 

@@ -36,12 +36,18 @@ def restart_with_kernels() -> None:
         os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
-def full_shape() -> Path:
-    """A random stack of the 1.1B shape, 850 MB; seeded."""
-    name = "full"
+FULL = {
+    "full": (),
+    "full-sparse": ("--codec", "sparse", "--levels", "3"),
+    "full-sparse-i4": ("--codec", "sparse", "--levels", "3", "--values", "i4"),
+}
+
+
+def full_shape(name: str = "full") -> Path:
+    """A random stack of the 1.1B shape, one of FULL, 680 to 920 MB; seeded. Sparse ones have the same masks."""
     if not (LIBRARY / name).exists():
         (LIBRARY).mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "ebbflow.daemon.library.synthetic", "tinyllama-1.1b"]
+        command = [sys.executable, "-m", "ebbflow.daemon.library.synthetic", "tinyllama-1.1b", *FULL[name]]
         subprocess.run([*command, "--stack", LIBRARY, "--name", name], check=True)
     return LIBRARY / name
 

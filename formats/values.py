@@ -76,6 +76,8 @@ class Residency(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int = 0
     reused_tokens: int = 0
     preemptions: int = 0
+    shared_nbytes: int = 0
+    shared_base_nbytes: int = 0
 
 
 class PinSummary(msgspec.Struct, frozen=True, kw_only=True):

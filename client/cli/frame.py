@@ -91,10 +91,12 @@ def _model(model: Residency, view: View, margin: int) -> list[RenderableType]:
     if abs(target - model.nbytes) > MOVING * model.total_nbytes:
         name.append(f" -> {format_size(target)}", "cyan")
     quality = quality_at(view.curves.get(model.model, ()), model.nbytes)
+    shared = [f"{format_size(model.shared_nbytes)} shared"] if model.shared_nbytes else []
     limit = f" of {format_size(model.kv_limit_nbytes)}" if model.kv_limit_nbytes else ""
     reused = f", {model.reused_tokens / model.prompt_tokens:.0%} reused" if model.prompt_tokens else ""
     facts = [
         str(quality) if quality else "quality not measured",
+        *shared,
         f"KV {format_size(model.kv_nbytes)}{limit}{reused}",
         f"{model.running} running, {model.waiting} waiting",
         f"{model.tokens_per_second:.1f} tokens/s",

@@ -32,6 +32,9 @@ def ps(as_json: bool) -> None:
         click.echo("No model is loaded.")
     click.echo()
     for model in answer.models:
+        if model.shared_nbytes:
+            shared = format_size(model.shared_nbytes)
+            click.echo(f"{harmless(model.model)}: {shared} in common with other models, and counted there")
         if model.kv_limit_nbytes:
             click.echo(f"{harmless(model.model)}: {_prefixes(model)}")
     if answer.models:
@@ -81,7 +84,7 @@ def _wish(model: Residency) -> str:
 def _ledger(answer: Status) -> str:
     """What the worker says that it holds, by what it is for."""
     parts = [
-        ("stacks", sum(model.nbytes for model in answer.models)),
+        ("stacks", sum(model.nbytes - model.shared_nbytes for model in answer.models)),
         ("keys and values", sum(model.kv_nbytes for model in answer.models)),
         ("work space", sum(model.work_nbytes for model in answer.models)),
         ("runtime", answer.runtime_nbytes),

@@ -35,7 +35,7 @@ class Steps:
         self._blocks = np.zeros((len(program.names), 0, 3), np.int64)
         self._prepared: dict[int, NDArray[np.uint8]] = {}
         self._made = np.zeros(0, np.uint8)
-        self._edge, self._forms = -1, 1
+        self._version, self._forms = -1, 1
         widest = int(program.shapes[:, 1].max())
         self._padded = padded_bytes(widest)
         self._levels = lines((threads, ROWS * level_stride(widest)), np.uint8)
@@ -48,7 +48,7 @@ class Steps:
 
     def run(self, batch: Batch, hidden: F32, wanted: I64) -> F32:
         """Embedded tokens `[T, d]`, used up -> logits of the tokens `wanted`."""
-        self._follow_edge()
+        self._follow_tables()
         a, tokens = self._a, hidden.shape[0]
         if not self._space or not tokens <= len(self._space[0]) <= _SLACK * max(tokens, _SLACK):
             self._space = ()  # before the next is made
@@ -115,8 +115,8 @@ class Steps:
         """Give back the work space that the next step could do without finding."""
         self._space = ()
 
-    def _follow_edge(self) -> None:
-        if self._edge == self._weights.blocks:
+    def _follow_tables(self) -> None:
+        if self._version == self._weights.version:
             return
         tables = [self._weights.table(name) for name in self._program.names]
         self._blocks = np.zeros((len(tables), max(map(len, tables)), 3), np.int64)
@@ -133,7 +133,7 @@ class Steps:
         nbytes = max(map(table_nbytes, tables, self._shapes[:, 1]))
         if nbytes > self._tables.shape[1]:
             self._tables = lines((len(self._levels), nbytes), np.uint8)
-        self._edge = self._weights.blocks
+        self._version = self._weights.version
 
     def _gather_prepared(self) -> None:
         """One array of all that was prepared, each part at a cache line."""

@@ -19,12 +19,17 @@ class Weights(Protocol):
 
     @property
     def blocks(self) -> int:
-        """How many of the stack's blocks are resident: while it stays, so do all tables."""
+        """How many of the stack's blocks are resident."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """Another number whenever `stored` or a table may be another."""
         ...
 
     @property
     def stored(self) -> NDArray[np.uint16]:
-        """All resident bytes."""
+        """Memory with all resident bytes, at the offsets that the tables say."""
         ...
 
     def table(self, tensor: str) -> I64:

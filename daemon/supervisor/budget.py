@@ -14,6 +14,10 @@ instead of fast.
 What is given back, in order, each measured before the next: what the worker keeps for later (`caches`), residual
 blocks, the job's further growth (`strangled`), idle models' bases (`evict`), keys and values of the youngest requests
 (`squeeze`), and at last new requests (`refusal`).
+
+Models may have blocks in common, which are in memory once (`worker/shared`). Sizes and targets are those of stacks all
+the same; but what is shared was taken only once, so giving it back frees nothing until its last user does, and nothing
+is promised on its account. What bases share they go on sharing, unless one of them is unloaded.
 """
 
 from __future__ import annotations
@@ -61,10 +65,16 @@ MOVE_FACTOR: Final = 2.0  # by how much bytes must be worth more elsewhere befor
 
 @dataclass(frozen=True)
 class Holding:
-    """What the worker last reported of one model: bytes resident, and the target it works towards."""
+    """What the worker last reported of one model: bytes resident, and the target it works towards.
+
+    `shared` of the resident bytes are in memory once for it and another model, and counted there; of these,
+    `shared_base` are in its base.
+    """
 
     nbytes: int
     target: int
+    shared: int = 0
+    shared_base: int = 0
 
 
 @dataclass
@@ -183,7 +193,7 @@ class Budget:
             if room >= base:
                 break
             if victim != name:
-                room += self._limits(victim)[0]
+                room += max(0, self._limits(victim)[0] - self._shared_bases)
                 victims.append(victim)
         if room < base:
             raise OutOfMemory(
@@ -214,10 +224,11 @@ class Budget:
         return self._retarget(targets)
 
     def unload(self, name: str) -> int:
-        """The worker no longer holds that model; the bytes of its stack that were resident."""
+        """The worker no longer holds that model; the bytes of its stack that were resident and nobody else's."""
+        shared = self._shared
         model = self._models.pop(name, None)
         self.outlook.slope.forget()
-        return model.resident if model else 0
+        return max(0, model.resident - shared) if model else 0
 
     def worker_gone(self, now: float, out_of_memory: bool) -> None:
         """The worker holds nothing any more; if the kernel killed it for memory, the next one gets less."""
@@ -346,7 +357,8 @@ class Budget:
         for name, model in self._models.items():
             model.holding = holdings.get(name)
         loading = any(model.holding is None for model in models)
-        if not self.outlook.observe(now, reading, None if loading else sum(model.resident for model in models)):
+        ours = sum(model.resident for model in models) - self._shared
+        if not self.outlook.observe(now, reading, None if loading else ours):
             self._quiet.begin(now)
         if reading.pressure:
             self._quiet.pressed(now)
@@ -359,6 +371,16 @@ class Budget:
         """Whether the worker has done what it was told, or had the time for it."""
         told = max(self._asked_at, self._grown_at)
         return self.outlook.now - told >= PATIENCE_SECONDS or all(model.settled for model in self._models.values())
+
+    @property
+    def _shared(self) -> int:
+        """By how much all stacks together take less than their sizes say."""
+        return sum(model.holding.shared for model in self._models.values() if model.holding)
+
+    @property
+    def _shared_bases(self) -> int:
+        """By how much their bases do."""
+        return sum(model.holding.shared_base for model in self._models.values() if model.holding)
 
     def _is_automatic(self, name: str) -> bool:
         return self.demand.size(name).automatic
@@ -387,11 +409,13 @@ class Budget:
         """Bytes that could be had for something new: what is free and what automatic models can do without, less what
         fixed sizes and bases still take.
         """
-        free = reading.available - self.outlook.reserved
+        free, beyond = reading.available - self.outlook.reserved, 0
         for name, model in self._models.items():
             if name != but:
-                free += model.resident - self._limits(name)[0] if self._is_automatic(name) else -model.arriving
-        return free
+                held = model.resident - self._limits(name)[0]
+                beyond += max(0, held) if self._is_automatic(name) else 0
+                free += min(0, held) if self._is_automatic(name) else -model.arriving
+        return free + max(0, beyond - (self._shared - self._shared_bases))
 
     # -- moving -----------------------------------------------------------------------------------------------------
 
@@ -412,12 +436,19 @@ class Budget:
         models = self._automatic()
         before = sum(model.held for model in models.values())
         claims = {name: self._claim(name, most=model.held) for name, model in models.items()}
-        changed = self._retarget(divide(before - missing, claims))
+        frees = self._freed_share(claims)
+        changed = self._retarget(divide(before - int(missing / frees), claims))
         if changed:
             after = sum(model.target for model in models.values())
-            self.outlook.asked_back += max(0, before - after)
+            self.outlook.asked_back += int(max(0, before - after) * frees)
             self._asked_at = self.outlook.now
         return changed
+
+    def _freed_share(self, claims: Mapping[str, Claim]) -> float:
+        """How much of what these give back, beyond their least, is free then: all, but for what they share."""
+        beyond = sum(claim.most - claim.least for claim in claims.values())
+        shared = self._shared - self._shared_bases
+        return max(1 - shared / beyond, 1 / len(self._models)) if beyond and shared else 1.0
 
     @property
     def _may_grow(self) -> bool:

@@ -452,7 +452,11 @@ class Worker:
 
     def holdings(self) -> dict[str, Holding]:
         """What the worker last reported of each model."""
-        return {r.model: Holding(r.nbytes, r.target_nbytes) for r in self._loaded.values() if r}
+        return {
+            r.model: Holding(r.nbytes, r.target_nbytes, r.shared_nbytes, r.shared_base_nbytes)
+            for r in self._loaded.values()
+            if r
+        }
 
     def idle(self) -> set[str]:
         """Loaded models that nobody waits for."""

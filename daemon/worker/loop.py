@@ -43,6 +43,7 @@ from ..mapping import private_nbytes
 from ..process import give_back_freed
 from ..settings import DEFAULTS, WorkerSettings
 from .served import LOOK_SECONDS, Served
+from .shared import SharedBlocks
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class Loop:
     ) -> None:
         self._line, self._threads, self._clock, self._settings = line, threads, clock, settings
         self._models: dict[str, Served] = {}
+        self._shared = SharedBlocks()
         self._owner: dict[int, str] = {}
         self._running = True
         self._kv_limit = 0  # of each model, also of those that come later
@@ -90,8 +92,11 @@ class Loop:
         active = any(served.engine.busy or not served.arrived for served in self._models.values())
         for message in self._line.receive(0.0 if active else self._patience()):
             self._handle(message)
-        if [name for name, served in self._models.items() if self._move(name, served)]:
+        moved = [name for name, served in self._models.items() if self._move(name, served)]
+        if moved:
             self._report()  # before the step, which may take a while: the budget waits for this
+        for name in moved:  # after the report: what one model lets go of may be counted with another now
+            self._answer_if_arrived(name, self._models[name])
         busy = any(served.engine.busy for served in self._models.values())
         self._step_next()
         for served in self._models.values():
@@ -149,6 +154,7 @@ class Loop:
         for name, other in self._models.items():
             if other.target < other.resident.blocks:
                 self._move(name, other)  # what others were just told to give is meant for this one
+                self._answer_if_arrived(name, other)
         try:
             served = Served(
                 Path(message.folder),
@@ -157,6 +163,7 @@ class Loop:
                 self._clock,
                 self._settings,
                 message.pins_nbytes,
+                self._shared,
             )
         except (EbbflowError, MemoryError) as error:
             known = (
@@ -198,8 +205,7 @@ class Loop:
         if message.id:
             served.wait(message.id)
         served.aim(message.target_nbytes)
-        if served.arrived:
-            self._answer(message.model, served)
+        self._answer_if_arrived(message.model, served)
 
     def _submit(self, message: Generate | Pin, ids: tuple[int, ...] = ()) -> None:
         served = self._find(message)
@@ -237,16 +243,17 @@ class Loop:
         between = min(max(GROW_SECONDS, GROW_SHARE * served.engine.step_seconds), GROW_MOST_SECONDS)
         idle = not served.engine.scheduler.running
         try:
-            moved = served.move(IDLE_GROW_SECONDS if idle else between)
+            return served.move(IDLE_GROW_SECONDS if idle else between)
         except EbbflowError as error:
             log.warning("%s stays at %d bytes: %s", name, served.resident.nbytes, error)
             if served.waiting is not None:
                 self._line.send(failure(served.waiting.id, error))
                 served.waiting = None
             return True
-        if moved and served.arrived:
+
+    def _answer_if_arrived(self, name: str, served: Served) -> None:
+        if served.arrived:
             self._answer(name, served)
-        return moved
 
     def _answer(self, name: str, served: Served) -> None:
         """Tell whoever waits for the edge where it is."""

@@ -1,7 +1,8 @@
 """The prefix of one stack that is in memory, and the edge where it ends.
 
 One private mapping as long as the stack's data, addressed by stack offset. Growing reads the next blocks of the file
-into place; shrinking gives the tail's pages back. Only the step loop calls this, between steps, so a step sees one
+into place, but for those that another model has in memory already (`shared`): their place stays empty, and the tables
+point there. Shrinking gives the tail's pages back. Only the step loop calls this, between steps, so a step sees one
 edge. Which edge is right is the supervisor's business (`supervisor/budget`).
 
 While the stack's file is still arriving (`formats/stack`), the edge goes as far as its blocks are there and match their
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,7 +25,7 @@ from ...formats.errors import BadBlock, CorruptStack, NotArrived, TruncatedStack
 from ...formats.kinds import SHARED_LEVELS
 from ...formats.stack import BlockEntry, Stack, content_hash, filled_before, mark_of
 from ...kernels.rows import CODES, MASK, PLANE, SHARED_PLANE, SIGNS, VALUES_CODES
-from ..mapping import Mapping
+from .shared import Block, Ground, SharedBlocks, Span, Use, key_of
 
 READ_NBYTES: Final = 8_000_000  # read at once: a shrink that arrives meanwhile waits for one such read, a few ms
 _EMPTY: Final = np.zeros((0, 3), np.int64)
@@ -31,27 +33,38 @@ _EMPTY: Final = np.zeros((0, 3), np.int64)
 
 @dataclass(frozen=True)
 class ResidentStatistics:
-    """Blocks and bytes that are in memory, and in all."""
+    """Blocks and bytes that are in memory, and in all; bytes of those in memory that are another model's too and are
+    counted there, and of these the part in the base.
+    """
 
     blocks: int
     total_blocks: int
     nbytes: int
     total_nbytes: int
+    shared_nbytes: int = 0
+    shared_base_nbytes: int = 0
 
 
 class Resident:
-    """The resident prefix of `stack`; empty at first."""
+    """The resident prefix of `stack`; empty at first. Blocks that are in `shared` are not read."""
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: Stack, shared: SharedBlocks | None = None) -> None:
         self.stack = stack
         self.blocks = 0
+        self.version = 0
         self.arriving = stack.arriving
-        self._verified = 0 if stack.arriving else len(stack.blocks)  # blocks before it matched their hashes
-        self._doubtful: int | None = None  # a block that did not, which may be a hole that will be filled
+        self._unverified = set(range(len(stack.blocks))) if stack.arriving else set()  # nobody has checked their hashes
+        self._doubtful: int | None = None  # a block that did not match, which may be a hole that will be filled
         self._filled = filled_before(stack.blocks)
-        self._mapping = Mapping(stack.nbytes)
+        self._shared = SharedBlocks() if shared is None else shared
+        self._uses: dict[int, Use] = {}  # by position; of blocks that others may have in common with this model
+        self._ground = Ground(stack.nbytes)
+        self._mapping = self._ground.mapping
+        self._grounds: set[Ground] = set()  # where the blocks are, the own one among them
+        self._start, self._stored = 0, np.zeros(0, np.uint16)
         self._tables: dict[str, NDArray[np.int64]] = {}
-        self._rows: dict[str, list[tuple[int, int, int]]] = {}
+        self._rows: dict[str, list[tuple[int, int, int]]] = {}  # with addresses
+        self._span()
         try:
             self._file = os.open(stack.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -64,21 +77,26 @@ class Resident:
 
     @property
     def stored(self) -> NDArray[np.uint16]:
-        """The whole mapping, as the kernels read it; beyond the edge there is nothing but zeros."""
-        return self._mapping.bytes[: self.stack.nbytes].view(np.uint16)
+        """The memory in which the blocks are, as the kernels read it: what no table points to must not be touched.
+
+        The whole mapping, as long as no block is another model's.
+        """
+        return self._stored
 
     def table(self, tensor: str) -> NDArray[np.int64]:
-        """The resident blocks of a tensor, `[levels, 3]`: kind code, byte offset, rank."""
+        """The resident blocks of a tensor, `[levels, 3]`: kind code, byte offset in `stored`, rank."""
         found = self._tables.get(tensor)
         if found is None:
             rows = self._rows.get(tensor)
-            found = self._tables[tensor] = np.array(rows, np.int64) if rows else _EMPTY
+            found = np.array(rows, np.int64) - (0, self._start, 0) if rows else _EMPTY
+            self._tables[tensor] = found
         return found
 
     def payload(self, tensor: str) -> tuple[BlockEntry, NDArray[np.uint8]]:
         """The first block of a tensor and its bytes; for the vectors, which have no other."""
         position = next(i for i in range(self.blocks) if self.stack.blocks[i].tensor == tensor)
-        return self.stack.blocks[position], self._slice(position)
+        use = self._uses.get(position)
+        return self.stack.blocks[position], self._slice(position) if use is None else use.block.bytes
 
     @property
     def present(self) -> int:
@@ -94,7 +112,7 @@ class Resident:
         self.arriving = self.arriving and mark_of(self.stack.path).exists()
 
     def grow(self, blocks: int, nbytes: int = READ_NBYTES) -> None:
-        """Move the edge towards `blocks`, reading about `nbytes`; at least one block.
+        """Move the edge towards `blocks` by about `nbytes`; at least one block.
 
         Raises `TruncatedStack`, `BadBlock`, `CorruptStack`, or `NotArrived` when the next block is not there yet; the
         edge then stays where it was.
@@ -109,17 +127,24 @@ class Resident:
             stop += 1
         if stop == self.blocks:
             return
+        found = self._find(self.blocks, stop)
+        own = [position for position in range(self.blocks, stop) if position not in found]
         try:
-            self._read(self.nbytes, self.stack.edges[stop])
-            self._verify(self.blocks, stop)
-            for position in range(self.blocks, stop):
+            for start, end in _runs(own):
+                self._read(start, end)
+            self._verify(own)
+            for position in own:
                 check_finite(self.stack.blocks[position], self._slice(position), self._filled[position])
         except BaseException:
-            self._drop_tail()
+            self._ground.move(self.nbytes)
             raise
         for position in range(self.blocks, stop):
-            self._admit(self.stack.blocks[position], self.stack.edges[position])
+            self._admit(position, found.get(position))
         self.blocks = stop
+        self._ground.edge = self.nbytes
+        self.version += 1
+        if found:
+            self._span()
 
     def shrink(self, blocks: int) -> None:
         """Move the edge down to `blocks` and give the tail back; never below the base, never fails."""
@@ -130,12 +155,23 @@ class Resident:
             tensor = self.stack.blocks[position].tensor
             self._rows[tensor].pop()
             self._tables.pop(tensor, None)
+            self._leave(position)
         self.blocks = blocks
-        self._drop_tail()
+        self._ground.move(self.nbytes)
+        self.version += 1
+        self._span()
 
     def statistics(self) -> ResidentStatistics:
         """How much is in memory."""
-        return ResidentStatistics(self.blocks, len(self.stack.blocks), self.nbytes, self.stack.nbytes)
+        shared = [(use.base, use.counted_elsewhere) for use in self._uses.values()]
+        return ResidentStatistics(
+            self.blocks,
+            len(self.stack.blocks),
+            self.nbytes,
+            self.stack.nbytes,
+            sum(nbytes for _, nbytes in shared),
+            sum(nbytes for base, nbytes in shared if base),
+        )
 
     def tail(self) -> tuple[int, int]:
         """Address and length of the whole pages beyond the edge, for tests that forbid touching them."""
@@ -145,41 +181,80 @@ class Resident:
     def check_integrity(self) -> None:
         """Raises `AssertionError` when the tables and the edge disagree."""
         assert sum(len(rows) for rows in self._rows.values()) == self.blocks
-        assert all(offset < self.nbytes for rows in self._rows.values() for _, offset, _ in rows)
+        for rows in self._rows.values():
+            assert all(self._is_held(address) for _, address, _ in rows)
+        assert all(position < self.blocks and use in use.block.uses for position, use in self._uses.items())
 
     def close(self) -> None:
-        """Give everything back. The object must not be used afterwards."""
+        """Give everything back that no other model uses. The object must not be used afterwards."""
         os.close(self._file)
-        self._mapping.release(0, self.stack.nbytes)
+        for position in list(self._uses):
+            self._leave(position)
+        self._ground.move(0)
 
-    def _verify(self, start: int, stop: int) -> None:
+    def _is_held(self, address: int) -> bool:
+        own = self._ground.address <= address < self._ground.address + self.nbytes
+        return own or any(use.address == address for use in self._uses.values())
+
+    def _find(self, start: int, stop: int) -> dict[int, Block]:
+        """Blocks among these that are in memory already, by position."""
+        found = {}
+        for position in range(start, stop):
+            if self._may_share(position):
+                block = self._shared.find(key_of(self.stack.blocks[position], self._filled[position]))
+                if block is not None:
+                    found[position] = block
+        return found
+
+    def _may_share(self, position: int) -> bool:
+        return self.stack.blocks[position].nbytes >= self._shared.least_nbytes
+
+    def _verify(self, positions: Iterable[int]) -> None:
         """Check hashes that nobody has checked, as is the rule for a stack that was arriving when it was opened.
 
         Raises `BadBlock`, or `NotArrived` for a block that may be a hole; those before it stay verified.
         """
-        for position in range(max(start, self._verified), stop):
+        for position in sorted(self._unverified.intersection(positions)):
             entry = self.stack.blocks[position]
             if content_hash(self._slice(position)[: entry.nbytes].data) != entry.hash:
                 if self.arriving:
                     self._doubtful = position
                     raise NotArrived(f"block {position} of {self.stack.path} has not arrived yet")
                 raise BadBlock(f"block {position} of {self.stack.path} ({entry.tensor}) does not match its hash")
-            self._verified = position + 1
+            self._unverified.discard(position)
 
     def _slice(self, position: int) -> NDArray[np.uint8]:
         return self._mapping.bytes[self.stack.edges[position] : self.stack.edges[position + 1]]
 
-    def _admit(self, entry: BlockEntry, offset: int) -> None:
-        self._rows.setdefault(entry.tensor, []).append((_code(entry), offset, entry.rank))
+    def _admit(self, position: int, found: Block | None) -> None:
+        entry, start, stop = self.stack.blocks[position], self.stack.edges[position], self.stack.edges[position + 1]
+        address, base = self._ground.address + start, position < self.stack.base
+        if found is not None:
+            use = self._uses[position] = self._shared.use(found, base)
+            address = use.address
+        elif self._may_share(position):
+            key = key_of(entry, self._filled[position])
+            self._uses[position] = self._shared.add(key, self._ground, start, stop, base)
+        self._rows.setdefault(entry.tensor, []).append((_code(entry), address, entry.rank))
         self._tables.pop(entry.tensor, None)
 
-    def _drop_tail(self) -> None:
-        # To the very end: the page in which an edge lay is whole again only when the edge has moved on.
-        self._mapping.release(self.nbytes, self.stack.nbytes)
+    def _leave(self, position: int) -> None:
+        use = self._uses.pop(position, None)
+        if use is not None:
+            self._shared.leave(use)
+
+    def _span(self) -> None:
+        """Let `stored` reach from the first to the last of the mappings in which the blocks are."""
+        grounds = {self._ground, *(use.block.ground for use in self._uses.values())}
+        if grounds != self._grounds:
+            self._grounds, span = grounds, Span(grounds)
+            self._start, self._stored = span.start, np.asarray(span)
+            self._tables.clear()
 
     def _read(self, start: int, stop: int) -> None:
+        """Read blocks into their places."""
         view = self._mapping.bytes.data
-        at = start
+        at, stop = self.stack.edges[start], self.stack.edges[stop]
         while at < stop:
             try:
                 count = os.preadv(self._file, [view[at:stop]], self.stack.data_start + at)
@@ -193,6 +268,15 @@ class Resident:
         # The copy in the page cache is of no more use, and would look like memory that somebody needs.
         # From the file's beginning: what a page cache folio shares with the slice before goes only as a whole.
         os.posix_fadvise(self._file, 0, self.stack.data_start + stop, os.POSIX_FADV_DONTNEED)
+
+
+def _runs(positions: list[int]) -> Iterator[tuple[int, int]]:
+    """First and past the last of neighbours in an ascending list."""
+    start = 0
+    for i in range(1, len(positions) + 1):
+        if i == len(positions) or positions[i] != positions[i - 1] + 1:
+            yield positions[start], positions[i - 1] + 1
+            start = i
 
 
 def _code(entry: BlockEntry) -> int:

@@ -16,6 +16,7 @@ from ..engine.engine import Engine
 from ..mapping import private_nbytes
 from ..settings import DEFAULTS, WorkerSettings
 from .resident import Resident
+from .shared import SharedBlocks
 
 LOOK_SECONDS: Final = 0.5  # between two looks at a file that is still arriving
 
@@ -30,7 +31,7 @@ class Waiting:
 
 
 class Served:
-    """The model in `folder`, opened and with its base in memory.
+    """The model in `folder`, opened and with its base in memory; what is in `shared` it has in common with others.
 
     Raises every error of opening, reading and checking its files; then nothing is held. While its file is arriving, the
     edge follows what is there: `NotArrived` is raised only when that is less than the base.
@@ -44,12 +45,13 @@ class Served:
         clock: Callable[[], float],
         settings: WorkerSettings = DEFAULTS,
         pins_nbytes: int | None = None,
+        shared: SharedBlocks | None = None,
     ) -> None:
         self.manifest = read_manifest(folder)
         self._clock = clock
         stack = read_stack(folder / STACK)
         check_manifest(stack, self.manifest)
-        self.resident = Resident(_fitting(stack, self.manifest.architecture))
+        self.resident = Resident(_fitting(stack, self.manifest.architecture), shared)
         self._looked = clock()
         try:
             while self.resident.blocks < self.resident.stack.base:
@@ -117,6 +119,8 @@ class Served:
             total_blocks=statistics.total_blocks,
             nbytes=statistics.nbytes,
             total_nbytes=statistics.total_nbytes,
+            shared_nbytes=statistics.shared_nbytes,
+            shared_base_nbytes=statistics.shared_base_nbytes,
             base_nbytes=self.resident.stack.base_nbytes,
             target_nbytes=self.target_nbytes,
             kv_nbytes=self.engine.kv_nbytes,
@@ -135,7 +139,7 @@ class Served:
         )
 
     def close(self) -> None:
-        """Give all memory back. The engine's requests must have been ended."""
+        """Give all memory back that no other model uses. The engine's requests must have been ended."""
         self.resident.close()
 
 

@@ -80,6 +80,12 @@ def test_a_picture_has_everything():
         assert words in text, text
 
 
+def test_what_other_models_have_too_is_said():
+    assert "shared" not in drawn(View(STATUS))
+    variant = msgspec.structs.replace(MODEL, shared_nbytes=2 * MB)
+    assert "2.0 MB shared   KV" in drawn(View(msgspec.structs.replace(STATUS, models=(variant,))))
+
+
 def test_the_bar_shows_base_edge_and_target():
     [line] = [line for line in drawn(View(STATUS)).splitlines() if line.startswith("tiny")]
     bar = line[10 : 10 + BAR]

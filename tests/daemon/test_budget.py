@@ -45,6 +45,7 @@ class Machine:
     budget: Budget = field(default_factory=lambda: Budget(Outlook(RESERVE)))
     rate: int = 200 * MB
     block: int = 1
+    common: float = 0.0  # the part of each stack that all models have in common
     lag: int = 0  # ticks before the worker hears of a target
     now: float = 0.0
     taken: int = 0
@@ -65,7 +66,13 @@ class Machine:
 
     @property
     def available(self) -> int:
-        return self.total - self.taken - sum(self.resident.values())
+        return self.total - self.taken - sum(self.resident.values()) + sum(self.shared(name) for name in self.resident)
+
+    def shared(self, name: str, *, base: bool = False) -> int:
+        """Bytes of a prefix (of its base) that are counted with a model loaded before, whose prefix has them too."""
+        before = list(self.resident)[: list(self.resident).index(name)]
+        held = {other: self.sizes[other][0] if base else self.resident[other] for other in (*before, name)}
+        return int(self.common * min(held[name], max((held[other] for other in before), default=0)))
 
     def load(self, name: str, base: int, full: int, curve: tuple[CurvePoint, ...] = ()) -> int:
         self.sizes[name] = (base, full)
@@ -105,7 +112,10 @@ class Machine:
             assert base <= target <= full
             edge = max(base, full if target == full else target // self.block * self.block)
             self.resident[name] = min(edge, self.resident[name] + self.rate)
-        holdings = {name: Holding(self.resident[name], target) for name, target in self.heard.items()}
+        holdings = {
+            name: Holding(self.resident[name], target, self.shared(name), self.shared(name, base=True))
+            for name, target in self.heard.items()
+        }
         before = sum(map(self.budget.target, self.sizes))
         self.post(self.budget.update(self.now, self.reading(), holdings))
         change = sum(map(self.budget.target, self.sizes)) - before
@@ -664,3 +674,72 @@ def test_whatever_comes_limits_hold_and_no_more_is_promised_than_there_is(plan, 
         n: GB if n == fixed else max(100 * MB, floors[i], min(caps[i] or 9 * GB, 2 * GB)) for i, n in enumerate("abc")
     }
     assert machine.resident == tops, "it grows in the end"
+
+
+@pytest.mark.parametrize("common", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize("lag", [0, 2])
+def test_what_is_shared_is_not_spent_twice(common: float, lag: int) -> None:
+    """Two variants give way as fast as others do, and use what sharing leaves."""
+    machine = Machine(8 * GB, step(30, 2 * GB, 4_500 * MB), lag=lag, tick_seconds=0.05)
+    machine.common = common
+    for name in ("a", "b"):
+        machine.load(name, 500 * MB, 3 * GB)
+    machine.run(29)
+    # 5 GB less the reserve are theirs
+    wanted = min(6 * GB, 4 * GB / (1 - common / 2))
+    assert sum(machine.resident.values()) > 0.93 * wanted
+    machine.lowest = 10**18
+    machine.run(1.5)
+    assert machine.available >= RESERVE - DEAD_BAND
+    machine.run(30)
+    assert machine.available >= RESERVE
+    assert machine.available <= RESERVE + 2 * DEAD_BAND or all(n == 3 * GB for n in machine.resident.values())
+    assert machine.reversals(since=31) == 0
+
+
+def test_unloading_one_of_two_variants_promises_only_what_is_its_own() -> None:
+    machine = Machine(8 * GB, steady(GB))
+    machine.common = 0.5
+    for name in ("a", "b"):
+        machine.load(name, 500 * MB, 2 * GB)
+    machine.run(60)
+    assert machine.resident == {"a": 2 * GB, "b": 2 * GB}
+    assert machine.available == 4 * GB  # 3 GB for 4
+    # of the tails of 1.5 GB each, half of one is in memory once; of the bases, 250 MB
+    room = machine.budget.spare(machine.reading())
+    assert room <= 4 * GB - RESERVE + 2 * 1_500 * MB - 750 * MB
+    assert machine.budget.make_room("c", room, machine.reading(), {"a", "b"}) == []
+    assert machine.budget.make_room("c", room + 200 * MB, machine.reading(), {"a", "b"}) == ["a"]
+    with pytest.raises(OutOfMemory):
+        machine.budget.make_room("c", room + 800 * MB, machine.reading(), {"a", "b"})
+    freed = machine.available
+    claimed = machine.budget.unload("b")
+    for known in (machine.sizes, machine.resident, machine.heard):
+        del known["b"]
+    assert 0 < claimed <= machine.available - freed == GB
+
+
+def test_more_is_dropped_where_a_part_of_it_frees_nothing() -> None:
+    dropped = []
+    for shared in (0, 500 * MB, 2 * GB):
+        budget = Budget(Outlook(RESERVE))
+        for name in ("a", "b"):
+            budget.load(name, 500 * MB, 2_500 * MB, Reading(20 * GB, ""))
+        holdings = {name: Holding(2_500 * MB, 2_500 * MB) for name in ("a", "b")}
+        holdings["b"] = Holding(2_500 * MB, 2_500 * MB, shared + 100 * MB, 100 * MB)
+        budget.update(1.0, Reading(RESERVE - 84 * MB, ""), holdings)
+        dropped.append(5_000 * MB - sum(budget.target(name) for name in ("a", "b")))
+        assert abs(budget.outlook.asked_back - 100 * MB) < 10
+    assert dropped == pytest.approx([100 * MB, 100 * MB / 0.875, 200 * MB], abs=10)
+
+
+def test_giving_up_what_another_goes_on_using_is_no_neighbour_s_doing() -> None:
+    """The sum of sizes falls and nothing gets free: that must not look as if somebody took it."""
+    budget = Budget(Outlook(RESERVE))
+    for name in ("a", "b"):
+        budget.load(name, 500 * MB, 2_500 * MB, Reading(20 * GB, ""))
+    for number in range(4):
+        size = 2_500 * MB - number * 100 * MB
+        shared = Holding(2_500 * MB, 2_500 * MB, size)
+        budget.update(1 + number * 0.05, Reading(4 * GB, ""), {"a": Holding(size, size), "b": shared})
+    assert budget.outlook.slope.coming == 0

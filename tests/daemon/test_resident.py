@@ -100,6 +100,30 @@ def test_a_network_built_at_the_base_uses_what_arrives_later(folder: Path, expec
         kv.free(sequence.blocks)
 
 
+@pytest.fixture(scope="module")
+def tiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stack of masks and values: 35 blocks of base, 63 in all."""
+    return write_sparse_model(tmp_path_factory.mktemp("tiers") / "model", shares=(30, 25))
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(0, 63), st.sampled_from([1, 3000, READ_NBYTES])), max_size=8))
+def test_any_way_to_an_edge_of_tiers_gives_what_a_fresh_load_gives(tiers: Path, moves: list[tuple[int, int]]) -> None:
+    resident = load(tiers, 35)
+    network, kv = ServingNetwork(TINY, resident, threads=1), KvCache(TINY)
+    for target, slice_nbytes in moves:
+        resident.shrink(target)
+        for _ in range(3):
+            resident.grow(target, slice_nbytes)
+        check(resident)
+        sequence = Sequence(0, TOKENS, len(TOKENS), blocks=kv.allocate(1))
+        batch = Batch([Piece(sequence, 0, len(TOKENS))], kv.array, TINY, 1)
+        found = network.logits(batch, list(range(len(TOKENS))))
+        np.testing.assert_array_equal(found, fresh(tiers, resident.blocks))
+        kv.free(sequence.blocks)
+    resident.close()
+
+
 def test_growing_goes_in_slices_of_whole_blocks(folder: Path) -> None:
     resident = load(folder, 0)
     edges = resident.stack.edges
@@ -119,12 +143,12 @@ def test_the_base_stays_whatever_is_asked(folder: Path) -> None:
     check(resident)
 
 
-def test_block_by_block_as_much_is_dropped_as_at_once(folder: Path) -> None:
+def test_block_by_block_as_much_is_dropped_as_at_once(folder: Path, tiers: Path) -> None:
     """Each edge lies within a page; none of these pages may stay behind."""
-    resident = load(folder, 49)
-    for depth in range(48, 20, -1):
-        resident.shrink(depth)
-        check(resident)
+    for resident in (load(folder, 49), load(tiers, 63)):
+        for depth in range(resident.blocks - 1, resident.stack.base - 1, -1):
+            resident.shrink(depth)
+            check(resident)
 
 
 def test_shrinking_upwards_does_nothing(folder: Path) -> None:

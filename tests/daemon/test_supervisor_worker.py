@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -457,6 +458,20 @@ def two_models(house, client):
 def both(*orders):
     """One report of a worker that does as each of these says."""
     return [Report(models=tuple(model for order in orders for model in holds(order).models))]
+
+
+@pytest.mark.parametrize(("shared", "dropped"), [(0, 100 * MB), (800 * MB, 200 * MB)])
+def test_the_budget_hears_what_models_share(house, client, shared, dropped):
+    """Of what two models drop that have much in common, a part frees nothing: so they drop more."""
+    worker, first, second = two_models(house, client)
+    [report] = both(first, second)
+    whole = [msgspec.structs.replace(model, nbytes=GB, target_nbytes=GB) for model in report.models]
+    whole[1] = msgspec.structs.replace(whole[1], shared_nbytes=shared + 50 * MB, shared_base_nbytes=50 * MB)
+    worker.say(Report(models=tuple(whole)))
+    house.sensor.available = GB // 2 + SHRINK_MARGIN - 100 * MB
+    house.turn(0.3)
+    orders = {order.model: order.target_nbytes for order in worker.hear() if isinstance(order, SetTarget)}
+    assert sum(GB - target for target in orders.values()) == pytest.approx(dropped, rel=0.01)
 
 
 def obey(worker, held):

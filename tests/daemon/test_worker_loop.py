@@ -19,6 +19,7 @@ from ebbflow.daemon.settings import DEFAULTS, KV_TYPES, WorkerSettings
 from ebbflow.daemon.worker import loop as loop_module
 from ebbflow.daemon.worker.loop import IDLE_SECONDS, REPORT_SECONDS, SAVING_SECONDS, Loop
 from ebbflow.daemon.worker.resident import Resident
+from ebbflow.daemon.worker.shared import SharedBlocks
 from ebbflow.formats.child_messages import (
     Exit,
     LimitKv,
@@ -38,7 +39,7 @@ from ebbflow.formats.values import Residency, Sampling
 from support.engines import Answers, engine_of, finish
 from support.fake_line import FakeClock, FakeLine
 from support.residents import load
-from support.stacks import copy_model, write_signs_model
+from support.stacks import copy_model, write_signs_model, write_sparse_model, write_variant
 
 ALL = 10**9
 BASE, BLOCKS = 21, 49
@@ -280,7 +281,8 @@ def test_a_shrink_is_done_and_answered_in_the_turn_it_is_heard(folder: Path, edg
         assert (resized.id, resized.residency.blocks) == (7, 25)
         assert resized.residency.target_nbytes == edges[25]
         assert resized.seconds > 0
-        assert any(isinstance(message, Report) for message in said)
+        before = said[: said.index(resized)]
+        assert any(isinstance(message, Report) for message in before)  # whoever is answered finds the books closed
 
 
 def test_growing_is_answered_when_it_is_done(folder: Path, edges: tuple[int, ...]) -> None:
@@ -345,6 +347,38 @@ moves = st.one_of(
 )
 
 
+def resize_under_requests(worker: Worker, edges: tuple[int, ...], script: list[tuple[str, int]], other: bool) -> None:
+    """Play a script of moves with the model `m`; an `other` moves the opposite way. No request fails."""
+    asked: dict[int, int] = {}
+    cancelled = set()
+    blocks = len(edges) - 1
+    for step, (what, value) in enumerate(script):
+        match what:
+            case "resize":
+                orders = [SetTarget(model="m", target_nbytes=edges[min(value, blocks)], id=1000 + step)]
+                if other:
+                    orders.append(SetTarget(model="o", target_nbytes=edges[max(0, blocks - value)]))
+                worker.hear(*orders)
+            case "ask":
+                asked[step] = value
+                worker.hear(ask(step, max_tokens=value, model="o" if other and step % 2 else "m"))
+            case "cancel":
+                cancelled.add(value)
+                worker.hear(Cancel(id=value))
+            case _:
+                for _ in range(value):
+                    worker.hear()
+    worker.settle()
+    for key, tokens in asked.items():
+        end = worker.answers.by_id[key].end
+        if isinstance(end, Finished):
+            assert (end.reason, end.tokens) == ("length", tokens)
+        else:
+            assert isinstance(end, Failed)
+            assert end.code == "cancelled"
+            assert key in cancelled
+
+
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.lists(moves, max_size=25), st.integers(BASE, BLOCKS), st.sampled_from([0.0005, 0.03]), st.booleans())
 def test_resizing_under_requests_fails_none_and_leaves_no_trace(
@@ -357,36 +391,46 @@ def test_resizing_under_requests_fails_none_and_leaves_no_trace(
     slow: bool,
 ) -> None:
     with worker_with(folder, tick=tick) as worker, slow_disk() if slow else nullcontext():
-        asked: dict[int, int] = {}
-        cancelled = set()
-        for step, (what, value) in enumerate(script):
-            match what:
-                case "resize":
-                    worker.hear(SetTarget(model="m", target_nbytes=edges[min(value, BLOCKS)], id=1000 + step))
-                case "ask":
-                    asked[step] = value
-                    worker.hear(ask(step, max_tokens=value))
-                case "cancel":
-                    cancelled.add(value)
-                    worker.hear(Cancel(id=value))
-                case _:
-                    for _ in range(value):
-                        worker.hear()
-        worker.settle()
-        for key, tokens in asked.items():
-            end = worker.answers.by_id[key].end
-            if isinstance(end, Finished):
-                assert (end.reason, end.tokens) == ("length", tokens)
-            else:
-                assert isinstance(end, Failed)
-                assert end.code == "cancelled"
-                assert key in cancelled
+        resize_under_requests(worker, edges, script, other=False)
         last = msgspec.structs.replace(ask(900), exact_prefix=True)
         worker.hear(SetTarget(model="m", target_nbytes=edges[depth]), last)
         worker.settle()
         assert worker.answers.by_id[900].text == fresh[depth]
         worker.hear(Trim(nbytes=1 << 40))
         assert worker.residency().kv_nbytes == 0
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two sparse models with the same masks."""
+    one = write_sparse_model(tmp_path_factory.mktemp("variants") / "one", shares=(30, 25))
+    return one, write_variant(one, one.with_name("two"))
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(st.lists(moves, max_size=15), st.sampled_from([35, 36, 37, 50, 63]), st.booleans())
+def test_resizing_sparse_variants_that_share_fails_nothing_and_leaves_no_trace(
+    variants: tuple[Path, Path], script: list[tuple[str, int]], depth: int, slow: bool
+) -> None:
+    edges = read_stack(variants[0] / STACK).edges
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop_module, "SharedBlocks", lambda: SharedBlocks(64))
+        with worker_with(variants[0], tick=0.03 if slow else 0.0005) as worker, slow_disk() if slow else nullcontext():
+            worker.load(variants[1], name="o")
+            assert worker.residency("o").shared_nbytes > edges[-1] / 4
+            resize_under_requests(worker, edges, script, other=True)
+            last = [msgspec.structs.replace(ask(900 + i, model=name), exact_prefix=True) for i, name in enumerate("mo")]
+            worker.hear(*(SetTarget(model=name, target_nbytes=edges[depth]) for name in "mo"), *last)
+            worker.settle()
+            both = [worker.residency(name) for name in "mo"]
+            assert sum(r.shared_nbytes for r in both) > edges[depth] / 4
+    for key, folder in enumerate(variants):
+        resident, answers = load(folder, depth), Answers()
+        engine = engine_of(folder, resident)
+        answers.hear(engine.submit(ask(1)))
+        finish(engine, answers)
+        assert worker.answers.by_id[900 + key].text == answers.by_id[1].text
+        resident.close()
 
 
 def test_a_cancelled_request_is_answered_so_and_another_cancel_is_ignored(folder: Path) -> None:

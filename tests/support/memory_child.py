@@ -152,13 +152,13 @@ def cached(descriptor: int) -> int:
 
 
 def loop_rounds() -> dict[str, int]:
-    """100 rounds of load, answer, shrink, grow, unload through the worker's own loop."""
-    folder = sys.argv[3]
+    """100 rounds of load, answer, shrink, grow, unload through the worker's own loop, with several models in turn."""
     line = FakeLine()
     loop = Loop(line, 1, FakeClock())
     sampling = Sampling(max_tokens=4, temperature=1.0)
     figures = []
-    for _ in range(110):
+    for number in range(110):
+        folder = sys.argv[3:][number % len(sys.argv[3:])]
         line.script.append([LoadModel(model="m", folder=folder, target_nbytes=10**6)])
         line.script.append([Generate(id=1, model="m", prompt="x" * 70, sampling=sampling)])
         line.script.append([SetTarget(model="m", target_nbytes=0)])
@@ -190,15 +190,16 @@ def unload_trims() -> dict[str, int]:
 
 
 def compiler_idle() -> dict[str, int]:
-    """A model is loaded and asked: how often the compiler ran, and what of its code was there before and after."""
+    """Models are loaded and asked: how often the compiler ran, and what of its code was there before and after."""
     recorder = numba.core.event.RecordingListener()
     numba.core.event.register("numba:compile", recorder)
     line = FakeLine()
     loop = Loop(line, 1, FakeClock())
     before = _code("llvmlite")
     drop_clean_pages("llvmlite")
-    request = Generate(id=1, model="m", prompt="abc", sampling=Sampling(max_tokens=4))
-    line.script.extend([[LoadModel(model="m", folder=sys.argv[3], target_nbytes=10**6)], [request], *[[]] * 8])
+    for key, folder in enumerate(sys.argv[3:]):
+        request = Generate(id=key, model=folder, prompt="abc", sampling=Sampling(max_tokens=4))
+        line.script.extend([[LoadModel(model=folder, folder=folder, target_nbytes=10**6)], [request], *[[]] * 8])
     while line.script:
         loop.turn()
     answered = sum(type(message).__name__ == "Finished" for message in line.take())

@@ -6,14 +6,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from ebbflow.formats.architecture import Architecture, weight_shapes, weight_uses
 from ebbflow.formats.blocks import pack_dense, pack_mask, pack_plane, pack_signs, pack_values
 from ebbflow.formats.kinds import ROW_LEVELS, SHARED_LEVELS, VALUES_LIMIT, plane_depth
-from ebbflow.formats.manifest import MANIFEST, STACK, TOKENIZER_FILES, Manifest, Source, write_manifest
-from ebbflow.formats.stack import BlockEntry, StackIndex, content_hash, read_stack, write_stack
+from ebbflow.formats.manifest import MANIFEST, STACK, TOKENIZER_FILES, Manifest, Source, read_manifest, write_manifest
+from ebbflow.formats.stack import BlockEntry, StackIndex, content_hash, read_blocks, read_stack, write_stack
 
 from support.tiny_models import write_tokenizer
 
@@ -212,6 +213,17 @@ def _tiers(
             blocks.append((entry, payload))
         before, start = before | tier, start + rank
     return blocks
+
+
+def write_variant(source: Path, target: Path) -> Path:
+    """A sparse model of int8 values with the masks (and all else) of another, and other values: every sign turned."""
+    stack, blocks = read_stack(source / STACK), []
+    for entry, data in read_blocks(stack):
+        if entry.kind == "values":
+            scales = 4 * entry.shape[0] if entry.level == 0 else 0
+            data = data[:scales] + (-np.frombuffer(data, np.int8)[scales:]).tobytes()
+        blocks.append((msgspec.structs.replace(entry, hash=content_hash(data)), data))
+    return write_model(target, read_manifest(source).architecture, blocks, stack.base)
 
 
 def copy_model(source: Path, target: Path) -> Path:
