@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from ...formats.blocks import check_finite
 from ...formats.errors import BadBlock, CorruptStack, NotArrived, TruncatedStack
 from ...formats.kinds import SHARED_LEVELS
-from ...formats.stack import BlockEntry, Stack, content_hash, filled_before, mark_of
+from ...formats.stack import BlockEntry, Place, Stack, content_hash, filled_before, mark_of, padded
 from ...kernels.rows import CODES, MASK, PLANE, SHARED_PLANE, SIGNS, VALUES_CODES
 from ..mapping import Mapping
 
@@ -52,10 +53,7 @@ class Resident:
         self._mapping = Mapping(stack.nbytes)
         self._tables: dict[str, NDArray[np.int64]] = {}
         self._rows: dict[str, list[tuple[int, int, int]]] = {}
-        try:
-            self._file = os.open(stack.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CorruptStack(f"{stack.path} cannot be opened: {error.strerror}") from error
+        self._files = _opened(stack)
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +83,8 @@ class Resident:
         """The blocks to which the edge may move: all, or those that have arrived."""
         if not self.arriving:
             return len(self.stack.blocks)
-        here = bisect_right(self.stack.edges, os.fstat(self._file).st_size - self.stack.data_start) - 1
+        size = os.fstat(self._files[self.stack.path]).st_size
+        here = bisect_right(self.stack.file_edges, size - self.stack.data_start) - 1
         return max(self.blocks, here if self._doubtful is None else min(here, self._doubtful))
 
     def look(self) -> None:
@@ -110,7 +109,7 @@ class Resident:
         if stop == self.blocks:
             return
         try:
-            self._read(self.nbytes, self.stack.edges[stop])
+            self._read(self.blocks, stop)
             self._verify(self.blocks, stop)
             for position in range(self.blocks, stop):
                 check_finite(self.stack.blocks[position], self._slice(position), self._filled[position])
@@ -149,7 +148,7 @@ class Resident:
 
     def close(self) -> None:
         """Give everything back. The object must not be used afterwards."""
-        os.close(self._file)
+        _close(self._files)
         self._mapping.release(0, self.stack.nbytes)
 
     def _verify(self, start: int, stop: int) -> None:
@@ -178,21 +177,56 @@ class Resident:
         self._mapping.release(self.nbytes, self.stack.nbytes)
 
     def _read(self, start: int, stop: int) -> None:
-        view = self._mapping.bytes.data
+        """Read blocks into their places, those that lie next to each other in a file at once."""
+        places, edges = self.stack.places, self.stack.edges
+        while start < stop:
+            first, end = start, start + 1
+            while end < stop and places[end] == _after(self.stack, end - 1):
+                end += 1
+            self._read_run(places[first], edges[first], edges[end])
+            start = end
+
+    def _read_run(self, place: Place, start: int, stop: int) -> None:
+        """Read `[start, stop)` of the mapping from that place of a file on."""
+        view, file = self._mapping.bytes.data, self._files[place.path]
         at = start
         while at < stop:
             try:
-                count = os.preadv(self._file, [view[at:stop]], self.stack.data_start + at)
+                count = os.preadv(file, [view[at:stop]], place.offset + at - start)
             except OSError as error:
-                raise CorruptStack(f"{self.stack.path} cannot be read: {error.strerror}") from error
+                raise CorruptStack(f"{place.path} cannot be read: {error.strerror}") from error
             if not count:
                 raise TruncatedStack(
-                    f"{self.stack.path} ends at byte {at} of its data; it was {self.stack.nbytes} long"
+                    f"{place.path} ends at byte {place.offset + at - start}; "
+                    f"when it was opened, all {self.stack.nbytes} bytes of the model were there"
                 )
             at += count
         # The copy in the page cache is of no more use, and would look like memory that somebody needs.
         # From the file's beginning: what a page cache folio shares with the slice before goes only as a whole.
-        os.posix_fadvise(self._file, 0, self.stack.data_start + stop, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file, 0, place.offset + stop - start, os.POSIX_FADV_DONTNEED)
+
+
+def _after(stack: Stack, position: int) -> Place:
+    """Where the file goes on after that block."""
+    place = stack.places[position]
+    return Place(place.path, place.offset + padded(stack.blocks[position].nbytes))
+
+
+def _opened(stack: Stack) -> dict[Path, int]:
+    """Descriptors of the stack's files. Raises `CorruptStack`."""
+    files: dict[Path, int] = {}
+    for path in dict.fromkeys([stack.path, *(place.path for place in stack.places)]):
+        try:
+            files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            _close(files)
+            raise CorruptStack(f"{path} cannot be opened: {error.strerror}") from error
+    return files
+
+
+def _close(files: dict[Path, int]) -> None:
+    for file in files.values():
+        os.close(file)
 
 
 def _code(entry: BlockEntry) -> int:
