@@ -79,7 +79,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(path.name + ".partial")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # of a killed one; or a link, and it is nobody's we know
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
