@@ -178,13 +178,19 @@ class Resident:
 
     def _read(self, start: int, stop: int) -> None:
         """Read blocks into their places, those that lie next to each other in a file at once."""
-        places, edges = self.stack.places, self.stack.edges
+        places, edges, ends = self.stack.places, self.stack.edges, dict[Path, int]()
         while start < stop:
             first, end = start, start + 1
             while end < stop and places[end] == _after(self.stack, end - 1):
                 end += 1
             self._read_run(places[first], edges[first], edges[end])
+            path = places[first].path
+            ends[path] = max(ends.get(path, 0), _after(self.stack, end - 1).offset)
             start = end
+        # The copy in the page cache is of no more use, and would look like memory that somebody needs.
+        # From the file's beginning: what a page cache folio shares with the slice before goes only as a whole.
+        for path, offset in ends.items():
+            os.posix_fadvise(self._files[path], 0, offset, os.POSIX_FADV_DONTNEED)
 
     def _read_run(self, place: Place, start: int, stop: int) -> None:
         """Read `[start, stop)` of the mapping from that place of a file on."""
@@ -197,13 +203,10 @@ class Resident:
                 raise CorruptStack(f"{place.path} cannot be read: {error.strerror}") from error
             if not count:
                 raise TruncatedStack(
-                    f"{place.path} ends at byte {place.offset + at - start}; "
-                    f"when it was opened, all {self.stack.nbytes} bytes of the model were there"
+                    f"{place.path} ends at byte {place.offset + at - start}, "
+                    f"before all {self.stack.nbytes} bytes of the model were read"
                 )
             at += count
-        # The copy in the page cache is of no more use, and would look like memory that somebody needs.
-        # From the file's beginning: what a page cache folio shares with the slice before goes only as a whole.
-        os.posix_fadvise(file, 0, place.offset + stop - start, os.POSIX_FADV_DONTNEED)
 
 
 def _after(stack: Stack, position: int) -> Place:
