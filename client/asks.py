@@ -65,6 +65,7 @@ class AddOptions(TypedDict, total=False):
     pattern: str | None
     method: str | None
     values: str | None
+    masks_of: str | None
 
 
 class Terms(TypedDict, total=False):
@@ -185,7 +186,7 @@ def add(source: str | Path, name: str | None, options: AddOptions) -> Ask[Progre
         request = msgspec.convert(fields, AddModel)
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"options of add: {error}") from error
-    read_pruning(request.codec, request.sparsity, request.pattern, request.method, request.values)
+    read_pruning(request.codec, request.sparsity, request.pattern, request.method, request.values, request.masks_of)
     return Ask(lambda id_: msgspec.structs.replace(request, id=id_), _progress, _summary)
 
 

@@ -13,6 +13,7 @@ from .errors import CorruptManifest, UnsupportedVersion
 
 MANIFEST: Final = "manifest.json"
 STACK: Final = "stack.safetensors"
+MASKS: Final = "masks.safetensors"
 VERSION: Final = 1
 MOST_NBYTES: Final = 1_000_000  # of a manifest; the supervisor, which must stay small, reads that of every model
 TOKENIZER_FILES: Final = (
@@ -41,7 +42,11 @@ class Source(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """One model of the library. `nbytes` and `base_nbytes` are the stack's and its base's."""
+    """One model of the library. `nbytes` and `base_nbytes` are the stack's and its base's.
+
+    `masks` names what is in the masks file (`masks.digest`): of models with the same name it is the same. Nothing where
+    there is no such file.
+    """
 
     version: int = VERSION
     name: str
@@ -57,6 +62,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     eos: tuple[int, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
     created: str = ""
+    masks: str = ""
 
 
 class _Versioned(msgspec.Struct):

@@ -115,7 +115,8 @@ class ShowModel(Message, frozen=True):
 class AddModel(Message, frozen=True):
     """Read the checkpoint at `source` (a folder, absolute, or a hub id) into the library. `Progress`, then `Added`.
 
-    `rank` is for the codec `bitstack`; `sparsity`, `pattern`, `method` and `values` are for `sparse` (`pruning`).
+    `rank` is for the codec `bitstack`; `sparsity`, `pattern`, `method` and `values` are for `sparse` (`pruning`), and
+    `masks_of`: take the masks of that model of the library as they are, and choose the values only.
     """
 
     id: int
@@ -131,6 +132,7 @@ class AddModel(Message, frozen=True):
     pattern: str | None = None
     method: str | None = None
     values: str | None = None
+    masks_of: str | None = None
 
 
 class ImportModel(Message, frozen=True):

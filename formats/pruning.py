@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from .errors import InvalidRequest, Unsupported
+from .paths import check_name
 
 CODEC: Final = "sparse"
 METHODS: Final = ("magnitude", "wanda", "admm", "frankwolfe")
@@ -59,16 +60,26 @@ class Pruning:
 
 
 def read_pruning(
-    codec: str, sparsity: float | None, pattern: str | None, method: str | None, values: str | None
+    codec: str,
+    sparsity: float | None,
+    pattern: str | None,
+    method: str | None,
+    values: str | None,
+    masks_of: str | None = None,
 ) -> Pruning | None:
-    """The options of `sparse`, None with another codec. Raises `InvalidRequest`, or `Unsupported` for unknown names."""
-    given = {"sparsity": sparsity, "pattern": pattern, "method": method, "values": values}
+    """The options of `sparse`, None with another codec; `masks_of` is only looked at, it is the library's to find.
+
+    Raises `InvalidRequest`, `InvalidName`, or `Unsupported` for unknown names.
+    """
+    given = {"sparsity": sparsity, "pattern": pattern, "method": method, "values": values, "masks_of": masks_of}
     if codec != CODEC:
         alien = [name for name, value in given.items() if value is not None]
         if alien:
             belong = "belongs" if len(alien) == 1 else "belong"
             raise InvalidRequest(f"{' and '.join(alien)} {belong} to the codec {CODEC}; the codec {codec} has none")
         return None
+    if masks_of is not None:
+        check_name(masks_of)
     if sparsity is not None and not 0 < sparsity < 1:  # a NaN is neither
         raise InvalidRequest(f"sparsity must be above 0 and below 1, not {sparsity}: 0.5 keeps half of the weights")
     if pattern is not None and pattern not in PATTERNS:

@@ -104,7 +104,10 @@ class ProcessMemory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """A line of `ebb list`. `arrived_nbytes`: what is there of a stack whose file is still arriving."""
+    """A line of `ebb list`. `arrived_nbytes`: what is there of a stack whose file is still arriving.
+
+    `shared_nbytes` of `nbytes`, its masks, are on the disk once for this model and those that it `shares` them with.
+    """
 
     name: str
     family: str
@@ -114,3 +117,5 @@ class ModelSummary(msgspec.Struct, frozen=True, kw_only=True):
     original_nbytes: int
     created: str
     arrived_nbytes: int | None = None
+    shares: tuple[str, ...] = ()
+    shared_nbytes: int = 0

@@ -27,6 +27,13 @@ def list_models(as_json: bool) -> None:
             (m.name, m.family, m.codec, format_size(m.base_nbytes), format_size(m.nbytes), _added(m)) for m in models
         ]
         write_table(("NAME", "FAMILY", "CODEC", "SMALLEST", "FULL", "ADDED"), rows, right=("SMALLEST", "FULL"))
+        for model in models:
+            if model.shares and model.name < min(model.shares):  # each file once
+                note(f"{model.name} shares {_shared(model)}")
+
+
+def _shared(model: ModelSummary) -> str:
+    return f"{format_size(model.shared_nbytes)} of masks with {', '.join(model.shares)}"
 
 
 def _added(model: ModelSummary) -> str:
@@ -60,6 +67,7 @@ def _fields(detail: ModelDetail) -> list[tuple[str, str]]:
         ("context", f"{network.context} tokens"),
         ("codec", f"{summary.codec} ({options})" if options else summary.codec),
         ("size", f"{format_size(summary.base_nbytes)} to {format_size(summary.nbytes)}, {detail.blocks} blocks"),
+        *([("shares", _shared(summary))] if summary.shares else []),
         ("original", format_size(summary.original_nbytes)),
         ("source", detail.source),
         ("checksum", detail.checksum),

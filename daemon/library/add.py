@@ -20,6 +20,7 @@ from torch import Tensor
 from ...formats.checkpoint import Checkpoint, open_checkpoint
 from ...formats.errors import DiskFull, storage_failed
 from ...formats.manifest import STACK, CurvePoint, Manifest, Source, write_manifest
+from ...formats.masks import digest
 from ...formats.messages import AddModel
 from ...formats.pruning import Pruning, read_pruning
 from ...formats.stack import Stack, read_blocks, read_stack, write_stack
@@ -28,6 +29,8 @@ from ...formats.values import ModelSummary
 from .encode import EncodePlan, choose_levels, encode_model, expected_nbytes, layer_linears
 from .encode_sparse import SparsePlan, find_zeros
 from .gain import GainEstimate, second_order_gain
+from .given import GivenMasks
+from .masks import link_masks
 from .measure import curve_blocks, measure_curve
 from .order import check_rule, order_entries
 from .place import check_room, copy_tokenizer, free_place, making
@@ -58,7 +61,9 @@ def add_model(
     `StorageFailed`, `Retryable` (hub out of reach) or what `send` raises; the library is then untouched.
     """
     try:
-        return _add(request, library, cache, send, commit, clock, estimate)
+        # What is in use, and the work so far, is let go when the model is in the library.
+        with contextlib.ExitStack() as work:
+            return _add(request, library, cache, send, commit, clock, estimate, work)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(
@@ -77,18 +82,20 @@ def _add(
     commit: Callable[[], None],
     clock: Clock,
     estimate: GainEstimate,
+    work: contextlib.ExitStack,
 ) -> ModelSummary:
     place = free_place(library, request.name)
     levels, pruning = _check_options(request)
+    given = None if request.masks_of is None else work.enter_context(GivenMasks(library, request.masks_of))
     Reporter(request.id, 0, send, clock).begin("reading")
     checkpoint = open_checkpoint(find_source(request.source))
     reporter = Reporter(request.id, checkpoint.nbytes, send, clock)
-    sparse = _sparse(checkpoint, pruning, reporter)
+    sparse = _sparse(request, checkpoint, pruning, given, reporter)
+    levels = given.levels if given else levels
     plan = EncodePlan(checkpoint, request.codec, levels, request.rank, request.seed, estimate, reporter, sparse)
     most = expected_nbytes(checkpoint.architecture, request.codec, levels, request.rank, sparse)
     check_room({library: most, cache: most - leftover_nbytes(cache)})
-    # The work so far is let go when the model is in the library.
-    with contextlib.ExitStack() as work, making(place, commit) as folder:
+    with making(place, commit) as folder:
         checksum = checkpoint.checksum()
         texts = _texts(request, plan, checksum, cache)
         key = _work_key(request, plan, checksum, texts.calibration)
@@ -105,18 +112,30 @@ def _check_options(request: AddModel) -> tuple[int, Pruning | None]:
     """The number of levels, and what is asked of pruning. Raises `Unsupported` or `InvalidRequest`."""
     check_rule(request.order)
     levels = choose_levels(request.codec, request.levels, request.rank)
-    return levels, read_pruning(request.codec, request.sparsity, request.pattern, request.method, request.values)
+    asked = (request.sparsity, request.pattern, request.method, request.values, request.masks_of)
+    return levels, read_pruning(request.codec, *asked)
 
 
-def _sparse(checkpoint: Checkpoint, pruning: Pruning | None, reporter: Reporter) -> SparsePlan | None:
-    """How its linears are to be pruned. Raises `InvalidRequest` when a pattern does not fit one of them."""
+def _sparse(
+    request: AddModel,
+    checkpoint: Checkpoint,
+    pruning: Pruning | None,
+    given: GivenMasks | None,
+    reporter: Reporter,
+) -> SparsePlan | None:
+    """How its linears are to be pruned. Raises `InvalidRequest` when a pattern does not fit one of them, or masks of
+    another model do not.
+    """
     if pruning is None:
         return None
+    if given:
+        reporter.begin(f"reading the masks of {given.name}")
+        given.check(layer_linears(checkpoint.architecture), pruning, request.levels)
     reporter.begin("looking for zeros")
     zeros = find_zeros(checkpoint, layer_linears(checkpoint.architecture), pruning)
     if zeros is not None:
         reporter.begin(f"keeping {zeros.text}")
-    return SparsePlan(pruning, zeros)
+    return SparsePlan(pruning, zeros, given)
 
 
 def _texts(request: AddModel, plan: EncodePlan, checksum: str, cache: Path) -> Texts:
@@ -129,7 +148,8 @@ def _texts(request: AddModel, plan: EncodePlan, checksum: str, cache: Path) -> T
 def _work_key(request: AddModel, plan: EncodePlan, checksum: str, tokens: Tensor) -> str:
     estimate = f"{plan.estimate.__module__}.{plan.estimate.__qualname__}"
     sparse = None if plan.sparse is None else repr(plan.sparse.pruning)
-    return work_key(checksum, tokens, request.codec, plan.levels, request.rank, request.seed, estimate, sparse)
+    masks = plan.sparse.given.digest if plan.sparse and plan.sparse.given else None
+    return work_key(checksum, tokens, request.codec, plan.levels, request.rank, request.seed, estimate, sparse, masks)
 
 
 def _make_stack(plan: EncodePlan, rule: str, tokens: Tensor, spool: Spool, folder: Path) -> Stack:
@@ -138,7 +158,8 @@ def _make_stack(plan: EncodePlan, rule: str, tokens: Tensor, spool: Spool, folde
     plan.reporter.begin("ordering")
     index, positions = order_entries(plan.checkpoint.architecture, spool.entries, rule)
     plan.reporter.begin("writing")
-    write_stack(folder / STACK, index, lambda i: spool.read(positions[i]))
+    shared = link_masks(folder.parent, index.blocks, folder)
+    write_stack(folder / STACK, index, lambda i: spool.read(positions[i]), masks_there=shared)
     stack = read_stack(folder / STACK)
     for position, (entry, _) in enumerate(read_blocks(stack)):
         plan.reporter.fraction(stack.edges[position], stack.nbytes, entry.tensor)
@@ -179,16 +200,21 @@ def _manifest(
         eos=plan.checkpoint.eos,
         curve=curve,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        masks=digest(stack.blocks),
     )
 
 
 def _pruned(sparse: SparsePlan) -> dict[str, str | int | float]:
     """What the manifest says of it."""
     pruning, zeros = sparse.pruning, sparse.zeros
-    asked = pruning.pattern or pruning.sparsity
+    asked, pattern = pruning.pattern or pruning.sparsity, pruning.pattern
+    sparsity: str | float = pruning.wanted if asked or zeros is None else "as it came"
+    if sparse.given:
+        sparsity, pattern = sparse.given.sparsity, sparse.given.pattern
     return {
-        "sparsity": pruning.wanted if asked or zeros is None else "as it came",
-        **({"pattern": pruning.pattern} if pruning.pattern else {}),
+        "sparsity": sparsity,
+        **({"pattern": pattern} if pattern else {}),
+        **({"masks_of": sparse.given.name} if sparse.given else {}),
         "method": pruning.method,
         "values": pruning.values,
         **({"kept": zeros.text} if zeros else {}),

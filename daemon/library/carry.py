@@ -1,8 +1,10 @@
 """Copying a model's folder into the library or out of it, so that it answers before all of it is there.
 
-First the manifest, the tokenizer and the mark that says "still arriving" (`formats/stack`), then the stack from its
-beginning: any prefix of it is a smaller model. Every block is checked against its hash on the way. What was copied
-stays when the copy ends early, whatever ends it, and the next one goes on after the last block that is whole.
+First the manifest, the tokenizer and the mark that says "still arriving" (`formats/stack`), then the masks file, if
+there is one, then the stack from its beginning: any prefix of it is a smaller model. Every block is checked against its
+hash on the way. What was copied stays when the copy ends early, whatever ends it, and the next one goes on after the
+last block that is whole; masks are all there or not at all. An import does not copy masks that the library has
+(`masks`).
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -25,19 +27,18 @@ from ...formats.errors import (
     TruncatedStack,
     storage_failed,
 )
-from ...formats.manifest import STACK, Manifest, read_manifest, write_manifest
+from ...formats.manifest import MASKS, STACK, Manifest, read_manifest, write_manifest
 from ...formats.messages import ExportModel, ImportModel, Progress
 from ...formats.paths import check_name
-from ...formats.stack import Stack, check_manifest, content_hash_of, mark_of, padded, read_stack
+from ...formats.stack import Stack, check_manifest, mark_of, read_stack
 from ...formats.summary import summary
 from ...formats.values import ModelSummary
+from .copying import holds
+from .masks import copy_masks, find_masks, is_whole, link
 from .place import check_room, copy_tokenizer, making
 
 STAGE: Final = "copying"
 TELL_NBYTES: Final = 4_000_000  # copied between two words about it
-PIECE_NBYTES: Final = (
-    4_000_000  # held at once: a block may be a gigabyte, and a copy is not stopped when memory is short
-)
 
 Tell = Callable[[Progress], None]
 
@@ -58,21 +59,24 @@ def carry_model(request: ImportModel | ExportModel, library: Path, tell: Tell) -
         if place.resolve().is_relative_to(library.resolve()):
             raise InvalidRequest(f"{place} is in the library itself, which holds only what was added or imported")
     try:
-        return _carry(request, source, place, tell)
+        return _carry(request, source, place, library, tell)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(f"no room is left in {place}; what was copied stays, the same command goes on") from error
         raise storage_failed(error, place) from error
 
 
-def _carry(request: ImportModel | ExportModel, source: Path, place: Path, tell: Tell) -> ModelSummary:
+def _carry(request: ImportModel | ExportModel, source: Path, place: Path, library: Path, tell: Tell) -> ModelSummary:
     manifest, stack = read_manifest(source), read_stack(source / STACK)
     if stack.arriving:
         raise NotArrived(f"{source} is itself still arriving; wait until it is complete")
     check_manifest(stack, manifest)
     manifest = msgspec.structs.replace(manifest, name=request.name)
+    masks_there = is_whole(place / MASKS, stack.blocks)
+    ours = find_masks(library, stack.blocks) if isinstance(request, ImportModel) and not masks_there else None
     there = (place / STACK).stat().st_size if (place / STACK).exists() else 0
-    check_room({place.parent: stack.data_start + stack.nbytes - there})
+    masks_nbytes = stack.masks_path.stat().st_size if stack.masks_path and not masks_there and not ours else 0
+    check_room({place.parent: masks_nbytes + stack.data_start + stack.file_edges[-1] - there})
     if place.exists():
         _check_same(place, manifest)
     elif isinstance(request, ImportModel):
@@ -85,7 +89,10 @@ def _carry(request: ImportModel | ExportModel, source: Path, place: Path, tell: 
     def told(done: int) -> None:
         tell(Progress(id=request.id, stage=STAGE, done=done, total=stack.nbytes))
 
-    _copy_stack(stack, place / STACK, told)
+    before = stack.nbytes - stack.file_edges[-1]  # bytes of masks
+    if stack.masks_path and not masks_there and not (ours and link(ours, place)):
+        copy_masks(stack, place, told)
+    _copy_stack(stack, place / STACK, lambda done: told(before + done))
     mark_of(place / STACK).unlink()
     _sync(place)
     return summary(manifest)
@@ -108,22 +115,25 @@ def _copy_stack(stack: Stack, target: Path, tell: Callable[[int], None]) -> None
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # a link in a half copied folder is nobody's we know
     with stack.path.open("rb") as source, os.fdopen(os.open(target, flags, 0o666), "r+b") as file:
         whole = _whole_blocks(stack, source, file)
-        file.seek(stack.data_start + stack.edges[whole])
+        file.seek(stack.data_start + stack.file_edges[whole])
         file.truncate()
         if not whole:
             source.seek(0)
             file.seek(0)
             file.write(source.read(stack.data_start))
         source.seek(file.tell())
-        told = stack.edges[whole]
+        told = stack.file_edges[whole]
         tell(told)
         for position in range(whole, len(stack.blocks)):
+            if stack.blocks[position].beside:
+                continue
             if not _holds(stack, source, position, file.write):
                 tensor = stack.blocks[position].tensor
                 raise BadBlock(f"block {position} of {stack.path} ({tensor}) does not match its hash")
             file.flush()
-            if stack.edges[position + 1] - told >= TELL_NBYTES or position + 1 == len(stack.blocks):
-                told = stack.edges[position + 1]
+            done = stack.file_edges[position + 1]
+            if done - told >= TELL_NBYTES or done == stack.file_edges[-1]:
+                told = done
                 # a gigabyte passes through here: it shall not push out what other programs have in the page cache
                 os.fdatasync(file.fileno())
                 for passed in (source, file):
@@ -137,9 +147,9 @@ def _whole_blocks(stack: Stack, source: BinaryIO, file: BinaryIO) -> int:
     if file.read(stack.data_start) != source.read(stack.data_start):
         return 0
     for position in range(len(stack.blocks)):
-        whole = False
+        whole = stack.blocks[position].beside
         with contextlib.suppress(TruncatedStack):
-            whole = _holds(stack, file, position)
+            whole = whole or _holds(stack, file, position)
         if not whole:
             return position
     return len(stack.blocks)
@@ -150,22 +160,7 @@ def _holds(stack: Stack, file: BinaryIO, position: int, copy: Callable[[bytes], 
 
     Raises `TruncatedStack`.
     """
-    return content_hash_of(_pieces(stack, file, position, copy)) == stack.blocks[position].hash
-
-
-def _pieces(stack: Stack, file: BinaryIO, position: int, copy: Callable[[bytes], object]) -> Iterator[bytes]:
-    left = stack.blocks[position].nbytes
-    padding = padded(left) - left
-    while left or padding:
-        piece = file.read(min(left or padding, PIECE_NBYTES))
-        if not piece:
-            raise TruncatedStack(f"{stack.path} ends inside block {position}")
-        copy(piece)
-        if left:
-            left -= len(piece)
-            yield piece
-        else:
-            padding -= len(piece)
+    return holds(stack.blocks[position], file, stack.path, copy)
 
 
 def _sync(folder: Path) -> None:

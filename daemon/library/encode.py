@@ -97,6 +97,8 @@ def _levels_nbytes(
     if codec == "bitstack":
         return levels * [signs_nbytes(m, n, choose_rank(m, n, rank))]
     if sparse is not None and name not in VOCABULARY:
+        if sparse.given:
+            return sparse.given.nbytes(name, sparse.pruning.values)
         return tier_nbytes(m, n, sparse.groups(name, n), levels, sparse.pruning.values)
     return [plane_nbytes(m, n, level, level_dtype(n, level)) for level in range(_planes(codec, levels))]
 

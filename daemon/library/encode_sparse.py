@@ -20,7 +20,7 @@ filled up with zeros that are stored. Needs torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -34,6 +34,7 @@ from ...formats.kinds import VALUES_LIMIT, mask_nbytes, values_nbytes
 from ...formats.pruning import Pruning
 from ...formats.stack import BlockEntry, content_hash
 from .encode_bitstack import Level, checked_weight
+from .given import GivenMasks, on_positions
 from .prune import Groups, Inputs, Pruned, objective, prune
 
 DEFAULT_LEVELS: Final = 3
@@ -62,10 +63,13 @@ class Zeros:
 
 @dataclass(frozen=True)
 class SparsePlan:
-    """How the linears of one checkpoint are pruned; `zeros` is None unless it was pruned before."""
+    """How the linears of one checkpoint are pruned; `zeros` is None unless it was pruned before. With masks that are
+    `given`, nothing is left to choose but the values.
+    """
 
     pruning: Pruning
     zeros: Zeros | None = None
+    given: GivenMasks | None = None
 
     def groups(self, tensor: str, n: int) -> Groups:
         """How many weights of a linear with n columns are kept. Raises `InvalidRequest` as `Pruning.group` does.
@@ -139,17 +143,15 @@ def encode_tiers(
     Raises `CorruptCheckpoint` for weights that are not finite, or beyond
     1e6.
     """
-    weight, groups, pruning = checked_weight(tensor, weight), plan.groups(tensor, weight.shape[1]), plan.pruning
-    parts = weight.split(ROWS_AT_ONCE)
-    pruned = [prune(part, inputs, groups, pruning.method, None if plan.zeros is None else part != 0) for part in parts]
-    kept, value = torch.cat([part.kept for part in pruned]), torch.cat([part.weight for part in pruned])
-    stored = round_values(value, inputs, pruning.values)
-    ranks = _ranks(Pruned(kept, value), inputs, groups)
-    tiers = tier_counts(groups.keep, levels)
-    held = torch.zeros_like(kept)
+    weight, pruning = checked_weight(tensor, weight), plan.pruning
+    pruned = _given(tensor, weight, inputs, plan, plan.given) if plan.given else _pruned(tensor, weight, inputs, plan)
+    stored = round_values(pruned.weight, inputs, pruning.values)
+    tiers = (
+        plan.given.tiers(tensor) if plan.given else _tiers(pruned, inputs, plan.groups(tensor, weight.shape[1]), levels)
+    )
+    held = torch.zeros_like(pruned.kept)
     before = _errors(weight, inputs)
-    for level, count in enumerate(tiers):
-        fresh = (ranks < count) & ~held
+    for level, fresh in enumerate(tiers):
         mask = pack_mask(fresh.numpy(), held.numpy())
         per_row = int(fresh[0].sum())
         held |= fresh
@@ -172,9 +174,41 @@ def encode_tiers(
                 uses=uses,
                 dtype=pruning.values if kind == "values" else "",
                 rank=per_row,
+                beside=kind == "mask",
             )
             yield Level(entry, data, before, left)
         before = after
+
+
+def _pruned(tensor: str, weight: Tensor, inputs: Inputs, plan: SparsePlan) -> Pruned:
+    """The matrix with the rows' weights chosen."""
+    groups, method = plan.groups(tensor, weight.shape[1]), plan.pruning.method
+    return _joined(
+        prune(part, inputs, groups, method, None if plan.zeros is None else part != 0)
+        for part in weight.split(ROWS_AT_ONCE)
+    )
+
+
+def _given(tensor: str, weight: Tensor, inputs: Inputs, plan: SparsePlan, given: GivenMasks) -> Pruned:
+    """The matrix on the positions that another model has."""
+    parts = zip(weight.split(ROWS_AT_ONCE), given.kept(tensor).split(ROWS_AT_ONCE), strict=True)
+    return _joined(
+        on_positions(part, inputs, kept, plan.pruning.method, None if plan.zeros is None else part != 0)
+        for part, kept in parts
+    )
+
+
+def _joined(parts: Iterable[Pruned]) -> Pruned:
+    found = list(parts)
+    return Pruned(torch.cat([part.kept for part in found]), torch.cat([part.weight for part in found]))
+
+
+def _tiers(pruned: Pruned, inputs: Inputs, groups: Groups, levels: int) -> Iterator[Tensor]:
+    """Which weights each tier has, `[m, n]`: those that count most first."""
+    ranks, held = _ranks(pruned, inputs, groups), 0
+    for count in tier_counts(groups.keep, levels):
+        yield (ranks >= held) & (ranks < count)
+        held = count
 
 
 @dataclass(frozen=True)

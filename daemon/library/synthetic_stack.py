@@ -3,7 +3,8 @@
 Weights are about 0.02 in size, like a fresh network's. Planes are random bits with the codebook's levels; signs are
 random bits too, with factors positive and near each other, level l being about `+-0.02 / 2^l`. Tiers of a sparse one
 share out its values evenly; rows of a mask are a few random ones, turned. Each block is a function of (seed, tensor,
-level, kind), made once for its hash and again for the file.
+level, kind), made once for its hash and again for the file; so sparse models of one seed and sparsity have the same
+masks, and share the file, whatever their values are stored as.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ from ...formats.kinds import (
     words_per_row,
 )
 from ...formats.manifest import STACK, Manifest, Source, write_manifest
+from ...formats.masks import digest
 from ...formats.stack import BlockEntry, StackIndex, content_hash, filled_before, prefix_edges, write_stack
 from .encode import layer_linears
 from .encode_bitstack import choose_levels, choose_rank
 from .encode_nested import choose_levels as choose_planes
 from .encode_nested import gaussian_codebook, level_dtype
+from .masks import link_masks
 from .order import order_entries
 from .place import check_room, free_place, making
 from .synthetic_tokenizer import BOS, EOS, write_tokenizer
@@ -84,7 +87,8 @@ def write_random_stack(
     index, _ = order_entries(a, entries, "gain")
     filled = filled_before(index.blocks)
     with making(place) as folder:
-        write_stack(folder / STACK, index, lambda i: _payload(index.blocks[i], seed, filled[i]))
+        shared = link_masks(library, index.blocks, folder)
+        write_stack(folder / STACK, index, lambda i: _payload(index.blocks[i], seed, filled[i]), masks_there=shared)
         write_tokenizer(folder, a.vocab)
         options: dict[str, str | int | float] = {"seed": seed, "levels": levels}
         if codec == "bitstack":
@@ -168,6 +172,7 @@ def _entry(
         uses=weight_uses(a, name),
         dtype=dtype,
         rank=rank,
+        beside=kind == "mask",
     )
 
 
@@ -257,4 +262,5 @@ def _manifest(
         bos=BOS,
         eos=(EOS,),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        masks=digest(index.blocks),
     )

@@ -136,6 +136,8 @@ class Adding:
             raise InvalidRequest("source must be a folder or a hub id, not empty")
         if isinstance(message, ImportModel) and not Path(message.source).is_absolute():
             raise InvalidRequest(f"the folder to import must be an absolute path, not {message.source!r}")
+        if isinstance(message, AddModel) and message.masks_of is not None:
+            self._library.get(message.masks_of)
         half = isinstance(message, ImportModel) and self._library.arriving(message.name)
         if self._library.exists(message.name) and not half:
             raise ModelExists(f"{message.name} is in the library; remove it first or choose another name")

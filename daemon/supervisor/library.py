@@ -19,7 +19,7 @@ from typing import Final
 import msgspec
 
 from ...formats.errors import CorruptFile, CorruptManifest, UnknownModel, UnsupportedVersion, storage_failed
-from ...formats.manifest import STACK, Manifest, read_manifest
+from ...formats.manifest import MASKS, STACK, Manifest, read_manifest
 from ...formats.messages import ModelDetail
 from ...formats.paths import ADDING
 from ...formats.stack import mark_of
@@ -94,15 +94,50 @@ class Library:
     def summaries(self) -> tuple[ModelSummary, ...]:
         """One line for each model that is there now, by name."""
         self.scan()
-        return tuple(self._summary(name) for name in sorted(self._models))
+        return tuple(self.summary(name) for name in sorted(self._models))
 
-    def _summary(self, name: str) -> ModelSummary:
-        line = summary(self._models[name])
+    def summary(self, name: str) -> ModelSummary:
+        """The line of one model. Raises `UnknownModel`."""
+        line = summary(self.get(name))
+        shares, nbytes = self._shared(name)
+        line = msgspec.structs.replace(line, shares=shares, shared_nbytes=nbytes)
         if not self.arriving(name):
             return line
-        stack = self._root / name / STACK
-        size = stack.stat().st_size if stack.exists() else 0  # its header, not a hundredth of it, is counted too
+        # headers, not a hundredth of it, are counted too
+        size = sum(found.st_size for found in (self._file(name, STACK), self._file(name, MASKS)) if found)
         return msgspec.structs.replace(line, arrived_nbytes=min(size, line.nbytes))
+
+    def detail(self, id: int, name: str) -> ModelDetail:  # noqa: A002 - the wire's own word
+        """Everything a manifest says, and the model's line, as `ebb show` wants it. Raises `UnknownModel`."""
+        manifest = self.get(name)
+        return ModelDetail(
+            id=id,
+            summary=self.summary(name),
+            architecture=manifest.architecture,
+            source=manifest.source.location,
+            checksum=manifest.source.checksum,
+            options=manifest.options,
+            blocks=manifest.blocks,
+            curve=manifest.curve,
+        )
+
+    def _shared(self, name: str) -> tuple[tuple[str, ...], int]:
+        """The models that have their masks in the same file as this one, and its bytes."""
+        masks, own = self._models[name].masks, self._file(name, MASKS)
+        alike = sorted(other for other, manifest in self._models.items() if manifest.masks == masks and other != name)
+        if not masks or own is None:
+            return (), 0
+        shares = [
+            other for other in alike if (found := self._file(other, MASKS)) is not None and os.path.samestat(found, own)
+        ]
+        return tuple(shares), own.st_size if shares else 0
+
+    def _file(self, name: str, file: str) -> os.stat_result | None:
+        """What the system knows of a file of a model, if it is there."""
+        try:
+            return (self._root / name / file).stat()
+        except OSError:
+            return None
 
     def remove(self, name: str) -> None:
         """Take a model out: at once for everybody who looks, on the disk a moment later.
@@ -163,20 +198,6 @@ def _refuse_links(folder: Path) -> None:
         raise CorruptFile(f"{folder} cannot be read: {error.strerror}") from error
     if links:
         raise CorruptFile(f"{links[0]} is a link, and the library takes files and folders only; copy what it names")
-
-
-def detail(id: int, manifest: Manifest) -> ModelDetail:  # noqa: A002 - the wire's own word
-    """Everything a manifest says, as `ebb show` wants it."""
-    return ModelDetail(
-        id=id,
-        summary=summary(manifest),
-        architecture=manifest.architecture,
-        source=manifest.source.location,
-        checksum=manifest.source.checksum,
-        options=manifest.options,
-        blocks=manifest.blocks,
-        curve=manifest.curve,
-    )
 
 
 def _wake(name: str) -> None:

@@ -61,7 +61,7 @@ from .checks import changed_terms, check_generate, check_pin, check_terms, check
 from .children import Launcher, Ward
 from .demand import Demand
 from .following import Following
-from .library import Library, detail
+from .library import Library
 from .outlook import Outlook
 from .reading import Reading
 from .requests import Lasting, OpenRequest, PinRequest, Requests
@@ -226,7 +226,7 @@ class Server:
             case ListModels():
                 self._clients.send(client, ModelList(id=request.id, models=self._library.summaries()))
             case ShowModel():
-                self._clients.send(client, detail(request.id, self._library.get(request.model)))
+                self._clients.send(client, self._library.detail(request.id, request.model))
             case RemoveModel():
                 self._remove(request.model)
                 self._clients.send(client, Done(id=request.id))

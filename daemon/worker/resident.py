@@ -15,6 +15,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from ...formats.blocks import check_finite
 from ...formats.errors import BadBlock, CorruptStack, NotArrived, TruncatedStack
 from ...formats.kinds import SHARED_LEVELS
-from ...formats.stack import BlockEntry, Stack, content_hash, filled_before, mark_of
+from ...formats.stack import BlockEntry, Place, Stack, content_hash, filled_before, mark_of, padded
 from ...kernels.rows import CODES, MASK, PLANE, SHARED_PLANE, SIGNS, VALUES_CODES
 from .shared import Block, Ground, SharedBlocks, Span, Use, key_of
 
@@ -65,10 +66,7 @@ class Resident:
         self._tables: dict[str, NDArray[np.int64]] = {}
         self._rows: dict[str, list[tuple[int, int, int]]] = {}  # with addresses
         self._span()
-        try:
-            self._file = os.open(stack.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CorruptStack(f"{stack.path} cannot be opened: {error.strerror}") from error
+        self._files = _opened(stack)
 
     @property
     def nbytes(self) -> int:
@@ -103,7 +101,8 @@ class Resident:
         """The blocks to which the edge may move: all, or those that have arrived."""
         if not self.arriving:
             return len(self.stack.blocks)
-        here = bisect_right(self.stack.edges, os.fstat(self._file).st_size - self.stack.data_start) - 1
+        size = os.fstat(self._files[self.stack.path]).st_size
+        here = bisect_right(self.stack.file_edges, size - self.stack.data_start) - 1
         return max(self.blocks, here if self._doubtful is None else min(here, self._doubtful))
 
     def look(self) -> None:
@@ -187,7 +186,7 @@ class Resident:
 
     def close(self) -> None:
         """Give everything back that no other model uses. The object must not be used afterwards."""
-        os.close(self._file)
+        _close(self._files)
         for position in list(self._uses):
             self._leave(position)
         self._ground.move(0)
@@ -252,22 +251,59 @@ class Resident:
             self._tables.clear()
 
     def _read(self, start: int, stop: int) -> None:
-        """Read blocks into their places."""
-        view = self._mapping.bytes.data
-        at, stop = self.stack.edges[start], self.stack.edges[stop]
-        while at < stop:
-            try:
-                count = os.preadv(self._file, [view[at:stop]], self.stack.data_start + at)
-            except OSError as error:
-                raise CorruptStack(f"{self.stack.path} cannot be read: {error.strerror}") from error
-            if not count:
-                raise TruncatedStack(
-                    f"{self.stack.path} ends at byte {at} of its data; it was {self.stack.nbytes} long"
-                )
-            at += count
+        """Read blocks into their places, those that lie next to each other in a file at once."""
+        places, edges, ends = self.stack.places, self.stack.edges, dict[Path, int]()
+        while start < stop:
+            first, end = start, start + 1
+            while end < stop and places[end] == _after(self.stack, end - 1):
+                end += 1
+            self._read_run(places[first], edges[first], edges[end])
+            path = places[first].path
+            ends[path] = max(ends.get(path, 0), _after(self.stack, end - 1).offset)
+            start = end
         # The copy in the page cache is of no more use, and would look like memory that somebody needs.
         # From the file's beginning: what a page cache folio shares with the slice before goes only as a whole.
-        os.posix_fadvise(self._file, 0, self.stack.data_start + stop, os.POSIX_FADV_DONTNEED)
+        for path, offset in ends.items():
+            os.posix_fadvise(self._files[path], 0, offset, os.POSIX_FADV_DONTNEED)
+
+    def _read_run(self, place: Place, start: int, stop: int) -> None:
+        """Read `[start, stop)` of the mapping from that place of a file on."""
+        view, file = self._mapping.bytes.data, self._files[place.path]
+        at = start
+        while at < stop:
+            try:
+                count = os.preadv(file, [view[at:stop]], place.offset + at - start)
+            except OSError as error:
+                raise CorruptStack(f"{place.path} cannot be read: {error.strerror}") from error
+            if not count:
+                raise TruncatedStack(
+                    f"{place.path} ends at byte {place.offset + at - start}, "
+                    f"before all {self.stack.nbytes} bytes of the model were read"
+                )
+            at += count
+
+
+def _after(stack: Stack, position: int) -> Place:
+    """Where the file goes on after that block."""
+    place = stack.places[position]
+    return Place(place.path, place.offset + padded(stack.blocks[position].nbytes))
+
+
+def _opened(stack: Stack) -> dict[Path, int]:
+    """Descriptors of the stack's files. Raises `CorruptStack`."""
+    files: dict[Path, int] = {}
+    for path in dict.fromkeys([stack.path, *(place.path for place in stack.places)]):
+        try:
+            files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            _close(files)
+            raise CorruptStack(f"{path} cannot be opened: {error.strerror}") from error
+    return files
+
+
+def _close(files: dict[Path, int]) -> None:
+    for file in files.values():
+        os.close(file)
 
 
 def _runs(positions: list[int]) -> Iterator[tuple[int, int]]:

@@ -287,9 +287,10 @@ def test_add_tells_how_far_it_is_on_stderr(daemon: FakeDaemon, tmp_path: Path):
 
 def test_add_asks_for_a_sparse_model(daemon: FakeDaemon, tmp_path: Path):
     options = ["--codec", "sparse", "--sparsity", "0.6", "--method", "frankwolfe", "--values", "i4"]
+    options += ["--masks-of", "other"]
     ebb("add", str(tmp_path), "--name", "tiny", *options)
     asked = daemon.wait_for(AddModel)
-    assert (asked.codec, asked.sparsity, asked.pattern) == ("sparse", 0.6, None)
+    assert (asked.codec, asked.sparsity, asked.pattern, asked.masks_of) == ("sparse", 0.6, None, "other")
     assert (asked.method, asked.values) == ("frankwolfe", "i4")
 
 
@@ -339,6 +340,25 @@ def test_list_and_show(daemon: FakeDaemon):
     plot = shown.splitlines()[shown.splitlines().index("KL, nats a token") + 1 : -3]
     assert plot[2].startswith("       1 ┤ ")
     assert plot[-1].split() == ["6.0", "MB", "15.0", "MB", "24.0", "MB"]
+
+
+def test_list_and_show_say_what_is_shared(daemon: FakeDaemon):
+    one = msgspec.structs.replace(SUMMARY, shares=("two", "won"), shared_nbytes=3_100_000)
+    two = msgspec.structs.replace(one, name="two", shares=("tiny", "won"))
+
+    def script(request: Request) -> Iterable[Item]:
+        if isinstance(request, ListModels):
+            yield ModelList(id=request.id, models=(one, two))
+        else:
+            (shown,) = working(request)
+            yield msgspec.structs.replace(shown, summary=one)
+
+    assert "shares" not in ebb("show", "tiny").stdout
+    daemon.script = script
+    assert ["shares", "3.1", "MB", "of", "masks", "with", "two,", "won"] in [
+        line.split() for line in ebb("show", "tiny").stdout.splitlines()
+    ]
+    assert ebb("list").stderr.splitlines() == ["tiny shares 3.1 MB of masks with two, won"]
 
 
 def test_json_on_stdout_is_one_document(daemon: FakeDaemon):

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from ebbflow.daemon.library import carry
+from ebbflow.daemon.library import carry, copying
 from ebbflow.daemon.library.carry import carry_model
 from ebbflow.daemon.supervisor.library import Library
 from ebbflow.daemon.worker.loop import Loop
@@ -210,7 +210,7 @@ def library(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(carry, "TELL_NBYTES", 1)
-    monkeypatch.setattr(carry, "PIECE_NBYTES", 100)
+    monkeypatch.setattr(copying, "PIECE_NBYTES", 100)
 
 
 def same(one: Path, two: Path) -> bool:

@@ -116,7 +116,7 @@ def test_goes_on_when_only_the_vocabulary_is_left_and_when_nothing_is(adder, sma
     assert adder(small, "vocabulary") == whole
     assert adder.encoded == ["embed", "head"]
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise DiskFull("no room")
 
     monkeypatch.setattr(add, "write_stack", fail)

@@ -120,6 +120,7 @@ def test_others_wait_in_line(house, client):
         (add(5, "../evil"), "invalid_name"),
         (add(5, ".hidden"), "invalid_name"),
         (add(5, "other", source=""), "invalid_request"),
+        (AddModel(id=5, source="/c", name="other", codec="sparse", masks_of="nobody"), "unknown_model"),
         (RemoveModel(id=5, model="new"), "model_busy"),
     ],
 )

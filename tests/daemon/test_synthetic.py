@@ -23,7 +23,7 @@ from ebbflow.formats.blocks import check_finite, sum_blocks
 from ebbflow.formats.checkpoint import open_checkpoint
 from ebbflow.formats.errors import InvalidRequest, ModelExists
 from ebbflow.formats.kinds import words_per_row
-from ebbflow.formats.manifest import STACK, read_manifest
+from ebbflow.formats.manifest import MASKS, STACK, read_manifest
 from ebbflow.formats.stack import filled_before, padded, read_blocks, read_stack
 
 TINY = SHAPES["tiny"]  # 172 wide: rows do not end at a word
@@ -131,6 +131,16 @@ def test_sparsity_and_values_are_as_asked(tmp_path, values):
     filled = sum(entry.rank for entry, _ in blocks if (entry.kind, entry.tensor) == ("mask", "layers.0.q"))
     assert filled == round(0.3 * weight.shape[1])
     assert (weight != 0).mean() == pytest.approx(0.3 * (14 / 15 if values == "i4" else 1), rel=0.02)
+
+
+def test_sparse_stacks_of_one_seed_share_their_masks(tmp_path):
+    for name, seed, values in (("a", 0, "i8"), ("b", 0, "i4"), ("c", 1, "i8")):
+        write_random_stack(TINY, tmp_path, name, codec="sparse", seed=seed, values=values)
+    inodes = [(tmp_path / name / MASKS).stat().st_ino for name in "abc"]
+    assert inodes[0] == inodes[1] != inodes[2]
+    one, two = (list(read_blocks(read_stack(tmp_path / name / STACK))) for name in "ab")
+    assert [data for entry, data in one if entry.beside] == [data for entry, data in two if entry.beside]
+    assert one != two
 
 
 @pytest.mark.parametrize("wrong", [{"sparsity": 1.0}, {"sparsity": -0.1}, {"values": "f32"}, {"levels": 500}])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from ebbflow.formats.errors import InvalidRequest, Unsupported
+from ebbflow.formats.errors import InvalidName, InvalidRequest, Unsupported
 from ebbflow.formats.pruning import METHODS, PATTERNS, VALUES, Pruning, read_pruning
 
 
@@ -71,3 +71,12 @@ def test_options_of_another_codec(codec):
             read_pruning(codec, *given)
     with pytest.raises(InvalidRequest, match="pattern and method belong"):
         read_pruning(codec, None, "2:4", "admm", None)
+    with pytest.raises(InvalidRequest, match="masks_of belongs"):
+        read_pruning(codec, None, None, None, None, "other")
+
+
+def test_masks_of_is_a_models_name():
+    assert read_pruning("sparse", None, None, None, "i4", "other") == Pruning(values="i4")
+    for name in ("", "../other", "a/b"):
+        with pytest.raises(InvalidName):
+            read_pruning("sparse", None, None, None, None, name)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from ebbflow.formats import container
 from ebbflow.formats import stack as stack_module
 from ebbflow.formats.errors import (
     BadBlock,
@@ -27,6 +28,7 @@ from ebbflow.formats.stack import (
     ALIGNMENT,
     BLOCK_ALIGNMENT,
     BlockEntry,
+    Place,
     Stack,
     StackIndex,
     content_hash,
@@ -81,8 +83,9 @@ def test_writes_the_golden_bytes(tmp_path):
 
 def test_reads_the_golden_bytes(tmp_path):
     (tmp_path / "s").write_bytes(golden.FILE)
-    stack = read_stack(tmp_path / "s")
-    assert stack == Stack(tmp_path / "s", 4096, 1, golden.ENTRIES, (0, 64, 128))
+    stack, edges = read_stack(tmp_path / "s"), (0, 64, 128)
+    places = (Place(tmp_path / "s", 4096), Place(tmp_path / "s", 4160))
+    assert stack == Stack(tmp_path / "s", 4096, 1, golden.ENTRIES, edges, edges, places)
     assert (stack.nbytes, stack.base_nbytes) == (128, 64)
     assert list(read_blocks(stack)) == list(zip(golden.ENTRIES, PAYLOADS, strict=True))
 
@@ -178,7 +181,7 @@ def test_deeply_nested_header(tmp_path):
         read_stack(path)
 
 
-@pytest.mark.parametrize("version", ["1", "3"])
+@pytest.mark.parametrize("version", ["1", "4"])
 def test_other_version(tmp_path, version):
     document = header()
     document["__metadata__"]["version"] = version
@@ -464,7 +467,7 @@ def test_killed_while_writing_leaves_what_was(tmp_path, step):
 
 
 def test_header_has_a_limit(monkeypatch):
-    monkeypatch.setattr(stack_module, "MAX_HEADER", 4500)
+    monkeypatch.setattr(container, "MAX_HEADER", 4500)
     with pytest.raises(BadHeader, match="at most 4500"):
         encode_header(golden.INDEX)
 

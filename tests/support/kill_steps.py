@@ -71,7 +71,7 @@ def watch(steps: Steps) -> None:
 
     def watched_open(path: pathlib.Path, mode: str = "r", *more: Any, **named: Any) -> Any:
         file = open_path(path, mode, *more, **named)
-        return WatchedFile(file, steps) if "w" in mode and "b" in mode else file
+        return WatchedFile(file, steps) if mode in ("wb", "xb") else file
 
     def watched_rename(path: pathlib.Path, target: Any) -> Any:
         steps.take(f"rename {pathlib.Path(target).name}")

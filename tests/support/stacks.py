@@ -13,7 +13,17 @@ from numpy.typing import NDArray
 from ebbflow.formats.architecture import Architecture, weight_shapes, weight_uses
 from ebbflow.formats.blocks import pack_dense, pack_mask, pack_plane, pack_signs, pack_values
 from ebbflow.formats.kinds import ROW_LEVELS, SHARED_LEVELS, VALUES_LIMIT, plane_depth
-from ebbflow.formats.manifest import MANIFEST, STACK, TOKENIZER_FILES, Manifest, Source, read_manifest, write_manifest
+from ebbflow.formats.manifest import (
+    MANIFEST,
+    MASKS,
+    STACK,
+    TOKENIZER_FILES,
+    Manifest,
+    Source,
+    read_manifest,
+    write_manifest,
+)
+from ebbflow.formats.masks import digest
 from ebbflow.formats.stack import BlockEntry, StackIndex, content_hash, read_blocks, read_stack, write_stack
 
 from support.tiny_models import write_tokenizer
@@ -53,6 +63,7 @@ def write_model(
         original_nbytes=stack.nbytes,
         bos=0,
         eos=eos,
+        masks=digest(stack.blocks),
     )
     write_manifest(folder, manifest)
     write_tokenizer(folder)
@@ -165,9 +176,16 @@ def _plane(
 
 
 def write_sparse_model(
-    folder: Path, a: Architecture = TINY, dtype: str = "i8", shares: tuple[int, ...] = (30, 15, 25), seed: int = 0
+    folder: Path,
+    a: Architecture = TINY,
+    dtype: str = "i8",
+    shares: tuple[int, ...] = (30, 15, 25),
+    seed: int = 0,
+    beside: bool = True,
 ) -> Path:
-    """Random linears of which each tier has a share of the columns, in hundredths; embedding and head are int8."""
+    """Random linears of which each tier has a share of the columns, in hundredths; embedding and head are int8. Masks
+    lie `beside` the stack; the same seed gives the same, whatever the values' dtype.
+    """
     rng = np.random.default_rng(seed)
     base: list[tuple[BlockEntry, bytes]] = []
     rest: list[tuple[BlockEntry, bytes]] = []
@@ -177,7 +195,7 @@ def write_sparse_model(
         elif name in ("embed", "head"):
             base.append(dense_entry(a, name, rng.standard_normal(shape).astype(np.float32), "i8"))
         else:
-            blocks = _tiers(a, name, rng, shape, dtype, shares)
+            blocks = _tiers(a, name, rng, shape, dtype, shares, beside)
             base += blocks[:2]
             rest += blocks[2:]
     rest.sort(key=lambda block: block[0].level)
@@ -185,7 +203,13 @@ def write_sparse_model(
 
 
 def _tiers(
-    a: Architecture, name: str, rng: np.random.Generator, shape: tuple[int, ...], dtype: str, shares: tuple[int, ...]
+    a: Architecture,
+    name: str,
+    rng: np.random.Generator,
+    shape: tuple[int, ...],
+    dtype: str,
+    shares: tuple[int, ...],
+    beside: bool,
 ) -> list[tuple[BlockEntry, bytes]]:
     """Masks and values in turn, tier after tier, large weights first."""
     m, n = shape
@@ -209,6 +233,7 @@ def _tiers(
                 uses=weight_uses(a, name),
                 dtype=own,
                 rank=rank,
+                beside=beside and kind == "mask",
             )
             blocks.append((entry, payload))
         before, start = before | tier, start + rank
@@ -229,7 +254,7 @@ def write_variant(source: Path, target: Path) -> Path:
 def copy_model(source: Path, target: Path) -> Path:
     """A second copy of a model folder."""
     target.mkdir(parents=True)
-    for name in (MANIFEST, STACK, *TOKENIZER_FILES):
+    for name in (MANIFEST, STACK, MASKS, *TOKENIZER_FILES):
         if (source / name).exists():
             shutil.copy(source / name, target / name)
     return target
