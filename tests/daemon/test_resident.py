@@ -23,7 +23,7 @@ from ebbflow.daemon.engine.serving import ServingNetwork
 from ebbflow.daemon.worker.resident import READ_NBYTES, Resident
 from ebbflow.formats.errors import BadBlock, CorruptStack, TruncatedStack
 from ebbflow.formats.manifest import STACK
-from ebbflow.formats.stack import read_stack
+from ebbflow.formats.stack import Stack, padded, read_stack
 from ebbflow.kernels.instructions import VARIABLE, available
 
 from support.residents import load, logits, move, run_child
@@ -51,11 +51,19 @@ def fresh(folder: Path, depth: int) -> NDArray[np.float32]:
     return result
 
 
+def in_memory(stack: Stack) -> bytes:
+    """All blocks of a stack as its files have them, wherever they are."""
+    files = {place.path: place.path.read_bytes() for place in stack.places}
+    sizes = [padded(entry.nbytes) for entry in stack.blocks]
+    parts = zip(stack.places, sizes, strict=True)
+    return b"".join(files[place.path][place.offset : place.offset + size] for place, size in parts)
+
+
 def check(resident: Resident) -> None:
-    """Bytes up to the edge are the file's, and all whole pages beyond it are gone."""
+    """Bytes up to the edge are the files', and all whole pages beyond it are gone."""
     resident.check_integrity()
     stack = resident.stack
-    data = stack.path.read_bytes()[stack.data_start :]
+    data = in_memory(stack)
     memory = resident.stored.view(np.uint8)
     assert memory[: resident.nbytes].tobytes() == data[: resident.nbytes]
     beyond = -(-resident.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -22,7 +22,7 @@ from ebbflow.daemon.engine.kv import KvCache
 from ebbflow.daemon.engine.scheduler import Piece, Sequence
 from ebbflow.daemon.engine.serving import ServingNetwork
 from ebbflow.daemon.library.synthetic_stack import write_random_stack
-from ebbflow.daemon.mapping import PAGE, Mapping, private_nbytes
+from ebbflow.daemon.mapping import PAGE, Mapping
 from ebbflow.daemon.worker import shared as shared_module
 from ebbflow.daemon.worker.loop import Loop
 from ebbflow.daemon.worker.resident import READ_NBYTES, Resident
@@ -34,6 +34,7 @@ from ebbflow.formats.messages import Finished, Generate
 from ebbflow.formats.stack import Stack, mark_of, read_blocks, read_stack
 from ebbflow.formats.values import Sampling
 
+from support.cgroups import measure
 from support.engines import Answers
 from support.fake_line import FakeClock, FakeLine
 from support.residents import load, logits, move, run_child
@@ -310,8 +311,9 @@ def test_nothing_is_read_that_is_there(folders: dict[str, Path], tmp_path: Path)
 def spoil(folder: Path, position: int) -> None:
     """Turn the lowest bit of a block's last byte; the header goes on saying what it said."""
     stack = read_stack(folder / STACK)
-    with (folder / STACK).open("r+b") as file:
-        at = stack.data_start + stack.edges[position] + stack.blocks[position].nbytes - 1
+    place = stack.places[position]
+    with place.path.open("r+b") as file:
+        at = place.offset + stack.blocks[position].nbytes - 1
         file.seek(at)
         byte = file.read(1)[0]
         file.seek(at)
@@ -409,30 +411,13 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_the_kernel_counts_it_once(large: dict[str, Path]) -> None:
-    for folder in large.values():
-        opened(folder, 99, SharedBlocks()).close()  # what malloc keeps of the first load stays with it
-    shared, start = SharedBlocks(), private_nbytes()
-    models: dict[str, Resident] = {}
-
-    def taken() -> int:
-        statistics = [resident.statistics() for resident in models.values()]
-        booked = sum(s.nbytes - s.shared_nbytes for s in statistics)
-        assert abs(private_nbytes() - start - booked) < 500_000
-        return booked
-
-    for name, folder in large.items():
-        models[name] = opened(folder, 99, shared)
-        taken()
-    alone = sum(resident.nbytes for resident in models.values())
-    assert alone - taken() > 2_300_000
-    models["bytes"].shrink(0)
-    before = taken()
-    move(models["bytes"], len(models["bytes"].stack.blocks))
-    assert taken() > before
-    models.pop("bytes").close()
-    assert taken() == models["halves"].nbytes
-    models.pop("halves").close()
-    assert taken() == 0
+    found = measure("variants", str(large["bytes"]), str(large["halves"]))
+    for when in ("first", "both", "shrunk", "grown", "second", "none"):
+        assert abs(found[f"{when} used"] - found[f"{when} booked"]) < 500_000
+    assert found["alone"] - found["both booked"] > 2_300_000
+    assert found["shrunk booked"] < found["grown booked"] == found["both booked"]
+    assert found["second booked"] == found["second alone"]
+    assert found["none booked"] == 0
 
 
 def test_a_worker_serves_variants_that_share(large: dict[str, Path]) -> None:

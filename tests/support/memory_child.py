@@ -21,11 +21,12 @@ from ebbflow.daemon.mapping import Mapping, drop_clean_pages, private_nbytes
 from ebbflow.daemon.process import free_at_once
 from ebbflow.daemon.worker.loop import Loop
 from ebbflow.daemon.worker.resident import Resident
+from ebbflow.daemon.worker.shared import SharedBlocks
 from ebbflow.formats.architecture import Architecture
 from ebbflow.formats.child_messages import Exit, LoadModel, SetTarget, ToWorker, Trim, UnloadModel
 from ebbflow.formats.manifest import STACK
 from ebbflow.formats.messages import Chunk, Generate
-from ebbflow.formats.stack import read_stack
+from ebbflow.formats.stack import Stack, read_stack
 from ebbflow.formats.values import Sampling
 
 from support.fake_line import FakeClock, FakeLine
@@ -137,6 +138,43 @@ def resident() -> dict[str, int]:
     full = used()
     loaded.close()
     return result | {"closed": full - used()}
+
+
+def variants() -> dict[str, int]:
+    """Two models with blocks in common through their lives: what is booked and what the kernel says, step by step."""
+    first, second = (read_stack(Path(folder) / STACK) for folder in sys.argv[3:5])
+    for stack in (first, second):
+        _loaded(stack, SharedBlocks()).close()  # what malloc keeps of the first load stays with it
+    shared, start = SharedBlocks(), used()
+    models: dict[str, Resident] = {}
+    found = {}
+
+    def look(when: str) -> None:
+        statistics = [model.statistics() for model in models.values()]
+        found[f"{when} booked"] = sum(s.nbytes - s.shared_nbytes for s in statistics)
+        found[f"{when} used"] = used() - start
+
+    models["first"] = _loaded(first, shared)
+    look("first")
+    models["second"] = _loaded(second, shared)
+    look("both")
+    models["first"].shrink(0)
+    look("shrunk")
+    while models["first"].blocks < len(first.blocks):
+        models["first"].grow(len(first.blocks))
+    look("grown")
+    models.pop("first").close()
+    look("second")
+    models.pop("second").close()
+    look("none")
+    return found | {"alone": first.nbytes + second.nbytes, "second alone": second.nbytes}
+
+
+def _loaded(stack: Stack, shared: SharedBlocks) -> Resident:
+    model = Resident(stack, shared)
+    while model.blocks < len(stack.blocks):
+        model.grow(len(stack.blocks))
+    return model
 
 
 def cached(descriptor: int) -> int:
@@ -269,6 +307,6 @@ if __name__ == "__main__":
         (Path(GROUP) / "cgroup.procs").write_text(str(os.getpid()))
     measurements = (
         *(mapping, shared_mapping, huge_pages, kv_blocks, resident, loop_rounds, unload_trims),
-        *(compiler_idle, ledger),
+        *(compiler_idle, ledger, variants),
     )
     print(json.dumps({m.__name__: m for m in measurements}[sys.argv[1]]() | {"counted": bool(GROUP)}))
