@@ -101,9 +101,9 @@ def test_freed_kv_blocks_are_returned() -> None:
 
 @pytest.fixture(scope="module")
 def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 blocks of a mebibyte; only good for being read."""
+    """64 blocks of a mebibyte, no two the same; only good for being read."""
     weight = np.random.default_rng(0).random((512, 512), np.float32)
-    blocks = [dense_entry(TINY, f"tensor{i}", weight, "f32") for i in range(64)]
+    blocks = [dense_entry(TINY, f"tensor{i}", weight + np.float32(i), "f32") for i in range(64)]
     return write_model(tmp_path_factory.mktemp("large") / "model", TINY, blocks, 1)
 
 
