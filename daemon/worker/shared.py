@@ -1,10 +1,10 @@
 """Blocks that loaded models have in common: in memory once, whoever comes and goes.
 
-Masks of two prunings that agree, an embedding that both left as it was. A block stays where it was first read, in the
-memory of the model that read it, and every other model that wants these bytes points there. When the first one lets go
-of it (its edge moves down, it is unloaded), those pages stay for as long as anybody uses them and go with the last
-user. So nothing is ever copied or moved: shrinking needs no memory, takes no longer than without sharing, and cannot
-fail. Of a model that was unloaded nothing else is left than address space.
+Masks of two prunings that agree, an embedding that both left as it was; also what one model has twice. A block stays
+where it was first read, in the memory of the model that read it, and every other model that wants these bytes points
+there. When the first one lets go of it (its edge moves down, it is unloaded), those pages stay for as long as anybody
+uses them and go with the last user. So nothing is ever copied or moved: shrinking needs no memory, takes no longer than
+without sharing, and cannot fail. Of a model that was unloaded nothing else is left than address space.
 
 Trust. That two headers name the same hash proves nothing: one of them may lie, or its file have rotted. So bytes are
 compared with their hash before anybody but their own model uses them, once. If they do not match, their model keeps

@@ -36,7 +36,7 @@ OLD = PinSummary(name="old", tokens=32, nbytes=MB, current=False)
 MODEL = Residency(
     model="tiny", blocks=1, total_blocks=2, nbytes=12 * MB, total_nbytes=24 * MB, base_nbytes=MB, target_nbytes=12 * MB,
     kv_nbytes=40 * MB, kv_limit_nbytes=2000 * MB, kv_cached_nbytes=30 * MB, kv_pinned_nbytes=4 * MB,
-    prompt_tokens=1000, reused_tokens=850, preemptions=3,
+    prompt_tokens=1000, reused_tokens=850, preemptions=3, shared_nbytes=2 * MB,
 )  # fmt: skip
 
 
@@ -176,4 +176,6 @@ def test_ps_and_top_tell_of_prefixes(daemon: FakeDaemon):
         "tiny: keys and values 40.0 MB of at most 2.0 GB, 30.0 MB of it of requests that have ended, 4.0 MB pinned, "
         "85% of 1000 prompt tokens were computed before, 3 times a request gave its place up for a while"
     ) in ebb("ps").stdout
+    assert "tiny: 2.0 MB in common with other models, and counted there\n" in ebb("ps").stdout
+    assert "stacks 10.0 MB, " in ebb("ps").stdout
     assert "KV 40.0 MB of 2.0 GB, 85% reused" in ebb("top", "--once").stdout
