@@ -1,4 +1,6 @@
-"""Kernels compiled by the suite are kept where a change in any kernel file makes them new again."""
+"""Kernels compiled by the suite are kept where a change in any kernel file makes them new again; those for GPUs are
+interpreted.
+"""
 
 from __future__ import annotations
 
@@ -11,5 +13,6 @@ from support.real_daemon import KERNELS
 
 os.environ.setdefault("EBBFLOW_INSTRUCTIONS", "every")
 use_cache(KERNELS)
+os.environ.setdefault("TRITON_INTERPRET", "1")  # heeded when Triton is imported, which nothing does before this
 # A shell's background job (and some CI) starts with Ctrl-C ignored, and Python then leaves it so; tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
