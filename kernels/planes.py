@@ -40,14 +40,16 @@ from .vectors import (
     Neon,
     cases,
     f32,
-    i8,
     i32,
     load,
     loop,
     number,
+    plain,
+    pointer,
     prefetch,
     store,
     vector,
+    width,
 )
 
 COLUMNS: Final = 512  # decoded at a time
@@ -234,16 +236,6 @@ def _halves(size: int) -> tuple[range, range]:
     return range(size), range(size, 2 * size)
 
 
-def pointer(context: Any, builder: Any, kind: Any, array: Any) -> Any:
-    """To an array's bytes."""
-    return builder.bitcast(context.make_array(kind)(context, builder, array).data, i8.as_pointer())
-
-
-def width(context: Any, builder: Any, kind: Any, array: Any) -> Any:
-    """Columns of an array of rows."""
-    return builder.extract_value(context.make_array(kind)(context, builder, array).shape, 1)
-
-
 def _typed_decode(
     typing: Any,
     instructions: Any,
@@ -333,11 +325,6 @@ def _typed_dot(
         return context.get_dummy_value()
 
     return signature, codegen
-
-
-def plain(*arguments: Any) -> None:
-    """In the place of an intrinsic."""
-    raise AssertionError("there are no vectors without the compiler")
 
 
 _decode: Any = plain if JIT_OFF else intrinsic(_typed_decode)

@@ -45,14 +45,12 @@ from .planes import (
     dot,
     indices,
     padded,
-    plain,
-    pointer,
     portable_dot,
-    width,
 )
 from .quantize import LARGEST, LEAST
 from .rows import I8, JIT_OFF, ROWS, SIGNS, WORD, decode_rows, half_to_float, largest_rank
-from .sparse import expand_rows, expansion_nbytes, sparse
+from .sparse import expand_rows, expansion_nbytes
+from .tiers import sparse
 from .vectors import (
     LANE,
     Bytes,
@@ -65,10 +63,13 @@ from .vectors import (
     load,
     loop,
     number,
+    plain,
+    pointer,
     prefetch,
     shuffle,
     store,
     vector,
+    width,
 )
 
 GROUPED: Final = 4  # levels decoded together

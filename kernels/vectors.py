@@ -104,6 +104,21 @@ def cases(builder: Any, value: Any, emitters: dict[int, Any]) -> None:
     builder.position_at_end(after)
 
 
+def pointer(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+    """To an array's bytes."""
+    return builder.bitcast(context.make_array(kind)(context, builder, array).data, i8.as_pointer())
+
+
+def width(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+    """Columns of an array of rows."""
+    return builder.extract_value(context.make_array(kind)(context, builder, array).shape, 1)
+
+
+def plain(*arguments: Any) -> None:
+    """In the place of an intrinsic."""
+    raise AssertionError("there are no vectors without the compiler")
+
+
 class Bytes:
     """Byte vectors of one width. The base class is what any target can do."""
 
