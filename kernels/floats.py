@@ -73,7 +73,7 @@ def typed_floats(forms: dict[int, str], add: bool) -> Any:
 
             def read(form: str) -> None:
                 with b.if_then(several):
-                    place, following, end = loop(b, last, LANES)
+                    place, following, end = loop(b, last, LANES, unroll=False)
                     found = emit_floats(b, form, base, at, place)
                     if form in ("i8", "i4"):
                         found = b.fmul(splat(b, scale, LANES), found)
