@@ -17,15 +17,12 @@ speed was ever measured.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
-from numpy.typing import NDArray
 
-from ..reference import reference_levels
 from ..rows import VALUES_F16, VALUES_I4, VALUES_I8
 
 _VALUES: Final = {VALUES_F16: torch.float16, VALUES_I8: torch.int8, VALUES_I4: torch.uint8}
@@ -157,16 +154,3 @@ def multiply_sparse(
         ROWS=_TILES[tile],
         TOKENS=tile,
     )
-
-
-def reference_multiply_sparse(
-    kind: int,
-    stored: NDArray[np.uint8],
-    blocks: NDArray[np.int64],
-    n: int,
-    x: NDArray[Any],
-    y: NDArray[np.float32],
-) -> None:
-    """Put the weight together, multiply."""
-    weight = reference_levels(stored.view(np.uint16), blocks, y.shape[1], n)[0]
-    y[:] = x.astype(np.float64) @ weight.T

@@ -13,10 +13,10 @@ import torch
 import triton
 from numpy.typing import NDArray
 
-from ..reference import reference_levels
+from ..reference import reference_levels, reference_multiply_sparse
 from ..rows import VALUES_F16
 from ..table import Arguments, Draw, Entry, store_levels
-from .sparse import multiply_sparse, reference_multiply_sparse
+from .sparse import multiply_sparse
 
 
 def device() -> str:

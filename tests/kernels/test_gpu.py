@@ -151,9 +151,9 @@ numbers = dict.fromkeys(("m", "n", "tokens", "tiers"), "i32")
 constants = dict.fromkeys(("SCALED", "HALVES", "SLOTS", "ROWS", "TOKENS"), "constexpr")
 floats = dict(scales="*fp32", blocks="*i64", x="*fp32", y="*fp32")
 for target, wanted in ((GPUTarget("cuda", 80, 32), "ptx"), (GPUTarget("hip", "gfx942", 64), "amdgcn")):
-    for values, (tile, rows) in zip(("*fp16", "*i8", "*u8"), _TILES.items(), strict=True):
+    for values, slots, (tile, rows) in zip(("*fp16", "*i8", "*u8"), (1, 2, 4), _TILES.items(), strict=True):
         signature = dict(words="*u64", values=values, **floats, **numbers, **constants)
-        given = dict(SCALED=values != "*fp16", HALVES=values == "*u8", SLOTS=2, ROWS=rows, TOKENS=tile)
+        given = dict(SCALED=values != "*fp16", HALVES=values == "*u8", SLOTS=slots, ROWS=rows, TOKENS=tile)
         text = compile(ASTSource(_multiply, signature, given), target=target).asm[wanted]
         print(wanted, "atom" in text, "popc" in text or "bcnt" in text)
 """
