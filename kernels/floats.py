@@ -13,6 +13,7 @@ from numba import types
 
 from .halves import widen
 from .vectors import (
+    AHEAD,
     cases,
     constant,
     f32,
@@ -23,6 +24,7 @@ from .vectors import (
     loop,
     number,
     pointer,
+    prefetch,
     shuffle,
     splat,
     store,
@@ -44,7 +46,9 @@ def emit_floats(b: Any, form: str, base: Any, at: Any, place: Any) -> Any:
         eight = constant(i8, [8] * LANES)
         return b.sitofp(b.sub(b.xor(halves, eight), eight), vector(f32, LANES))
     element, size = {"f32": (f32, 4), "f16": (i16, 2), "bf16": (i16, 2), "i8": (i8, 1)}[form]
-    stored = load(b, vector(element, LANES), b.gep(base, [b.add(at, b.mul(place, number(size)))]))
+    begins = b.add(at, b.mul(place, number(size)))
+    prefetch(b, b.gep(base, [b.add(begins, number(AHEAD))]))
+    stored = load(b, vector(element, LANES), b.gep(base, [begins]))
     if form == "f16":
         return widen(b, stored)
     if form == "bf16":

@@ -33,6 +33,7 @@ from .instructions import AVX2, AVX512, NAMES, NEON, PORTABLE, compiled
 from .later import loaded_later
 from .rows import BASE_PLANES, JIT_OFF, PLANE, ROWS, bf16_to_float
 from .vectors import (
+    AHEAD,
     LANE,
     Avx2,
     Avx512,
@@ -57,7 +58,6 @@ GROUP: Final = 256  # columns of a token that share a scale
 SUMS: Final = 16  # integer sums, and float partials, of one row and token
 WORDS: Final = COLUMNS // 64
 VECTORS: Final = COLUMNS // 64  # of 64 bytes, from the 64 bytes of each plane
-AHEAD: Final = 4096  # bytes of each plane asked for ahead of time: took one core from 10 to 34 GB/s (AMD EPYC)
 DEPTHS: Final = tuple(range(BASE_PLANES, 9))
 
 SETS: Final[dict[int, type[Bytes]]] = {AVX512: Avx512, AVX2: Avx2, NEON: Neon}

@@ -31,7 +31,6 @@ from numpy.typing import NDArray
 from .instructions import PORTABLE
 from .later import loaded_later
 from .planes import (
-    AHEAD,
     COLUMNS,
     FLOATS,
     INTEGERS,
@@ -52,6 +51,7 @@ from .rows import I8, JIT_OFF, ROWS, SIGNS, WORD, decode_rows, half_to_float, la
 from .sparse import expand_rows, expansion_nbytes
 from .tiers import sparse
 from .vectors import (
+    AHEAD,
     LANE,
     Bytes,
     cases,

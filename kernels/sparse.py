@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 from .bits import count, deposit, emit_count, emit_deposit, taken
 from .floats import LANES, emit_floats
 from .instructions import AVX512
-from .planes import AHEAD, SETS
+from .planes import SETS
 from .quantize import LARGEST, LEAST
 from .rows import JIT_OFF, VALUES_F16, VALUES_I8, WORD, half_to_float
 from .tiers import ABLE, CAN, EACH, emit_columns, past_columns, tier_width, values_place
 from .vectors import (
+    AHEAD,
     call,
     cases,
     constant,
@@ -190,7 +191,9 @@ def _typed_largest(typing: Any, stored: Any, at: Any, count: Any) -> Any:
         b.store(constant(i16, [0] * LANES), top)
         with b.if_then(b.icmp_signed(">=", args[2], number(LANES))):
             place, following, end = loop(b, b.and_(args[2], number(-LANES)), LANES)
-            halves = load(b, kind, b.gep(base, [b.mul(place, number(2))]))
+            here = b.gep(base, [b.mul(place, number(2))])
+            prefetch(b, b.gep(here, [number(AHEAD)]))
+            halves = load(b, kind, here)
             sizes, before = b.and_(halves, constant(i16, [0x7FFF] * LANES)), b.load(top)
             b.store(b.select(b.icmp_signed(">", sizes, before), sizes, before), top)
             following()
