@@ -34,6 +34,11 @@ from ebbflow.kernels.signs import multiply_sum, round_inputs
 from places import restart_with_kernels
 from report import Report
 
+try:
+    from scipy.sparse import csr_matrix
+except ImportError:  # nothing of ours needs it
+    csr_matrix = None
+
 LAYERS = {"4096 x 4096": (4096, 4096, 8), "2048 x 5632": (2048, 5632, 12)}  # rows, columns, how many
 SPARSITIES = (0.0, 0.2, 0.5, 0.6, 0.7)
 SHOWN = SPARSITIES[2:]
@@ -195,9 +200,7 @@ def peers(n: int, rows: int, tokens: int, rng: np.random.Generator) -> dict[str,
         kept = torch.from_numpy(rng.random((rows, n)) >= sparsity)
         csr = (full * kept).to_sparse_csr()
         works[f"torch CSR {sparsity:.0%}"] = lambda csr=csr: csr @ x
-        try:
-            from scipy.sparse import csr_matrix
-        except ImportError:
+        if csr_matrix is None:
             continue
         parts = [part.numpy() for part in (csr.values(), csr.col_indices().int(), csr.crow_indices().int())]
         mine = csr_matrix(tuple(parts), shape=(rows, n))
@@ -242,8 +245,11 @@ def compare(report: Report, name: str, tokens: int, threads: int, plain: float, 
         if key != "dense f16"
     }
     works["dense f16"] = product.in_floats(weights["dense f16"])
-    works["sparse f16 50% exact"] = product.in_floats(weights["sparse f16 50%"])
-    weights["sparse f16 50% exact"] = weights["sparse f16 50%"]
+    for dtype in ("f16", "i8"):
+        works[f"sparse {dtype} 50% exact"] = product.in_floats(weights[f"sparse {dtype} 50%"])
+        weights[f"sparse {dtype} 50% exact"] = weights[f"sparse {dtype} 50%"]
+    works["dense i8 exact"] = product.in_floats(weights["dense i8"])
+    weights["dense i8 exact"] = weights["dense i8"]
     times = in_turn(works)
     title = f"{name}, {tokens} tokens: "
     for key in sorted(times):
@@ -277,6 +283,8 @@ def main() -> int:
     threads = min(os.cpu_count() or 1, numba.config.NUMBA_NUM_THREADS)
     plain = plain_reads(report, [threads])[threads]
     torch.set_num_threads(threads)
+    if csr_matrix is None:
+        report.note("scipy CSR", "not compared: scipy is not installed")
     for name in LAYERS:
         for tokens in TOKENS:
             compare(report, name, tokens, threads, plain, rng)

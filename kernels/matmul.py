@@ -15,10 +15,14 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from .floats import LANES
+from .instructions import choose
 from .later import loaded_later
-from .rows import JIT_OFF, LANES, ROWS, decode_rows, fused, largest_rank
+from .rows import JIT_OFF, ROWS, WORD, decode_rows, fused, largest_rank
+from .tiers import decode_tiers, sparse, values_floats
 
 TOKENS: Final = 4  # tokens multiplied together with ROWS rows: 16 accumulators stay in registers
+_CODE: Final = choose()
 _i64, _f32 = ir.IntType(64), ir.FloatType()
 _vf32 = ir.VectorType(_f32, LANES)
 
@@ -131,6 +135,38 @@ def _rows_times_tokens(
         t += 1
 
 
+@njit(nogil=True)
+def _decode(
+    stored: NDArray[np.uint16],
+    blocks: NDArray[np.int64],
+    m: int,
+    n: int,
+    first: int,
+    rows: int,
+    factors: NDArray[np.float32],
+    filled: NDArray[np.uint64],
+    values: NDArray[np.float32],
+    w: NDArray[np.float32],
+) -> None:
+    """Rows of any blocks; scratch as `_scratch` makes it."""
+    if sparse(blocks):
+        decode_tiers(_CODE, stored, blocks, m, n, first, rows, filled, values, w)
+    else:
+        decode_rows(stored, blocks, m, n, first, rows, factors, w)
+
+
+@njit(nogil=True)
+def _scratch(blocks: NDArray[np.int64], n: int) -> tuple[NDArray[np.float32], NDArray[np.uint64], NDArray[np.float32]]:
+    """For factors of signs, or for tiers: filled columns and values."""
+    if sparse(blocks):
+        return (
+            np.empty((0, 0), np.float32),
+            np.empty(-(-n // WORD), np.uint64),
+            np.empty((1, values_floats(n)), np.float32),
+        )
+    return np.empty((ROWS, largest_rank(blocks)), np.float32), np.empty(0, np.uint64), np.empty((0, 0), np.float32)
+
+
 @loaded_later("void(u2[::1],i8[:,::1],i8,f4[:,::1],f4[:,:,::1],f4[:,::1])")
 def matmul(
     stored: NDArray[np.uint16],
@@ -147,14 +183,13 @@ def matmul(
     """
     m, chunks = y.shape[1], scratch.shape[0]
     share = -(-m // (chunks * ROWS)) * ROWS
-    rank = largest_rank(blocks)
     for chunk in prange(chunks):
         w = scratch[chunk]
         partials = np.empty((TOKENS * ROWS, LANES), np.float32)
-        factors = np.empty((ROWS, rank), np.float32)
+        factors, filled, values = _scratch(blocks, n)
         for first in range(chunk * share, min(m, (chunk + 1) * share), ROWS):
             rows = min(ROWS, m - first)
-            decode_rows(stored, blocks, m, n, first, rows, factors, w)
+            _decode(stored, blocks, m, n, first, rows, factors, filled, values, w)
             _rows_times_tokens(w, x, partials, y, first, rows)
 
 
@@ -163,7 +198,6 @@ def take_rows(
     stored: NDArray[np.uint16], blocks: NDArray[np.int64], m: int, tokens: NDArray[np.int64], y: NDArray[np.float32]
 ) -> None:
     """`y[t] = W[tokens[t]]`, decoding only those rows; `y [T, n]`, tokens in `[0, m)`."""
-    rank = largest_rank(blocks)
-    factors = np.empty((ROWS, rank), np.float32)
+    factors, filled, values = _scratch(blocks, y.shape[1])
     for t in range(tokens.shape[0]):
-        decode_rows(stored, blocks, m, y.shape[1], tokens[t], 1, factors, y[t : t + 1])
+        _decode(stored, blocks, m, y.shape[1], tokens[t], 1, factors, filled, values, y[t : t + 1])

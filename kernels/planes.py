@@ -33,6 +33,7 @@ from .instructions import AVX2, AVX512, NAMES, NEON, PORTABLE, compiled
 from .later import loaded_later
 from .rows import BASE_PLANES, JIT_OFF, PLANE, ROWS, bf16_to_float
 from .vectors import (
+    AHEAD,
     LANE,
     Avx2,
     Avx512,
@@ -40,14 +41,16 @@ from .vectors import (
     Neon,
     cases,
     f32,
-    i8,
     i32,
     load,
     loop,
     number,
+    plain,
+    pointer,
     prefetch,
     store,
     vector,
+    width,
 )
 
 COLUMNS: Final = 512  # decoded at a time
@@ -55,7 +58,6 @@ GROUP: Final = 256  # columns of a token that share a scale
 SUMS: Final = 16  # integer sums, and float partials, of one row and token
 WORDS: Final = COLUMNS // 64
 VECTORS: Final = COLUMNS // 64  # of 64 bytes, from the 64 bytes of each plane
-AHEAD: Final = 4096  # bytes of each plane asked for ahead of time: took one core from 10 to 34 GB/s (AMD EPYC)
 DEPTHS: Final = tuple(range(BASE_PLANES, 9))
 
 SETS: Final[dict[int, type[Bytes]]] = {AVX512: Avx512, AVX2: Avx2, NEON: Neon}
@@ -234,16 +236,6 @@ def _halves(size: int) -> tuple[range, range]:
     return range(size), range(size, 2 * size)
 
 
-def pointer(context: Any, builder: Any, kind: Any, array: Any) -> Any:
-    """To an array's bytes."""
-    return builder.bitcast(context.make_array(kind)(context, builder, array).data, i8.as_pointer())
-
-
-def width(context: Any, builder: Any, kind: Any, array: Any) -> Any:
-    """Columns of an array of rows."""
-    return builder.extract_value(context.make_array(kind)(context, builder, array).shape, 1)
-
-
 def _typed_decode(
     typing: Any,
     instructions: Any,
@@ -333,11 +325,6 @@ def _typed_dot(
         return context.get_dummy_value()
 
     return signature, codegen
-
-
-def plain(*arguments: Any) -> None:
-    """In the place of an intrinsic."""
-    raise AssertionError("there are no vectors without the compiler")
 
 
 _decode: Any = plain if JIT_OFF else intrinsic(_typed_decode)

@@ -80,6 +80,19 @@ def reference_multiply_sum(
     y[:] = reference_sum_inputs(blocks, made, n, x, scales) @ weight.T
 
 
+def reference_multiply_sparse(
+    kind: int,
+    stored: NDArray[np.uint8],
+    blocks: NDArray[np.int64],
+    n: int,
+    x: NDArray[np.float32],
+    y: NDArray[np.float32],
+) -> None:
+    """Put the weight together, multiply."""
+    weight = reference_levels(stored.view(np.uint16), blocks, y.shape[1], n)[0]
+    y[:] = x.astype(np.float64) @ weight.T
+
+
 def reference_sum_inputs(
     blocks: NDArray[np.int64], made: NDArray[np.uint8], n: int, x: NDArray[np.int8], scales: NDArray[np.float32]
 ) -> F64:

@@ -21,8 +21,9 @@ from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic, register_jitable
 from numpy.typing import NDArray
 
-from .bits import count, deposit, lowest, taken
+from .floats import LANES, typed_floats
 from .halves import WIDEN_SCALE, widen
+from .vectors import plain
 
 F32: Final = 0
 F16: Final = 1
@@ -40,7 +41,6 @@ VALUES_CODES: Final = {"f16": VALUES_F16, "i8": VALUES_I8, "i4": VALUES_I4}
 
 BASE_PLANES: Final = 2  # in a tensor's first plane block
 ROWS: Final = 4  # rows decoded together
-LANES: Final = 16  # floats in one vector
 WORD: Final = 64  # columns whose signs are one stored word
 GROUPS: Final = WORD // LANES
 JIT_OFF: Final = bool(vars(numba.config)["DISABLE_JIT"])
@@ -175,6 +175,8 @@ def _plain_add_signs(stored: Any, bits: int, words: int, v: int, n: int, k: int,
 
 
 _add_signs_vector: Any = _plain_add_signs if JIT_OFF else intrinsic(_typed_add_signs)
+_FORMS: Final = {F32: "f32", F16: "f16", BF16: "bf16", I8: "i8"}
+_add_floats: Any = plain if JIT_OFF else intrinsic(typed_floats(_FORMS, add=True))
 
 
 @njit(nogil=True)
@@ -243,79 +245,37 @@ def largest_rank(blocks: NDArray[np.int64]) -> int:
     return rank
 
 
-@register_jitable
-def tier_width(blocks: NDArray[np.int64], tier: int, n: int) -> int:
-    """Words of a row of a tier's mask: one bit for each column that tiers before it have left."""
-    left = n
-    for before in range(tier):
-        left -= blocks[2 * before, 2]
-    return -(-left // WORD)
-
-
-@register_jitable
-def past_columns(n: int) -> np.uint64:
-    """Of a row's last word, the bits that are of no column."""
-    return np.uint64(0) if n % WORD == 0 else ~np.uint64(0) << np.uint64(n % WORD)
-
-
 @njit(nogil=True)
-def tier_value(stored: NDArray[np.uint16], kind: int, at: int, place: int) -> np.float32:
-    """Number `place` of a row whose values begin at byte `at`, without its scale."""
-    if kind == VALUES_F16:
-        return np.float32(half_to_float(stored[at // 2 + place]))
-    bytes_ = stored.view(np.int8)
-    if kind == VALUES_I8:
-        return np.float32(bytes_[at + place])
-    half = np.int64(bytes_[at + place // 2]) >> (4 * (place % 2)) & 15
-    return np.float32((half ^ 8) - 8)
-
-
-@register_jitable
-def values_place(blocks: NDArray[np.int64], tier: int, m: int, row: int) -> int:
-    """Where a row of a tier's values begins."""
-    kind, at, rank = blocks[2 * tier + 1, 0], blocks[2 * tier + 1, 1], blocks[2 * tier + 1, 2]
-    if kind == VALUES_F16:
-        return int(at + 2 * rank * row)
-    scales = 4 * m if tier == 0 else 0
-    return int(at + scales + row * (rank if kind == VALUES_I8 else -(-rank // 2)))
-
-
-@njit(nogil=True)
-def _decode_tiers(
+def _add_row(
     stored: NDArray[np.uint16],
-    blocks: NDArray[np.int64],
+    kind: int,
+    at: int,
     m: int,
     n: int,
-    first: int,
-    rows: int,
+    row: int,
     w: NDArray[np.float32],
+    i: int,
 ) -> None:
-    """`decode_rows` for a weight made of tiers, one value after the other; a mask without values counts for nothing."""
-    words = -(-n // WORD)
-    filled = np.empty(words, np.uint64)
-    packed, numbers = stored.view(np.uint64), stored.view(np.float32)
-    for i in range(rows):
-        w[i, :n] = 0
-        filled[:] = 0
-        filled[words - 1] = past_columns(n)
-        for tier in range(blocks.shape[0] // 2):
-            kind, row = blocks[2 * tier + 1, 0], first + i
-            width, at = tier_width(blocks, tier, n), values_place(blocks, tier, m, row)
-            start = blocks[2 * tier, 1] // 8 + row * width
-            stream = packed[start : start + width]
-            scale = np.float32(1)
-            if kind != VALUES_F16:
-                scale = numbers[blocks[1, 1] // 4 + row]
-            bit, place = 0, 0
-            for word in range(words):
-                free = ~filled[word]
-                columns = deposit(taken(stream, bit), free)
-                bit += count(free)
-                filled[word] |= columns
-                while columns != np.uint64(0):
-                    w[i, WORD * word + lowest(columns)] = scale * tier_value(stored, kind, at, place)
-                    columns &= np.uint64(columns - np.uint64(1))
-                    place += 1
+    """A dense block's row `row` to `w[i]`."""
+    scale, done = np.float32(1), 0
+    if kind == I8:
+        scale = stored[at // 2 : at // 2 + 2 * m].view(np.float32)[row]
+        at += 4 * m + row * n
+    else:
+        at += (4 if kind == F32 else 2) * row * n
+    if not JIT_OFF:
+        _add_floats(kind, stored, at, n, scale, w, i)
+        done = n // LANES * LANES
+    for j in range(done, n):
+        if kind == I8:
+            w[i, j] += scale * np.float32(stored.view(np.int8)[at + j])
+        elif kind == F32:
+            low, high = stored[at // 2 + 2 * j], stored[at // 2 + 2 * j + 1]
+            w[i, j] += np.uint32(np.uint32(low) | np.uint32(high) << np.uint32(16)).view(np.float32)
+        elif kind == BF16:
+            w[i, j] += bf16_to_float(stored[at // 2 + j])
+        else:
+            w[i, j] += half_to_float(stored[at // 2 + j])
 
 
 @njit(nogil=True)
@@ -332,15 +292,11 @@ def decode_rows(
     """Rows `[first, first + rows)` of a weight `[m, n]` into `w [ROWS, >= n]`; columns past n are left alone.
 
     `stored` is the resident memory as uint16, a multiple of 8 bytes; `blocks [levels, 3]` holds each level's kind code,
-    byte offset (even; of planes, masks and values a multiple of 8) and rank (of tiers: values of a row); `factors
-    [ROWS, >= rank of signs]` is scratch. `1 <= rows <= ROWS`.
-    Planes come rotated.
+    byte offset (even; of planes, masks and values a multiple of 8) and rank (of tiers: values of a row, but these are
+    for `tiers.decode_tiers`); `factors [ROWS, >= rank of signs]` is scratch. `1 <= rows <= ROWS`. Planes come rotated.
     """
     if blocks.shape[0] and blocks[0, 0] >= PLANE:
         _decode_planes(stored, blocks, m, n, first, rows, w)
-        return
-    if blocks.shape[0] and blocks[0, 0] == MASK:
-        _decode_tiers(stored, blocks, m, n, first, rows, w)
         return
     for i in range(rows):
         w[i, :n] = 0
@@ -359,24 +315,6 @@ def decode_rows(
                 _add_signs_vector(stored, bits, words, v, n, k, grid, w)
                 tail = n - n % WORD
             _add_signs_columns(stored, bits, words, v, n, n, k, grid, w, rows, tail)
-        elif kind == I8:
-            bytes_ = stored.view(np.int8)
-            scales = stored[at : at + 2 * m].view(np.float32)
-            for i in range(rows):
-                start = 2 * at + 4 * m + (first + i) * n
-                scale = scales[first + i]
-                for j in range(n):
-                    w[i, j] += scale * np.float32(bytes_[start + j])
-        elif kind == F32:
-            singles = stored[at : at + 2 * m * n].view(np.float32)
-            for i in range(rows):
-                for j in range(n):
-                    w[i, j] += singles[(first + i) * n + j]
-        elif kind == BF16:
-            for i in range(rows):
-                for j in range(n):
-                    w[i, j] += np.uint32(np.uint32(stored[at + (first + i) * n + j]) << np.uint32(16)).view(np.float32)
         else:
             for i in range(rows):
-                for j in range(n):
-                    w[i, j] += half_to_float(stored[at + (first + i) * n + j])
+                _add_row(stored, kind, blocks[level, 1], m, n, first + i, w, i)

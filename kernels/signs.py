@@ -31,7 +31,6 @@ from numpy.typing import NDArray
 from .instructions import PORTABLE
 from .later import loaded_later
 from .planes import (
-    AHEAD,
     COLUMNS,
     FLOATS,
     INTEGERS,
@@ -45,15 +44,14 @@ from .planes import (
     dot,
     indices,
     padded,
-    plain,
-    pointer,
     portable_dot,
-    width,
 )
 from .quantize import LARGEST, LEAST
 from .rows import I8, JIT_OFF, ROWS, SIGNS, WORD, decode_rows, half_to_float, largest_rank
-from .sparse import expand_rows, expansion_nbytes, sparse
+from .sparse import expand_rows, expansion_nbytes
+from .tiers import sparse
 from .vectors import (
+    AHEAD,
     LANE,
     Bytes,
     cases,
@@ -65,10 +63,13 @@ from .vectors import (
     load,
     loop,
     number,
+    plain,
+    pointer,
     prefetch,
     shuffle,
     store,
     vector,
+    width,
 )
 
 GROUPED: Final = 4  # levels decoded together

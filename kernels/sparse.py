@@ -21,39 +21,41 @@ from numba.core.cgutils import alloca_once
 from numba.extending import intrinsic, register_jitable
 from numpy.typing import NDArray
 
-from .bits import DEPOSITS, count, deposit, emit_count, emit_deposit, taken
-from .halves import WIDEN_SCALE
-from .instructions import AVX2, AVX512
-from .planes import AHEAD, SETS, USABLE, plain, pointer, width
+from .bits import count, deposit, emit_count, emit_deposit, taken
+from .floats import LANES, emit_floats
+from .instructions import AVX512
+from .planes import SETS
 from .quantize import LARGEST, LEAST
-from .rows import (
-    JIT_OFF,
-    MASK,
-    VALUES_F16,
-    VALUES_I8,
-    WORD,
-    half_to_float,
-    past_columns,
-    tier_width,
-    values_place,
+from .rows import JIT_OFF, VALUES_F16, VALUES_I8, WORD, half_to_float
+from .tiers import ABLE, CAN, EACH, emit_columns, past_columns, tier_width, values_place
+from .vectors import (
+    AHEAD,
+    call,
+    cases,
+    constant,
+    f32,
+    i8,
+    i16,
+    i32,
+    i64,
+    load,
+    loop,
+    number,
+    plain,
+    pointer,
+    prefetch,
+    splat,
+    store,
+    vector,
+    width,
 )
-from .vectors import call, cases, constant, i8, i64, load, loop, number, prefetch, store, vector
 
-EACH: Final = 0x0101010101010101
-ABLE: Final = tuple(code for code in USABLE if code in (AVX512, AVX2)) if DEPOSITS else ()
-_CAN: Final = np.array([code in ABLE for code in range(max(AVX512, AVX2) + 2)])
 _ROUND: Final = np.float32(12582912.0)  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
 U64 = NDArray[np.uint64]
-
-
-@register_jitable
-def sparse(blocks: I64) -> bool:
-    """Whether these blocks are tiers."""
-    return bool(blocks.shape[0] > 0 and blocks[0, 0] == MASK)
 
 
 @register_jitable
@@ -65,27 +67,6 @@ def _line(nbytes: int) -> int:
 def expansion_nbytes(n: int) -> int:
     """Scratch of `expand_rows`: which columns are filled, and a tier's values of one row in bytes."""
     return _line(8 * -(-n // WORD)) + _line(n + 1)
-
-
-def _emit_columns(b: Any, word: Any, stream: Any, width: Any, at: Any, filled: Any, first: bool) -> Any:
-    """The columns of a tier in one word; marks them as filled, and moves `at` on in the stream."""
-    place = b.gep(filled, [word])
-    if first:
-        columns = b.load(b.gep(stream, [word]))
-        b.store(columns, place)
-        return columns
-    before, begins, last = b.load(place), b.load(at), b.sub(width, number(1))
-    free = b.not_(before)
-
-    def smaller(x: Any) -> Any:
-        return b.select(b.icmp_signed("<", x, last), x, last)
-
-    index = b.lshr(begins, number(6))
-    low, high = (b.load(b.gep(stream, [smaller(x)])) for x in (index, b.add(index, number(1))))
-    columns = emit_deposit(b, call(b, "llvm.fshr.i64", i64, [high, low, begins]), free)
-    b.store(b.add(begins, emit_count(b, free)), at)
-    b.store(b.or_(before, columns), place)
-    return columns
 
 
 def _emit_by_vector(b: Any, columns: Any, values: Any, at: Any, stop: Any, out: Any, flip: int, first: bool) -> None:
@@ -156,7 +137,7 @@ def _typed_expand(
             b.store(number(0), bit)
             b.store(at, place)
             word, following, end = loop(b, words, unroll=False)
-            columns = _emit_columns(b, word, stream, length, bit, marks, initial)
+            columns = emit_columns(b, word, stream, length, bit, marks, initial)
             here = b.load(place)
             prefetch(b, b.gep(raw, [b.add(b.mul(word, number(8)), number(AHEAD))]))
             prefetch(b, b.gep(source, [b.add(here, number(AHEAD))]))
@@ -199,25 +180,76 @@ def _portable_expand(
                 at += 1
 
 
-@njit(nogil=True)
-def _scale_of_halves(halves: NDArray[np.uint16], blocks: I64, m: int, row: int) -> np.float32:
-    """The largest of a row's values in all tiers."""
-    top = np.uint16(0)
-    for tier in range(blocks.shape[0] // 2):
-        at, rank = values_place(blocks, tier, m, row) // 2, blocks[2 * tier, 2]
-        own = halves[at : at + rank]  # indices from 0 become vectors, others do not
-        for k in range(rank):
-            top = max(top, np.uint16(own[k] & np.uint16(0x7FFF)))
-    return np.float32(half_to_float(top))
+def _typed_largest(typing: Any, stored: Any, at: Any, count: Any) -> Any:
+    """The largest of `count // LANES * LANES` halves from byte `at`, their signs dropped; 0 of none."""
+    signature = types.int64(stored, types.int64, types.int64)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        b, kind = builder, vector(i16, LANES)
+        base = b.gep(pointer(context, b, sig.args[0], args[0]), [args[1]])
+        top = alloca_once(b, kind)
+        b.store(constant(i16, [0] * LANES), top)
+        with b.if_then(b.icmp_signed(">=", args[2], number(LANES))):
+            place, following, end = loop(b, b.and_(args[2], number(-LANES)), LANES)
+            here = b.gep(base, [b.mul(place, number(2))])
+            prefetch(b, b.gep(here, [number(AHEAD)]))
+            halves = load(b, kind, here)
+            sizes, before = b.and_(halves, constant(i16, [0x7FFF] * LANES)), b.load(top)
+            b.store(b.select(b.icmp_signed(">", sizes, before), sizes, before), top)
+            following()
+            end()
+        largest = call(b, f"llvm.vector.reduce.smax.v{LANES}i16", i16, [b.load(top)])
+        return b.zext(largest, i64)
+
+    return signature, codegen
+
+
+def _typed_round_halves(typing: Any, stored: Any, at: Any, count: Any, by: Any, out: Any) -> Any:
+    """`count // LANES * LANES` halves from byte `at`, times `by`, to the nearest integers, into the bytes of `out`."""
+    signature = types.void(stored, types.int64, types.int64, types.float32, out)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        b = builder
+        stored, at, count, by, out = args
+        base, target = (pointer(context, b, sig.args[k], x) for k, x in ((0, stored), (4, out)))
+        with b.if_then(b.icmp_signed(">=", count, number(LANES))):
+            place, following, end = loop(b, b.and_(count, number(-LANES)), LANES)
+            found = b.fmul(emit_floats(b, "f16", base, at, place), splat(b, by, LANES))
+            moved = b.fadd(found, constant(f32, [float(_ROUND)] * LANES))
+            bytes_ = b.trunc(b.bitcast(moved, vector(i32, LANES)), vector(i8, LANES))
+            store(b, bytes_, b.gep(target, [place]))
+            following()
+            end()
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+_largest: Any = plain if JIT_OFF else intrinsic(_typed_largest)
+_round_vectors: Any = plain if JIT_OFF else intrinsic(_typed_round_halves)
 
 
 @njit(nogil=True)
-def _round_halves(halves: NDArray[np.uint16], by: np.float32, bytes_: U8) -> None:
-    for k in range(halves.shape[0]):
-        bits = halves[k]
-        rest = np.uint32(np.uint32(bits & np.uint16(0x7FFF)) << np.uint32(13)).view(np.float32)
-        size = np.float32(rest * np.float32(WIDEN_SCALE)) * by
-        moved = np.float32((-size if bits & np.uint16(0x8000) else size) + _ROUND)
+def _largest_of_halves(halves: NDArray[np.uint16], at: int, count: int) -> int:
+    """Of `count` halves from byte `at`, their signs dropped: its bits."""
+    top, done = 0, 0
+    if not JIT_OFF:
+        top = _largest(halves, at, count)
+        done = count // LANES * LANES
+    for k in range(at // 2 + done, at // 2 + count):
+        top = max(top, int(halves[k]) & 0x7FFF)
+    return top
+
+
+@njit(nogil=True)
+def _round_halves(halves: NDArray[np.uint16], at: int, count: int, by: np.float32, bytes_: U8) -> None:
+    """`count` halves from byte `at`, times `by`, to the nearest integers."""
+    done = 0
+    if not JIT_OFF:
+        _round_vectors(halves, at, count, by, bytes_)
+        done = count // LANES * LANES
+    for k in range(done, count):
+        moved = np.float32(half_to_float(halves[at // 2 + k]) * by + _ROUND)
         bytes_[k] = np.uint8(moved.view(np.int32) & np.int32(0xFF))
 
 
@@ -258,7 +290,10 @@ def expand_rows(
             scales[i] = 0
             w[i, : WORD * words] = flip
         elif blocks[1, 0] == VALUES_F16:
-            largest = _scale_of_halves(halves, blocks, m, row)
+            top = 0
+            for tier in range(tiers):
+                top = max(top, _largest_of_halves(halves, values_place(blocks, tier, m, row), blocks[2 * tier, 2]))
+            largest = np.float32(half_to_float(np.uint16(top)))
             scales[i] = largest / np.float32(LARGEST)
             if largest >= np.float32(LEAST):
                 by = np.float32(LARGEST) / largest
@@ -272,11 +307,11 @@ def expand_rows(
             stop, aside = values_place(blocks, tier, m, m), kind != VALUES_I8
             if aside:
                 if kind == VALUES_F16:
-                    _round_halves(halves[at // 2 : at // 2 + rank], by, unpacked)
+                    _round_halves(halves, at, rank, by, unpacked)
                 else:
                     _unpack_nibbles(stored[at : at - (-rank // 2)], unpacked)
                 at, stop = 0, unpacked.shape[0]
-            if _CAN[instructions]:
+            if CAN[instructions]:
                 _expand(
                     instructions,
                     stored,

@@ -25,7 +25,8 @@ ONLY_IN = {
     "zmq": {"client/channel.py", "daemon/channel.py"},
     "numba": {"kernels/"},
     "llvmlite": {"kernels/"},
-    "torch": {"daemon/engine/dense.py", "daemon/library/", "formats/checkpoint.py"},
+    "torch": {"daemon/engine/dense.py", "daemon/library/", "formats/checkpoint.py", "kernels/gpu/"},
+    "triton": {"kernels/gpu/"},
     "click": {"client/cli/"},
     "rich": {"client/cli/"},
     "jinja2": {"daemon/engine/template.py"},
@@ -60,6 +61,7 @@ def test_imports_point_one_way(path: Path) -> None:
     for imported in imports(path):
         if imported.startswith("ebbflow."):
             assert imported.split(".")[1] in MAY_IMPORT[part], f"{part} imports {imported}"
+            assert name.startswith("kernels/gpu/") or not imported.startswith("ebbflow.kernels.gpu"), "brings torch"
         allowed = ONLY_IN.get(imported.split(".")[0])
         assert allowed is None or any(name.startswith(place) for place in allowed), f"{imported} is imported here"
 

@@ -1,0 +1,1 @@
+"""Kernels for GPUs, in Triton. Nothing that serves on processors imports this: it brings torch and triton."""
