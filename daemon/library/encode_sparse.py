@@ -44,6 +44,7 @@ PRUNED_SHARE: Final = 0.3  # zeros among the weights of all linears: fewer may b
 CLIPPING: Final = {"i8": (1.0, 0.95, 0.9), "i4": tuple(1 - 0.05 * i for i in range(11))}
 F16_MAX: Final = 65504.0
 WORD: Final = 64  # bits of a mask
+CUT_MOVES: Final = 6  # by one part in so many of what is kept, at most
 ROWS_AT_ONCE: Final = 1024  # bounds the memory of what pruning keeps for each weight
 
 
@@ -113,14 +114,15 @@ def tier_counts(n: int, groups: Groups, levels: int) -> tuple[int, ...]:
     """How many of the kept weights of a group the first tiers hold together, in rows of n columns; fewer tiers where
     two would be the same.
 
-    Where there is a choice, those after which a row has whole words of positions for the next tier's mask.
+    A cut moves a little, where that leaves a row whole words of positions for the next tier's mask.
     """
     keep, each = groups.keep, n // groups.group
     found: list[int] = []
     for i in range(levels - 1):
         wanted = max(1, round(keep * (FIRST_SHARE + (1 - FIRST_SHARE) * i / (levels - 1))))
         later = range(found[-1] + 1 if found else 1, keep)
-        whole = [count for count in later if (groups.group - count) * each % WORD == 0]
+        near = (count for count in later if CUT_MOVES * abs(count - wanted) <= keep)
+        whole = [count for count in near if (groups.group - count) * each % WORD == 0]
         count = min(whole, key=lambda count: abs(count - wanted)) if whole else wanted
         if count in later:
             found.append(count)

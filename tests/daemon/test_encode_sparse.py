@@ -322,8 +322,9 @@ def test_tiers_grow_to_the_whole(groups, levels):
 @pytest.mark.parametrize(
     ("n", "groups", "wanted"),
     [
-        (2048, Groups(2048, 819), (384, 640, 819)),  # 410 and 614 would be three quarters and all
-        (100, Groups(100, 50), (36, 38, 50)),  # 64 positions are left, and there are no other 64
+        (2048, Groups(2048, 819), (384, 640, 819)),  # not 410 and 614
+        (100, Groups(100, 66), (36, 50, 66)),  # not 33; 64 positions are left, and there are no other 64
+        (172, Groups(172, 52), (26, 44, 52)),  # 44 is far from 26
         (512, Groups(8, 4), (2, 3, 4)),
         (96, Groups(8, 4), (2, 3, 4)),  # 72 and 60 positions
         (96, Groups(4, 2), (1, 2)),
