@@ -130,11 +130,14 @@ class Linear:
         self.metric, self.inputs = input_metric(moments.inputs), Inputs(moments.inputs)
         self.planes, self.errors = self._planes(weight)
         self.tops: dict[Key, list[Block]] = {}  # one for each of DEPTHS
+        self.befores: dict[Key, list[Block]] = {}
         self._turned = Inputs(self.metric.exact)
+
+    def try_tiers(self) -> None:
+        """Fill `tops` and `befores`."""
         for error in self.errors[: len(DEPTHS)]:
             self._top("as it is", error, self.inputs)
             self._top("rotated", rotated(error), self._turned)
-        self.befores: dict[Key, list[Block]] = {}
         for density in BEFORE:
             self._before(density)
 
@@ -291,7 +294,7 @@ def compare_quality(report: Report, linears: list[Linear]) -> None:
         nbytes = sum(nbytes for linear in linears for nbytes, _ in linear.planes[: level + 1])
         plain = demo.with_weights({linear.name: linear.weight - linear.errors[level] for linear in linears}).mean_kl
         report.note(f"KL, {depth} planes", f"{plain:.5f} nats, {8 * nbytes / weights:.2f} bits", [plain, nbytes])
-        for density in (0.0, *DENSITIES[::2]):
+        for density in (0.0, *BEFORE):
             found = {linear.name: linear.corrected(depth, density) for linear in linears}
             more = sum(size for _, size in found.values())
             kl = demo.with_weights({name: weight for name, (weight, _) in found.items()}).mean_kl
@@ -305,8 +308,10 @@ def main() -> int:
     with torch.no_grad():
         for name, weight, moments in calibrated(open_checkpoint(DEMO)):
             linears.append(Linear(name, weight, moments))
-            print(f"  {name}, {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
         compare_quality(report, linears)
+        for linear in linears:
+            linear.try_tiers()
+            print(f"  {linear.name}, {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
     reached = compare_rates(report, linears)
     for name, ratio in compare_orders(report, linears).items():
         report.note(f"{name}: least cost by planes'", f"{ratio:.3f}", ratio)
