@@ -13,7 +13,7 @@ from .errors import InvalidRequest, Unsupported
 from .paths import check_name
 
 CODEC: Final = "sparse"
-METHODS: Final = ("magnitude", "wanda", "admm", "frankwolfe")
+METHODS: Final = ("magnitude", "wanda", "admm", "sparsegpt", "frankwolfe")
 PATTERNS: Final = {"2:4": (2, 4), "4:8": (4, 8)}  # how many of how many neighbours in a row are kept
 VALUES: Final = ("i8", "f16", "i4")
 DEFAULT_SPARSITY: Final = 0.5

@@ -4,7 +4,8 @@ Which weights stay, and as what, is decided once for all tiers (`prune`). The ti
 |w| times the norm of its channel, the same count from every group of every row: of three tiers half, three quarters and
 all of what is kept. So any prefix is a sparser model, also in an N:M pattern, whose tiers are patterns themselves (2:4
 is 1:4 and one more). Tiers cost: a tier's mask has a bit for every position that is still zero, so that half of 8-bit
-weights take 5 bits a weight in one tier, 6.4 in three.
+weights take 5 bits a weight in one tier, 6.4 in three. Cuts between tiers are moved to where no bit of a mask is of
+nothing.
 
 Values of i8 and i4 have one scale a row, for all tiers, so that those that are resident add up to one row of integers:
 the scale with the least error, weighted by the energy of the channels. What rounding costs is in the errors of the
@@ -43,6 +44,8 @@ FIRST_SHARE: Final = 0.5  # of the kept weights, in the first of several tiers
 PRUNED_SHARE: Final = 0.3  # zeros among the weights of all linears: fewer may be chance
 CLIPPING: Final = {"i8": (1.0, 0.95, 0.9), "i4": tuple(1 - 0.05 * i for i in range(11))}
 F16_MAX: Final = 65504.0
+WORD: Final = 64  # bits of a mask
+CUT_MOVES: Final = 6  # by one part in so many of what is kept, at most
 ROWS_AT_ONCE: Final = 1024  # bounds the memory of what pruning keeps for each weight
 
 
@@ -111,18 +114,29 @@ def find_zeros(checkpoint: Checkpoint, shapes: dict[str, tuple[int, int]], pruni
     return Zeros(share, most) if share >= PRUNED_SHARE else None
 
 
-def tier_counts(keep: int, levels: int) -> tuple[int, ...]:
-    """How many of a group's `keep` weights the first tiers hold together; fewer tiers where two would be the same."""
-    if levels == 1:
-        return (keep,)
-    shares = (FIRST_SHARE + (1 - FIRST_SHARE) * i / (levels - 1) for i in range(levels))
-    return tuple(sorted({max(1, round(keep * share)) for share in shares}))
+def tier_counts(n: int, groups: Groups, levels: int) -> tuple[int, ...]:
+    """How many of the kept weights of a group the first tiers hold together, in rows of n columns; fewer tiers where
+    two would be the same.
+
+    A cut moves a little, where that leaves a row whole words of positions for the next tier's mask.
+    """
+    keep, each = groups.keep, n // groups.group
+    found: list[int] = []
+    for i in range(levels - 1):
+        wanted = max(1, round(keep * (FIRST_SHARE + (1 - FIRST_SHARE) * i / (levels - 1))))
+        later = range(found[-1] + 1 if found else 1, keep)
+        near = (count for count in later if CUT_MOVES * abs(count - wanted) <= keep)
+        whole = [count for count in near if (groups.group - count) * each % WORD == 0]
+        count = min(whole, key=lambda count: abs(count - wanted)) if whole else wanted
+        if count in later:
+            found.append(count)
+    return (*found, keep)
 
 
 def tier_nbytes(m: int, n: int, groups: Groups, levels: int, values: str) -> list[int]:
     """Bytes of every block of a matrix: mask and values of tier 0, of tier 1, ..."""
     sizes, filled = [], 0
-    for level, count in enumerate(tier_counts(groups.keep, levels)):
+    for level, count in enumerate(tier_counts(n, groups, levels)):
         rank = count * (n // groups.group) - filled
         sizes += [mask_nbytes(m, n, filled), values_nbytes(m, level, values, rank)]
         filled += rank
@@ -206,7 +220,7 @@ def _joined(parts: Iterable[Pruned]) -> Pruned:
 def _tiers(pruned: Pruned, inputs: Inputs, groups: Groups, levels: int) -> Iterator[Tensor]:
     """Which weights each tier has, `[m, n]`: those that count most first."""
     ranks, held = _ranks(pruned, inputs, groups), 0
-    for count in tier_counts(groups.keep, levels):
+    for count in tier_counts(pruned.kept.shape[1], groups, levels):
         yield (ranks >= held) & (ranks < count)
         held = count
 

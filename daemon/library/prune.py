@@ -13,6 +13,11 @@ N:M pattern, and of every group in every row the same number is kept.
     admm         masks and values together (arXiv 2401.02938): columns scaled to unit norm, so that magnitude is Wanda's
                  score; W = (H + rho)^-1 (H W_0 + rho (Z - U)), Z = W + U pruned, a little more in each round until
                  `GROWING_ROUNDS`. Then least squares on what is kept: conjugate gradients, from there.
+    sparsegpt    one pass over the columns (arXiv 2301.00774), scaled likewise: with U the upper Cholesky factor of
+                 H^-1, a weight that goes takes w_j / U_jj times row j of U from those after it. Which go is chosen for
+                 some columns at a time, by w_j^2 / U_jj^2: those of an N:M group, or the next `BLOCK`. The paper cuts
+                 a block's scores for all rows at one threshold; as our rows have equal counts, each row keeps those of
+                 its block that are among the best of all its columns to come, as many as it has not kept yet.
 
 Weights that `allowed` forbids (zeros of a checkpoint that was pruned before) are kept only where a group has too few
 others, as zeros. Every row is alone in its sums, so rows may come in any parts.
@@ -31,6 +36,7 @@ from torch import Tensor
 from ...formats.errors import CorruptCheckpoint
 
 DAMPING: Final = 0.02  # of the scaled H's diagonal, which is 1
+BLOCK: Final = 128  # columns that SparseGPT decides on together
 PENALTY: Final = 1.0  # ADMM's rho, by the same
 ROUNDS: Final = 20
 GROWING_ROUNDS: Final = 15
@@ -66,6 +72,13 @@ class Inputs:
         ridged.diagonal().add_(PENALTY)
         inverse: Tensor = torch.cholesky_inverse(torch.linalg.cholesky(ridged))
         return inverse
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """The upper Cholesky factor of `scaled^-1`."""
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.scaled))
+        factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+        return factor
 
 
 @dataclass(frozen=True)
@@ -109,6 +122,8 @@ def prune(weight: Tensor, inputs: Inputs, groups: Groups, method: str, allowed: 
     allowed = torch.ones_like(weight, dtype=torch.bool) if allowed is None else allowed
     if method == "admm":
         return _reconstructed(weight, inputs, groups, allowed)
+    if method == "sparsegpt":
+        return _one_pass(weight, inputs, groups, allowed)
     if method == "magnitude":
         kept = groups.best(_only(allowed, weight.abs()))
     else:
@@ -161,6 +176,34 @@ def _reconstructed(weight: Tensor, inputs: Inputs, groups: Groups, allowed: Tens
         u = wanted - z
         w = (seen + PENALTY * (z - u)) @ inputs.inverse
     return Pruned(kept, least_squares(target, inputs.scaled, kept & allowed, z) / inputs.norms)
+
+
+def _one_pass(weight: Tensor, inputs: Inputs, groups: Groups, allowed: Tensor) -> Pruned:
+    """SparseGPT; in between, inputs have unit norm."""
+    w, factor, n = weight * inputs.norms, inputs.factor, weight.shape[1]
+    kept, sizes = torch.zeros_like(allowed), factor.diagonal()
+    step = BLOCK if groups.group == n else groups.group
+    for start in range(0, n, BLOCK):
+        stop = min(n, start + BLOCK)
+        errors = torch.zeros_like(w[:, start:stop])
+        for j in range(start, stop):
+            if (j - start) % step == 0:
+                _choose(w, sizes, groups, kept, allowed, j, min(n, j + step))
+            error = torch.where(kept[:, j] & allowed[:, j], 0.0, w[:, j] / sizes[j])
+            errors[:, j - start] = error
+            w[:, j:stop].addr_(error, factor[j, j:stop], alpha=-1)
+        w[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
+    return Pruned(kept, w * (kept & allowed) / inputs.norms)
+
+
+def _choose(w: Tensor, sizes: Tensor, groups: Groups, kept: Tensor, allowed: Tensor, start: int, stop: int) -> None:
+    """Mark which of the columns from `start` to `stop` are kept; those before are decided."""
+    whole = groups.group == w.shape[1]
+    end = w.shape[1] if whole else stop
+    scores = _only(allowed[:, start:end], (w[:, start:end] / sizes[start:end]).square())
+    places = Groups(end - start, 1).ranks(scores)[:, : stop - start]
+    left = groups.keep - kept[:, :start].sum(1, keepdim=True) if whole else groups.keep
+    kept[:, start:stop] = places < left
 
 
 def _shrinking(groups: Groups) -> Iterator[int]:

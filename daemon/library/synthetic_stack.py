@@ -2,9 +2,9 @@
 
 Weights are about 0.02 in size, like a fresh network's. Planes are random bits with the codebook's levels; signs are
 random bits too, with factors positive and near each other, level l being about `+-0.02 / 2^l`. Tiers of a sparse one
-share out its values evenly; rows of a mask are a few random ones, turned. Each block is a function of (seed, tensor,
-level, kind), made once for its hash and again for the file; so sparse models of one seed and sparsity have the same
-masks, and share the file, whatever their values are stored as.
+are cut like real ones; rows of a mask are a few random ones, turned. Each block is a function of (seed, tensor, level,
+kind), made once for its hash and again for the file; so sparse models of one seed and sparsity have the same masks, and
+share the file, whatever their values are stored as.
 """
 
 from __future__ import annotations
@@ -39,9 +39,11 @@ from .encode import layer_linears
 from .encode_bitstack import choose_levels, choose_rank
 from .encode_nested import choose_levels as choose_planes
 from .encode_nested import gaussian_codebook, level_dtype
+from .encode_sparse import tier_counts
 from .masks import link_masks
 from .order import order_entries
 from .place import check_room, free_place, making
+from .prune import Groups
 from .synthetic_tokenizer import BOS, EOS, write_tokenizer
 
 LEVELS: Final = {"nested": 5, "bitstack": 4, "sparse": 2}  # 850, 661 and 920 MB for TinyLlama's shape
@@ -139,11 +141,12 @@ def _tiers(a: Architecture, levels: int, sparsity: float, values: str) -> Iterat
         if name not in linears:
             yield _entry(a, "dense", name, 0, shape, 0.0, dtype="i8" if len(shape) > 1 else "bf16")
             continue
-        kept, filled = max(levels, round(shape[1] * (1 - sparsity))), 0
-        if kept > shape[1]:
-            raise InvalidRequest(f"{levels} levels are more than {name}'s {shape[1]} columns")
-        for level in range(levels):
-            rank, gain = kept * (level + 1) // levels - filled, prod(shape) / total / 4**level
+        n, filled = shape[1], 0
+        kept = max(levels, round(n * (1 - sparsity)))
+        if kept > n:
+            raise InvalidRequest(f"{levels} levels are more than {name}'s {n} columns")
+        for level, count in enumerate(tier_counts(n, Groups(n, kept), levels)):
+            rank, gain = count - filled, prod(shape) / total / 4**level
             yield _entry(a, "mask", name, level, shape, 0.0, rank=rank, filled=filled)
             yield _entry(a, "values", name, level, shape, gain, dtype=values, rank=rank, filled=filled)
             filled += rank

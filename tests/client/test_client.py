@@ -320,7 +320,7 @@ def test_adding_reports_progress_and_gives_the_summary(address: str, tmp_path: P
         (lambda c: c.add("org/name", codec="sparse", sparsity=1), errors.InvalidRequest),
         (lambda c: c.add("org/name", codec="sparse", sparsity="half"), errors.InvalidRequest),
         (lambda c: c.add("org/name", codec="sparse", pattern="3:4"), errors.Unsupported),
-        (lambda c: c.add("org/name", codec="sparse", method="sparsegpt"), errors.Unsupported),
+        (lambda c: c.add("org/name", codec="sparse", method="obs"), errors.Unsupported),
         (lambda c: c.add("org/name", codec="sparse", values="i2"), errors.Unsupported),
         (lambda c: c.add("org/name", sparsity=0.5), errors.InvalidRequest),
         (lambda c: c.generate("m", "p", temperature=-1), errors.InvalidRequest),

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from ebbflow.daemon.engine.dense import DenseAttention, build_network
 from ebbflow.daemon.library import add, texts
+from ebbflow.daemon.library import prune as prune_module
 from ebbflow.daemon.library.add import add_model
 from ebbflow.daemon.library.calibrate import layer_moments
 from ebbflow.daemon.library.encode import expected_nbytes
@@ -83,7 +84,7 @@ def test_every_group_of_every_row_keeps_as_many(method, groups):
     found = prune(weight, correlated(64), groups, method)
     assert counts(found.kept, groups.group) == {groups.keep}
     assert not found.weight[~found.kept].any()
-    if method != "admm":
+    if method not in ("admm", "sparsegpt"):  # which change what stays
         assert torch.equal(found.weight[found.kept], weight[found.kept])
 
 
@@ -130,7 +131,40 @@ def test_reconstruction_is_far_better_than_wanda_on_correlated_inputs(groups):
         for method in METHODS
     }
     assert errors["admm"] < 0.3 * errors["frankwolfe"]
+    assert errors["admm"] < errors["sparsegpt"] < 0.5 * errors["wanda"]
     assert errors["frankwolfe"] < errors["wanda"]
+
+
+def one_pass(row: np.ndarray, h: np.ndarray, groups: Groups, block: int) -> np.ndarray:
+    """SparseGPT from its definition: what goes takes the best change of all columns after it along, whose inverse is
+    made anew for every column.
+    """
+    row, n = row.copy(), len(row)
+    kept = np.zeros(n, bool)
+    for start in range(0, n, block if groups.group == n else groups.group):
+        stop = min(n, start + (block if groups.group == n else groups.group))
+        end, left = (n, groups.keep - kept.sum()) if groups.group == n else (stop, groups.keep)
+        inverses = [np.linalg.inv(h[j:, j:]) for j in range(start, end)]
+        scores = [row[j] ** 2 / inverses[j - start][0, 0] for j in range(start, end)]
+        best = start + np.argsort(scores)[::-1][:left]
+        kept[best[best < stop]] = True
+        for j in range(start, stop):
+            if not kept[j]:
+                row[j:] -= row[j] / inverses[j - start][0, 0] * inverses[j - start][0]
+                row[j] = 0
+    return row
+
+
+@pytest.mark.parametrize("groups", [Groups(40, 20), Groups(40, 9), Groups(4, 2), Groups(8, 4)])
+def test_sparsegpt_is_its_own_definition(groups, monkeypatch):
+    """More columns than are decided together, which do not divide them."""
+    monkeypatch.setattr(prune_module, "BLOCK", 16)
+    weight, inputs = random(12, 40), correlated(40)
+    found = prune(weight, inputs, groups, "sparsegpt")
+    h, norms = inputs.scaled.double().numpy(), inputs.norms.double().numpy()
+    for row, got in zip(weight.double().numpy(), found.weight, strict=True):
+        wanted = one_pass(row * norms, h, groups, 16) / norms
+        np.testing.assert_allclose(got.numpy(), wanted, rtol=0, atol=1e-3 * np.abs(wanted).max())
 
 
 def test_least_squares_is_the_solution_of_the_normal_equations():
@@ -156,7 +190,7 @@ def test_what_is_forbidden_stays_zero_and_groups_are_filled_up_with_it(method):
 def test_channels_that_are_never_active_are_pruned_first():
     h = correlated(64).h.clone()
     h[:, ::2], h[::2] = 0, 0
-    for method in ("wanda", "admm", "frankwolfe"):
+    for method in METHODS[1:]:
         assert not prune(random(8, 64), inputs_of(h), Groups(64, 32), method).kept[:, ::2].any()
 
 
@@ -176,7 +210,7 @@ def test_blocks_are_valid_and_read_back_as_what_errors_were_told_of(values, shap
     m, n = shape
     found = encode(weight, values=values, levels=levels)
     plan, inputs = SparsePlan(Pruning(values=values)), correlated(n)
-    tiers = tier_counts(plan.groups("t", n).keep, levels)
+    tiers = tier_counts(n, plan.groups("t", n), levels)
     assert len(found) == 2 * len(tiers)
     before, scale = torch.zeros(shape, dtype=torch.bool), None
     for i, level in enumerate(found):
@@ -205,7 +239,7 @@ def test_blocks_are_valid_and_read_back_as_what_errors_were_told_of(values, shap
 def test_patterns_hold_at_every_tier(pattern):
     keep, group = PATTERNS[pattern]
     found = encode(random(12, 64), pattern=pattern)
-    tiers = tier_counts(keep, 3)
+    tiers = tier_counts(64, Groups(group, keep), 3)
     assert tiers == {2: (1, 2), 4: (2, 3, 4)}[keep]
     for level, count in enumerate(tiers):
         assert counts(rebuilt(found[: 2 * level + 2]) != 0, group) <= set(range(count + 1))
@@ -276,13 +310,29 @@ def test_levels_that_make_no_sense():
             choose_levels(wanted)
 
 
-@pytest.mark.parametrize("keep", [1, 2, 3, 7, 256, 1000])
+@pytest.mark.parametrize("groups", [Groups(2048, keep) for keep in (1, 2, 3, 7, 256, 1000)] + [Groups(8, 4)])
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])
-def test_tiers_grow_to_the_whole(keep, levels):
-    found = tier_counts(keep, levels)
+def test_tiers_grow_to_the_whole(groups, levels):
+    found = tier_counts(2048, groups, levels)
     assert list(found) == sorted(set(found))
     assert 1 <= len(found) <= levels
-    assert (min(found) >= 1, found[-1]) == (True, keep)
+    assert (min(found) >= 1, found[-1]) == (True, groups.keep)
+
+
+@pytest.mark.parametrize(
+    ("n", "groups", "wanted"),
+    [
+        (2048, Groups(2048, 819), (384, 640, 819)),  # not 410 and 614
+        (100, Groups(100, 66), (36, 50, 66)),  # not 33; 64 positions are left, and there are no other 64
+        (172, Groups(172, 52), (26, 44, 52)),  # 44 is far from 26
+        (512, Groups(8, 4), (2, 3, 4)),
+        (96, Groups(8, 4), (2, 3, 4)),  # 72 and 60 positions
+        (96, Groups(4, 2), (1, 2)),
+        (40, Groups(40, 20), (10, 15, 20)),
+    ],
+)
+def test_cuts_leave_whole_words_of_positions_where_they_can(n, groups, wanted):
+    assert tier_counts(n, groups, 3) == wanted
 
 
 # -- a whole model ------------------------------------------------------------------------------------------------
@@ -495,7 +545,7 @@ def test_a_few_zeros_are_chance(place):
         ({"sparsity": float("nan")}, InvalidRequest, "above 0 and below 1"),
         ({"pattern": "3:5"}, Unsupported, "2:4, 4:8"),
         ({"pattern": "2:4", "sparsity": 0.6}, InvalidRequest, "one of the two"),
-        ({"method": "sparsegpt"}, Unsupported, "magnitude, wanda, admm, frankwolfe"),
+        ({"method": "obs"}, Unsupported, "magnitude, wanda, admm, sparsegpt, frankwolfe"),
         ({"values": "i2"}, Unsupported, "i8, f16, i4"),
         ({"rank": 4}, InvalidRequest, "the codec sparse has none"),
         ({"levels": 9}, InvalidRequest, "between 1 and 4"),

@@ -53,8 +53,10 @@ def test_unknown_patterns(pattern):
 
 
 def test_unknown_methods_and_values():
-    with pytest.raises(Unsupported, match="method 'sparsegpt'; this version knows magnitude, wanda, admm, frankwolfe"):
-        read_pruning("sparse", None, None, "sparsegpt", None)
+    with pytest.raises(
+        Unsupported, match="method 'obs'; this version knows magnitude, wanda, admm, sparsegpt, frankwolfe"
+    ):
+        read_pruning("sparse", None, None, "obs", None)
     with pytest.raises(Unsupported, match="values as 'f32'; this version knows i8, f16, i4"):
         read_pruning("sparse", None, None, None, "f32")
 
