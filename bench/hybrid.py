@@ -18,9 +18,10 @@ Where the entries may be, and what is charged for them:
 
 First the gain by byte of a tier on top by that of the next plane of the same linears. Then what order makes of it: the
 blocks of all linears, with tiers and without, sorted by `library/order`, and the estimated KL by that of planes alone
-in as many bytes, at several sizes. Of bases, kinds of values and depths that have tiers, the best is shown. Last the KL
-that is measured on held-out text, all linears with as many planes; beside tiers, `direction`: what is left of the error
-when its part along H's first eigenvector is taken out, a number for each row.
+in as many bytes, at several sizes. Of bases, kinds of values and depths that have tiers, the best is shown. Before that
+the KL that is measured on held-out text, all linears with as many planes, and with tiers `rows, entropy` besides, also
+by that of planes in as many bytes (between two depths by its logarithm); `direction` is no tier, but takes the error's
+part along H's first eigenvector out, a number for each row.
 
 Run: .venv/bin/python bench/hybrid.py [--json FILE] [--check]                               (a quarter of an hour)
 """
@@ -289,17 +290,25 @@ def compare_quality(report: Report, linears: list[Linear]) -> None:
     checkpoint = open_checkpoint(DEMO)
     demo = Demo(checkpoint, Original(checkpoint, heldout_tokens()[::2]))
     weights = sum(linear.weight.numel() for linear in linears)
+    plain_kl, plain_nbytes, tiers = [], [], []
     for depth in (*DEPTHS, DEPTHS[-1] + 1):
         level = depth - BASE_PLANES
         nbytes = sum(nbytes for linear in linears for nbytes, _ in linear.planes[: level + 1])
         plain = demo.with_weights({linear.name: linear.weight - linear.errors[level] for linear in linears}).mean_kl
         report.note(f"KL, {depth} planes", f"{plain:.5f} nats, {8 * nbytes / weights:.2f} bits", [plain, nbytes])
+        plain_kl.append(plain)
+        plain_nbytes.append(nbytes)
         for density in (0.0, *BEFORE):
             found = {linear.name: linear.corrected(depth, density) for linear in linears}
             more = sum(size for _, size in found.values())
             kl = demo.with_weights({name: weight for name, (weight, _) in found.items()}).mean_kl
             name = f"KL, {depth} planes and {f'a tier of {density:.2%}' if density else 'direction'}"
             report.note(name, f"{kl:.5f} nats, {8 * (nbytes + more) / weights:.2f} bits", [kl, nbytes + more])
+            tiers.append((name, nbytes + more, kl))
+    for name, nbytes, kl in tiers:
+        if nbytes <= plain_nbytes[-1]:
+            ratio = kl / float(np.exp(np.interp(nbytes, plain_nbytes, np.log(plain_kl))))
+            report.note(f"{name}, by planes in as many bytes", f"{ratio:.3f}", ratio)
 
 
 def main() -> int:
