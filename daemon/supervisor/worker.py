@@ -304,9 +304,10 @@ class Worker:
         phase, self._phase, self._ward = self._phase, "absent", None
         end = ward.describe_end()
         log.log(logging.INFO if phase == "leaving" else logging.WARNING, "worker %s %s", ward.process.pid, end)
-        out_of_memory = ward.process.exit_code() == -signal.SIGKILL and self._oom_kills() > self._oom_kills_before
-        self._forget_models(now, out_of_memory and phase != "leaving")
         late = phase == "starting" and now - ward.started >= self._patience
+        killed = ward.process.exit_code() == -signal.SIGKILL and not (late or self._hung)  # and not by us
+        out_of_memory = killed and self._oom_kills() > self._oom_kills_before
+        self._forget_models(now, out_of_memory and phase != "leaving")
         self._failed_starts += phase == "starting"
         again = phase == "leaving" or (phase == "starting" and self._failed_starts < START_ATTEMPTS and not late)
         hint = f"it was not ready after {self._patience:.0f} s and " if late else ""
