@@ -1,6 +1,6 @@
 """Memory given back and taken again on the full shape, as the kernel counts it, and beside a greedy neighbour.
 
-Three parts, each with a real daemon in a memory cgroup of its own (v1; needs root), whose usage is what counts:
+Four parts, each with a real daemon in a memory cgroup of its own (v1; needs root), whose usage is what counts:
 
 * `resize`: 100 MB dropped while a stream decodes and while prompts of 512 tokens are read, until the group's usage
   shows it; growing against a plain read of the same file; what the processes hold, against what was asked.

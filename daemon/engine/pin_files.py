@@ -7,7 +7,6 @@ file that nobody reads, and renaming it is all that is left. Reading checks ever
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from ...formats.container import content_hash_of
 from ...formats.errors import CorruptFile
 from ...kernels.attention import BLOCK_TOKENS
 from .bands import BANDS
@@ -106,7 +106,4 @@ def open_pin(path: Path, model: str, kv: str, block_nbytes: int) -> Iterator[Pin
 
 
 def _hash(blocks: Iterable[NDArray[np.uint8]]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for block in blocks:
-        digest.update(block.data)
-    return digest.hexdigest()
+    return content_hash_of(block.data for block in blocks)

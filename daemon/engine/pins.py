@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from ...formats.errors import Cancelled, CorruptFile, EbbflowError, InvalidRequest, storage_failed
+from ...formats.errors import Cancelled, CorruptFile, EbbflowError, InvalidRequest, OutOfMemory, storage_failed
 from ...formats.manifest import Manifest
 from ...formats.paths import check_name
 from ...formats.values import PinSummary
@@ -150,22 +150,26 @@ class PinStore:
     def keep(self, job: PinJob) -> None:
         """Keep what was computed, instead of what had that name; once it is saved, if it is to be (`settled`).
 
-        Raises `OutOfMemory` when there is no room for it beside requests, `StorageFailed` when a file of that name
-        cannot be removed; then all is as before.
+        Raises `OutOfMemory` when there is no room for it beside requests, or for the thread that would write it,
+        `StorageFailed` when a file of that name cannot be removed; then all is as before.
         """
-        sequence = job.sequence
-        nodes = list(sequence.nodes)
+        nodes = list(job.sequence.nodes)
         self._scheduler.pin(nodes)
-        self._drop(job.name, "another prefix was pinned by that name")
-        if job.save:
-            self._saving.append(self._begin_saving(job, nodes))
-            return
-        try:  # also one that was never read back, which would have this name again some day
-            self._path(job.name).unlink(missing_ok=True)
+        try:
+            saving = self._begin_saving(job, nodes) if job.save else None
+            if saving is None:  # also one that was never read back, which would have this name again some day
+                self._path(job.name).unlink(missing_ok=True)
         except OSError as error:
             self._scheduler.unpin(nodes)
             raise storage_failed(error, self._folder) from error
-        self._enter(job, nodes)
+        except OutOfMemory:
+            self._scheduler.unpin(nodes)
+            raise
+        self._drop(job.name, "another prefix was pinned by that name")
+        if saving is None:
+            self._enter(job, nodes)
+        else:
+            self._saving.append(saving)
 
     def settled(self) -> Iterator[tuple[PinJob, EbbflowError | None]]:
         """Those that are saved now, and kept, and those that are not, with the reason; for these all is as before."""
@@ -190,7 +194,7 @@ class PinStore:
         """
         for saving in self._saving:
             saving.written.add_done_callback(partial(_forget, saving.partial))
-        self._writer.shutdown(wait=False)
+        self._writer.shutdown(wait=False, cancel_futures=True)
         ended, self._saving = [saving.job for saving in self._saving], []
         return ended
 
@@ -213,7 +217,12 @@ class PinStore:
         label = Label(VERSION, self._model, self._kv, s.namespace, s.band, s.depth)
         path = self._folder / f"{job.name}.{next(_NUMBERS)}{PARTIAL}"
         blocks = [self._bytes[block] for block in s.blocks]
-        written = self._writer.submit(write_partial, path, label, list(s.tokens), blocks)
+        try:
+            written = self._writer.submit(write_partial, path, label, list(s.tokens), blocks)
+        except RuntimeError as error:  # the system gives no thread; what was submitted would wait for the next one
+            self._writer.shutdown(wait=False, cancel_futures=True)
+            self._writer = ThreadPoolExecutor(1, "pins")
+            raise OutOfMemory(f"no memory for a thread that writes {job.name}; try again") from error
         return _Saving(job, nodes, path, written)
 
     def _end_saving(self, saving: _Saving) -> EbbflowError | None:
@@ -223,9 +232,11 @@ class PinStore:
             if not saving.dropped:
                 saving.partial.rename(self._path(saving.job.name))
                 return None
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             _forget(saving.partial)
-            return storage_failed(error, self._folder)
+            if isinstance(error, OSError):
+                return storage_failed(error, self._folder)
+            return OutOfMemory(f"no memory to write {saving.job.name}; try again")
         _forget(saving.partial)
         return Cancelled(f"{saving.job.name} was not kept: {saving.dropped}")
 

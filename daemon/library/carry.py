@@ -72,19 +72,15 @@ def _carry(request: ImportModel | ExportModel, source: Path, place: Path, librar
         raise NotArrived(f"{source} is itself still arriving; wait until it is complete")
     check_manifest(stack, manifest)
     manifest = msgspec.structs.replace(manifest, name=request.name)
+    if place.exists():
+        _check_same(place, manifest)
     masks_there = is_whole(place / MASKS, stack.blocks)
     ours = find_masks(library, stack.blocks) if isinstance(request, ImportModel) and not masks_there else None
     there = (place / STACK).stat().st_size if (place / STACK).exists() else 0
     masks_nbytes = stack.masks_path.stat().st_size if stack.masks_path and not masks_there and not ours else 0
     check_room({place.parent: masks_nbytes + stack.data_start + stack.file_edges[-1] - there})
-    if place.exists():
-        _check_same(place, manifest)
-    elif isinstance(request, ImportModel):
-        with making(place) as folder:
-            _begin(source, folder, manifest)
-    else:  # somebody's own folder, in which there is nothing for us to clean up
-        place.mkdir()
-        _begin(source, place, manifest)
+    if not place.exists():
+        _make_place(request, source, place, manifest)
 
     def told(done: int) -> None:
         tell(Progress(id=request.id, stage=STAGE, done=done, total=stack.nbytes))
@@ -96,6 +92,15 @@ def _carry(request: ImportModel | ExportModel, source: Path, place: Path, librar
     mark_of(place / STACK).unlink()
     _sync(place)
     return summary(manifest)
+
+
+def _make_place(request: ImportModel | ExportModel, source: Path, place: Path, manifest: Manifest) -> None:
+    if isinstance(request, ImportModel):
+        with making(place) as folder:
+            _begin(source, folder, manifest)
+    else:  # somebody's own folder, in which there is nothing for us to clean up
+        place.mkdir()
+        _begin(source, place, manifest)
 
 
 def _begin(source: Path, folder: Path, manifest: Manifest) -> None:

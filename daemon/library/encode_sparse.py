@@ -154,8 +154,7 @@ def encode_tiers(
 ) -> Iterator[Level]:
     """Encode `weight [m, n]` into a mask and values for each of at most `levels` tiers; a mask alone changes nothing.
 
-    Raises `CorruptCheckpoint` for weights that are not finite, or beyond
-    1e6.
+    Raises `CorruptCheckpoint` for weights that are not finite, or beyond 1e6.
     """
     weight, pruning = checked_weight(tensor, weight), plan.pruning
     pruned = _given(tensor, weight, inputs, plan, plan.given) if plan.given else _pruned(tensor, weight, inputs, plan)

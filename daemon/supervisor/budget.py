@@ -187,14 +187,15 @@ class Budget:
             raise Unsupported(
                 f"this system does not say what memory it can spare; give {name} a size (`ebb resize {name} 60%`)"
             )
-        room = self._free(reading, but=name)
+        free = room = self._free(reading, but=name)
         victims: list[str] = []
         for victim in self._by_worth(idle):
             if room >= base:
                 break
             if victim != name:
-                room += max(0, self._limits(victim)[0] - self._shared_bases)
                 victims.append(victim)
+                # together they free no less: with whom they share, and whether with each other, is not known
+                room = free + max(0, sum(self._limits(one)[0] for one in victims) - self._shared_bases)
         if room < base:
             raise OutOfMemory(
                 f"{name} needs {format_size(base)} to begin with, of which {format_size(max(0, room))} can be had now "

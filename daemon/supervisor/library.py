@@ -124,9 +124,9 @@ class Library:
     def _shared(self, name: str) -> tuple[tuple[str, ...], int]:
         """The models that have their masks in the same file as this one, and its bytes."""
         masks, own = self._models[name].masks, self._file(name, MASKS)
-        alike = sorted(other for other, manifest in self._models.items() if manifest.masks == masks and other != name)
         if not masks or own is None:
             return (), 0
+        alike = sorted(other for other, manifest in self._models.items() if manifest.masks == masks and other != name)
         shares = [
             other for other in alike if (found := self._file(other, MASKS)) is not None and os.path.samestat(found, own)
         ]

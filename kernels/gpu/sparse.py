@@ -128,9 +128,9 @@ def multiply_sparse(
 ) -> None:
     """`y = x W^T` for a weight `[m, n]` of tiers; the same bits for any number of tokens.
 
-    On one device: `stored` u8, `blocks [levels, 3]` i64 as `rows.decode_rows` has them (masks and values in turn, a
-    last mask without values counts for nothing), x `[T, n]` f16 or f32, y `[T, m]` f32, all contiguous. `kind` is the
-    code of the values.
+    On one device: `stored` u8, a multiple of 8 bytes, `blocks [levels, 3]` i64 as `rows.decode_rows` has them (masks
+    and values in turn, a last mask without values counts for nothing), x `[T, n]` f16 or f32, y `[T, m]` f32, all
+    contiguous. `kind` is the code of the values.
     """
     (tokens, m), tiers = y.shape, len(blocks) // 2
     if tokens == 0:

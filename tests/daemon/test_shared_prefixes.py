@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from ebbflow.daemon.engine.engine import Engine
+from ebbflow.daemon.engine.pin_files import write_partial
 from ebbflow.daemon.engine.pins import FOLDER
 from ebbflow.daemon.settings import DEFAULTS, WorkerSettings
 from ebbflow.daemon.worker.resident import Resident
@@ -495,6 +496,61 @@ def test_a_disk_that_is_full_in_the_middle_of_a_pin(
     assert isinstance(event, Failed)
     assert list((folder / FOLDER).iterdir()) == []
     assert (engine.kv_pinned_nbytes, engine.pin_summaries()) == (0, ())
+
+
+def test_a_pin_for_which_there_is_no_thread_fails_alone(
+    folder: Path, resident: Resident, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(folder, resident)
+    assert isinstance(pinned(engine, pin(1, "system", PREFIX[:32])), Pinned)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        event = pinned(engine, pin(2, "system", save=True))
+    assert isinstance(event, Failed)
+    assert event.code == "out_of_memory"
+    assert [(one.name, one.tokens) for one in engine.pin_summaries()] == [("system", 32)]
+    assert isinstance(pinned(engine, pin(3, "system", save=True)), Pinned)
+    assert [path.name for path in (folder / FOLDER).iterdir()] == ["system.safetensors"]
+
+
+@pytest.mark.parametrize(("error", "code"), [(MemoryError, "out_of_memory"), (OSError, "storage_failed")])
+def test_a_writer_that_fails_takes_nobody_with_it(
+    folder: Path, resident: Resident, monkeypatch: pytest.MonkeyPatch, error: type[Exception], code: str
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "fsync", fail)
+    engine = engine_of(folder, resident)
+    event = pinned(engine, pin(1, "system", save=True))
+    assert isinstance(event, Failed)
+    assert event.code == code
+    assert list((folder / FOLDER).iterdir()) == []
+    assert engine.kv_pinned_nbytes == 0
+
+
+def test_pins_that_wait_to_be_written_are_not_when_the_model_goes(
+    folder: Path, resident: Resident, slow_disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Path] = []
+
+    def write(path: Path, *more: Any) -> None:
+        begun.append(path)
+        write_partial(path, *more)
+
+    monkeypatch.setattr("ebbflow.daemon.engine.pins.write_partial", write)
+    engine = engine_of(folder, resident)
+    for key in (1, 2, 3):
+        begin_saving(engine, key, f"pin{key}", PREFIX[: 32 * key])
+    assert {(event.id, event.code) for event in engine.close()} == {(key, "cancelled") for key in (1, 2, 3)}
+    slow_disk.set()
+    engine.pins._writer.shutdown()
+    assert len(begun) <= 1  # what the writer had in hand
+    assert list(folder.glob(f"{FOLDER}/*")) == []
 
 
 def test_a_pin_whose_file_cannot_be_made_fails_alone(folder: Path, resident: Resident) -> None:
