@@ -104,6 +104,8 @@ class PinStore:
             _forget(left)
         for path in sorted(self._folder.glob("*" + SUFFIX))[:MOST_PINS]:
             try:
+                if not path.is_file():
+                    raise CorruptFile("it is no file")
                 self._restore(path)
             except (OSError, SafetensorError, msgspec.MsgspecError, CorruptFile, KeyError, ValueError) as error:
                 log.warning("%s is not used: %s", path, error)
