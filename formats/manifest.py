@@ -10,6 +10,7 @@ import msgspec
 
 from .architecture import Architecture
 from .errors import CorruptManifest, UnsupportedVersion
+from .files import open_plain
 
 MANIFEST: Final = "manifest.json"
 STACK: Final = "stack.safetensors"
@@ -73,7 +74,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of the model in `folder`. Raises `CorruptManifest` or `UnsupportedVersion`."""
     path = folder / MANIFEST
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_plain(path), "rb") as file:
             text = file.read(MOST_NBYTES + 1)
         if len(text) > MOST_NBYTES:
             raise CorruptManifest(f"{path} is larger than the {MOST_NBYTES} bytes that a manifest may have")

@@ -25,6 +25,7 @@ from typing import BinaryIO, Final
 
 from .container import content_hash, header_bytes, padded, replacing, write_block
 from .errors import BadBlock, BadHeader, BadOffsets, CorruptStack, TruncatedStack
+from .files import open_plain
 from .index import BlockEntry
 
 FORMAT: Final = "ebbflow-masks"
@@ -75,7 +76,7 @@ def check_masks(path: Path, blocks: Sequence[BlockEntry]) -> None:
     """
     header, (nbytes, _) = encode_header(masks_beside(blocks)), mask_offsets(blocks)
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_plain(path), "rb") as file:
             size, found = os.fstat(file.fileno()).st_size, file.read(len(header))
     except FileNotFoundError as error:
         raise TruncatedStack(f"{path} is not there, and the stack beside it has its masks in it") from error

@@ -77,6 +77,7 @@ from .errors import (
     TruncatedStack,
     UnsupportedVersion,
 )
+from .files import open_plain
 from .index import BlockEntry, StackIndex, check_blocks, filled_before, prefix_edges
 from .manifest import MANIFEST, MASKS, Manifest
 from .masks import check_masks, digest, mask_offsets, write_mask, write_masks
@@ -215,7 +216,7 @@ def read_stack(path: Path) -> Stack:
 def _header_is_missing(path: Path) -> bool:
     """Whether the file ends before its header does, or the header is a hole that somebody will fill."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_plain(path), "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             return length == 0 or (length <= MAX_HEADER and (len(text := file.read(length)) < length or text[-1] == 0))
     except FileNotFoundError:
@@ -226,7 +227,7 @@ def _header_is_missing(path: Path) -> bool:
 
 def _read_stack(path: Path, arriving: bool) -> Stack:
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_plain(path), "rb") as file:
             file_nbytes = os.fstat(file.fileno()).st_size
             length = _header_length(file.read(8), file_nbytes)
             text = file.read(length)
@@ -348,7 +349,7 @@ class BlockReader:
         with contextlib.ExitStack() as opened:
             for path in dict.fromkeys(place.path for place in stack.places):
                 try:
-                    self._files[path] = opened.enter_context(path.open("rb"))
+                    self._files[path] = opened.enter_context(os.fdopen(open_plain(path), "rb"))
                 except OSError as error:
                     raise CorruptStack(f"{path} cannot be read: {error.strerror}") from error
             self._close = opened.pop_all().close

@@ -104,6 +104,8 @@ class PinStore:
             _forget(left)
         for path in sorted(self._folder.glob("*" + SUFFIX))[:MOST_PINS]:
             try:
+                if not path.is_file():
+                    raise CorruptFile("it is no file")
                 self._restore(path)
             except (OSError, SafetensorError, msgspec.MsgspecError, CorruptFile, KeyError, ValueError) as error:
                 log.warning("%s is not used: %s", path, error)
@@ -123,7 +125,9 @@ class PinStore:
         """A pin to compute again because the model is better now; each is tried once for a band."""
         if RENEWAL_KEY in self.jobs:
             return None
-        return next((name for name, kept in self._kept.items() if kept.band < band and kept.tried < band), None)
+        written = {saving.job.name for saving in self._saving}  # and will be here instead
+        old = (name for name, kept in self._kept.items() if kept.band < band and kept.tried < band)
+        return next((name for name in old if name not in written), None)
 
     def renew(self, name: str, band: int) -> PinJob:
         """How to compute a stale pin again."""

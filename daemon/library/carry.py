@@ -27,6 +27,7 @@ from ...formats.errors import (
     TruncatedStack,
     storage_failed,
 )
+from ...formats.files import open_plain
 from ...formats.manifest import MASKS, STACK, Manifest, read_manifest, write_manifest
 from ...formats.messages import ExportModel, ImportModel, Progress
 from ...formats.paths import check_name
@@ -118,7 +119,7 @@ def _check_same(place: Path, manifest: Manifest) -> None:
 
 def _copy_stack(stack: Stack, target: Path, tell: Callable[[int], None]) -> None:
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # a link in a half copied folder is nobody's we know
-    with stack.path.open("rb") as source, os.fdopen(os.open(target, flags, 0o666), "r+b") as file:
+    with os.fdopen(open_plain(stack.path), "rb") as source, os.fdopen(os.open(target, flags, 0o666), "r+b") as file:
         whole = _whole_blocks(stack, source, file)
         file.seek(stack.data_start + stack.file_edges[whole])
         file.truncate()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ...formats.errors import BadBlock, CorruptFile, UnsupportedVersion
+from ...formats.files import open_plain
 from ...formats.manifest import MASKS, read_manifest
 from ...formats.masks import check_masks, digest, mask_offsets, masks_beside, write_masks
 from ...formats.stack import BlockEntry, Stack
@@ -55,7 +56,7 @@ def is_whole(path: Path, blocks: Sequence[BlockEntry]) -> bool:
             return False
         check_masks(path, blocks)
         _, offsets = mask_offsets(blocks)
-        with path.open("rb") as file:
+        with os.fdopen(open_plain(path), "rb") as file:
             for entry in masks_beside(blocks):
                 file.seek(offsets[entry.hash])
                 if not holds(entry, file, path):
@@ -74,7 +75,7 @@ def copy_masks(stack: Stack, folder: Path, tell: Callable[[int], None]) -> None:
     assert stack.masks_path
     path, (_, offsets) = stack.masks_path, mask_offsets(stack.blocks)
     first = min(offsets.values())
-    with path.open("rb") as source:
+    with os.fdopen(open_plain(path), "rb") as source:
 
         def write(entry: BlockEntry, file: BinaryIO) -> None:
             source.seek(offsets[entry.hash])

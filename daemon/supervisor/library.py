@@ -191,13 +191,20 @@ class Library:
 
 
 def _refuse_links(folder: Path) -> None:
-    """Raises `CorruptFile` when the folder, or a file in it, is a link: what we read, and delete, is in the library."""
+    """Raises `CorruptFile` when the folder, or a file in it, is a link: what we read, and delete, is in the library.
+
+    So too for a pipe or a device, at which whoever reads it would wait for ever.
+    """
     try:
-        links = [path for path in (folder, *folder.iterdir()) if path.is_symlink()]
+        found = (folder, *folder.iterdir())
+        links = [path for path in found if path.is_symlink()]
+        odd = [path for path in found if not (path.is_file() or path.is_dir() or path.is_symlink())]
     except OSError as error:
         raise CorruptFile(f"{folder} cannot be read: {error.strerror}") from error
     if links:
         raise CorruptFile(f"{links[0]} is a link, and the library takes files and folders only; copy what it names")
+    if odd:
+        raise CorruptFile(f"{odd[0]} is neither a file nor a folder, and a model has nothing else")
 
 
 def _wake(name: str) -> None:

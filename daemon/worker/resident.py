@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ...formats.blocks import check_finite
 from ...formats.errors import BadBlock, CorruptStack, NotArrived, TruncatedStack
+from ...formats.files import open_plain
 from ...formats.kinds import SHARED_LEVELS
 from ...formats.stack import BlockEntry, Place, Stack, content_hash, filled_before, mark_of, padded
 from ...kernels.rows import CODES, MASK, PLANE, SHARED_PLANE, SIGNS, VALUES_CODES
@@ -294,7 +295,7 @@ def _opened(stack: Stack) -> dict[Path, int]:
     files: dict[Path, int] = {}
     for path in dict.fromkeys([stack.path, *(place.path for place in stack.places)]):
         try:
-            files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            files[path] = open_plain(path)
         except OSError as error:
             _close(files)
             raise CorruptStack(f"{path} cannot be opened: {error.strerror}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,15 @@ def test_a_model_with_a_link_among_its_files_is_no_model(root, name, caplog):
     (root / "mixed" / name).unlink()
     write_model(root, "mixed")
     assert [model.name for model in library.summaries()] == ["mixed"]
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "tokenizer.json"])
+def test_a_model_with_a_pipe_among_its_files_is_no_model(root, name, caplog):
+    write_model(root, "mixed")
+    (root / "mixed" / name).unlink(missing_ok=True)
+    os.mkfifo(root / "mixed" / name)
+    assert Library(root, delete).summaries() == ()
+    assert f"{name} is neither a file nor a folder" in caplog.text
 
 
 def test_a_name_that_leads_nowhere_is_taken(root):

@@ -635,6 +635,21 @@ def test_a_pin_that_is_not_wanted_any_more_while_it_is_written(
     assert [one.tokens for one in engine.pin_summaries()] == ([32] if how == "replace" else [])
 
 
+def test_an_old_pin_is_not_renewed_while_another_of_its_name_is_written(
+    folder: Path, slow_disk: threading.Event
+) -> None:
+    resident = load(folder, BASE)
+    engine = engine_of(folder, resident)
+    pinned(engine, pin(1, "system"))
+    resident.grow(BLOCKS)
+    begin_saving(engine, 2, ids=PREFIX[:32])
+    finish(engine, Answers())
+    slow_disk.set()
+    (event,) = settled(engine)
+    assert isinstance(event, Pinned)
+    assert [(one.tokens, one.saved, one.current) for one in engine.pin_summaries()] == [(32, True, True)]
+
+
 def test_what_a_killed_worker_was_writing_is_taken_away(folder: Path, resident: Resident) -> None:
     (folder / FOLDER).mkdir()
     (folder / FOLDER / "system.7.partial").write_bytes(b"half")

@@ -23,7 +23,7 @@ from ebbflow.formats.errors import (
     NotArrived,
     TruncatedStack,
 )
-from ebbflow.formats.manifest import MASKS, STACK, read_manifest
+from ebbflow.formats.manifest import MANIFEST, MASKS, STACK, read_manifest
 from ebbflow.formats.masks import digest, encode_header, mask_offsets, masks_beside
 from ebbflow.formats.stack import (
     BlockEntry,
@@ -335,3 +335,14 @@ def test_the_manifest_says_which_masks(tmp_path):
     for other in ("", "0" * 32):
         with pytest.raises(CorruptManifest):
             check_manifest(stack, msgspec.structs.replace(manifest, masks=other))
+
+
+@pytest.mark.parametrize("name", [MASKS, STACK, MANIFEST])
+def test_devices_and_pipes_are_no_files(tmp_path: Path, name: str) -> None:
+    """Of a pipe nobody would ever hear again; a device shows it without the wait."""
+    folder = write_sparse_model(tmp_path / "odd")
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    with pytest.raises((CorruptStack, CorruptManifest), match="not a plain file"):
+        read_manifest(folder)
+        read_stack(folder / STACK)
