@@ -23,7 +23,7 @@ is promised on its account. What bases share they go on sharing, unless one of t
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ...formats.errors import OutOfMemory, Unsupported
@@ -228,6 +228,9 @@ class Budget:
         """The worker no longer holds that model; the bytes of its stack that were resident and nobody else's."""
         shared = self._shared
         model = self._models.pop(name, None)
+        for other in self._models.values():  # what it shared may be counted with others now, who will say so
+            if other.holding:
+                other.holding = replace(other.holding, shared=0, shared_base=0)
         self.outlook.slope.forget()
         return max(0, model.resident - shared) if model else 0
 

@@ -715,10 +715,12 @@ def test_unloading_one_of_two_variants_promises_only_what_is_its_own() -> None:
     # both together free their bases of 1 GB, less what is in memory once
     assert machine.budget.make_room("c", room + 700 * MB, machine.reading(), {"a", "b"}) == ["a", "b"]
     freed = machine.available
-    claimed = machine.budget.unload("b")
+    claimed = machine.budget.unload("a")
     for known in (machine.sizes, machine.resident, machine.heard):
-        del known["b"]
+        del known["a"]
     assert 0 < claimed <= machine.available - freed == GB
+    # at once, and not from the next report on: nobody else has what is left
+    assert machine.budget.spare(machine.reading()) == machine.available - RESERVE + 1_500 * MB
 
 
 def test_more_is_dropped_where_a_part_of_it_frees_nothing() -> None:
