@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import signal
@@ -245,15 +246,26 @@ def test_a_file_removed_while_open_still_serves(folder: Path, tmp_path: Path, ex
     np.testing.assert_array_equal(logits(resident, TOKENS), expected[49])
 
 
-def test_what_cannot_be_read(folder: Path, tmp_path: Path) -> None:
+def test_what_is_no_file_is_not_opened(folder: Path, tmp_path: Path) -> None:
     other = copy_model(folder, tmp_path / "other")
     stack = read_stack(other / STACK)
     stack.path.unlink()
     stack.path.mkdir()
-    resident = Resident(stack)
-    with pytest.raises(CorruptStack, match="cannot be read"):
-        resident.grow(49)
-    assert resident.blocks == 0
+    with pytest.raises(CorruptStack, match="cannot be opened: it is not a plain file"):
+        Resident(stack)
+
+
+def test_what_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    resident = load(folder, 21)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", broken)
+        with pytest.raises(CorruptStack, match="cannot be read"):
+            resident.grow(49)
+    assert resident.blocks == 21
+    check(resident)
     resident.close()
 
 
