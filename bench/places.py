@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ebbflow.client import Client
 from ebbflow.client.launch import answers
+from ebbflow.daemon.supervisor.terms import FILE as TERMS
 from ebbflow.formats.messages import AddModel
 from ebbflow.formats.paths import default_paths, home_paths
 from ebbflow.formats.stack import VERSION
@@ -77,7 +78,11 @@ def full_source() -> Path:
 
 @contextmanager
 def daemon(flags: tuple[str, ...] = (), prefix: tuple[str, ...] = ()) -> Iterator[Client]:
-    """A real daemon with LIBRARY's models, behind the command `prefix`; kernels are compiled once for all benches."""
+    """A real daemon with LIBRARY's models, behind the command `prefix`; kernels are compiled once for all benches.
+
+    Sizes that another bench has wished for are forgotten.
+    """
+    (LIBRARY / TERMS).unlink(missing_ok=True)
     home = Path(tempfile.mkdtemp(prefix="ebb"))
     paths = home_paths(home)
     paths.library.symlink_to(LIBRARY)
