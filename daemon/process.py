@@ -16,6 +16,7 @@ from typing import Final
 
 PARENT_VARIABLE: Final = "EBBFLOW_PARENT"  # the supervisor tells a child its own process id
 MEMORY_VARIABLE: Final = "EBBFLOW_JOB_MEMORY"  # the supervisor tells a job how much memory it may take
+SPARE_VARIABLE: Final = "EBBFLOW_SPARE_MEMORY"  # and a worker how much there is when it starts
 PR_SET_PDEATHSIG: Final = 1  # <linux/prctl.h>
 M_TRIM_THRESHOLD: Final = -1  # <malloc.h>
 M_MMAP_THRESHOLD: Final = -3

@@ -22,7 +22,7 @@ import msgspec
 
 from ...formats.messages import JobRequest
 from ...formats.paths import Paths
-from ..process import MEMORY_VARIABLE, PARENT_VARIABLE
+from ..process import MEMORY_VARIABLE, PARENT_VARIABLE, SPARE_VARIABLE
 from ..settings import DEFAULTS, WorkerSettings
 
 LEAVE_SECONDS: Final = 5.0  # between being asked to leave and being killed
@@ -76,8 +76,8 @@ class Process(Protocol):
 class Launcher(Protocol):
     """Starts children. `identity` is the name under which they connect. Raises `OSError`."""
 
-    def start_worker(self, identity: str) -> Process:
-        """A process that will say `Ready`."""
+    def start_worker(self, identity: str, spare_nbytes: int) -> Process:
+        """A process that will say `Ready`; there is so much memory to spare, which decides how it compiles."""
         ...
 
     def start_job(self, identity: str, request: JobRequest, memory_nbytes: int) -> Process:
@@ -94,10 +94,10 @@ class CommandLauncher:
     job: tuple[str, ...] = JOB
     settings: WorkerSettings = DEFAULTS
 
-    def start_worker(self, identity: str) -> Process:
-        """A process that will say `Ready`."""
+    def start_worker(self, identity: str, spare_nbytes: int) -> Process:
+        """A process that will say `Ready`; there is so much memory to spare, which decides how it compiles."""
         command = [*self.worker, self.paths.children, identity, *self.settings.flags()]
-        return _Subprocess(command, self.paths.logs / "worker.log")
+        return _Subprocess(command, self.paths.logs / "worker.log", {SPARE_VARIABLE: str(spare_nbytes)})
 
     def start_job(self, identity: str, request: JobRequest, memory_nbytes: int) -> Process:
         """A process that adds or copies one model and ends; it fails by itself beyond so much memory."""

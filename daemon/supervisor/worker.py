@@ -269,7 +269,7 @@ class Worker:
     def _start(self, now: float) -> None:
         identity = fresh_identity("worker")
         try:
-            process = self._launcher.start_worker(identity)
+            process = self._launcher.start_worker(identity, self._budget.spare(self._read()))
         except OSError as error:
             self._fail_all(WorkerDied(f"the worker could not be started: {error}"))
             return

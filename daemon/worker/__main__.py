@@ -8,9 +8,17 @@ import signal
 import sys
 import time
 
-from ..process import PARENT_VARIABLE, die_with_parent, free_at_once, give_back_freed, set_oom_score
+from ..process import (
+    PARENT_VARIABLE,
+    SPARE_VARIABLE,
+    die_with_parent,
+    free_at_once,
+    give_back_freed,
+    set_oom_score,
+)
 
 OOM_SCORE = 600  # the kernel shall choose the worker, never the supervisor or the user's programs
+COMPILERS_NBYTES = 1_500_000_000  # for two at once, and something to be left
 COMPILING = "compiling kernels for this machine, which the first start does once"
 
 
@@ -40,7 +48,8 @@ def main() -> None:
         kernels = use_cache(default_paths().cache)
         if not compiled(kernels):
             channel.send(Progress(id=0, stage=COMPILING))
-            compile_once(kernels, "ebbflow.daemon.worker.compiling", together=usable_threads() > 1)
+            room = int(os.environ.get(SPARE_VARIABLE, "0")) >= COMPILERS_NBYTES
+            compile_once(kernels, "ebbflow.daemon.worker.compiling", together=room and usable_threads() > 1)
 
         # numba reads its settings when it is first imported
         from ...kernels.threads import set_threads

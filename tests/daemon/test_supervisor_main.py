@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from ebbflow.daemon.process import SPARE_VARIABLE
 from ebbflow.daemon.settings import WorkerSettings, parse_settings
 from ebbflow.daemon.supervisor.children import JOB, LOG_NBYTES, WORKER, CommandLauncher
 from ebbflow.daemon.supervisor.main import default_reserve, main, suited
@@ -81,7 +82,7 @@ def test_a_lock_that_cannot_be_opened_is_a_typed_error(paths):
 def test_of_a_traceback_only_its_last_line_is_told(paths):
     prepare(paths)
     fail = (sys.executable, "-c", "raise MemoryError('no room\\n\\n')")
-    worker = CommandLauncher(paths, fail, fail).start_worker("worker-1")
+    worker = CommandLauncher(paths, fail, fail).start_worker("worker-1", 0)
     os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
     assert worker.last_words() == f"MemoryError: no room (see {paths.logs / 'worker.log'})"
     worker.exit_code()
@@ -115,13 +116,23 @@ def test_the_real_commands_are_modules_of_ours():
     assert JOB[1:] == ("-P", "-m", "ebbflow.daemon.library.job")
 
 
+def test_a_worker_is_told_how_much_memory_there_is(paths):
+    prepare(paths)
+    tell = (sys.executable, "-c", f"import os; print(os.environ[{SPARE_VARIABLE!r}])")
+    worker = CommandLauncher(paths, tell, tell).start_worker("worker-1", 1_234)
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+    assert worker.exit_code() == 0
+    assert (paths.logs / "worker.log").read_text() == "1234\n"
+    worker.close()
+
+
 def test_children_get_their_arguments_and_their_last_words_are_kept(paths):
     prepare(paths)
     tell = (sys.executable, "-c", "import sys; print('\\n'.join(sys.argv[1:])); sys.exit(7)")
     settings = WorkerSettings("i8", threads=2)
     launcher = CommandLauncher(paths, tell, tell, settings)
     (paths.logs / "worker.log").write_text("of an earlier one\n" * LOG_NBYTES)
-    worker = launcher.start_worker("worker-1")
+    worker = launcher.start_worker("worker-1", 2_000_000_000)
     job = launcher.start_job("job-1", AddModel(id=3, source="/s", name="n"), 8_000_000_000)
     for process in (worker, job):
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)

@@ -184,6 +184,13 @@ def test_a_worker_that_does_not_get_ready_is_killed(house, client):
     assert len(house.launcher.workers) == 1
 
 
+def test_a_worker_hears_what_there_is_to_spare(house, client):
+    house.sensor.available = 3 * GB
+    client.say(generate(1))
+    house.turn()
+    assert house.launcher.worker_spare == 3 * GB - GB // 2  # the reserve
+
+
 def test_a_worker_that_compiles_gets_more_time(house, client):
     client.say(generate(1))
     house.turn()

@@ -89,7 +89,8 @@ class FakeLauncher:
         self.jobs: list[FakeProcess] = []
         self.broken: OSError | None = None
 
-    def start_worker(self, identity: str) -> FakeProcess:
+    def start_worker(self, identity: str, spare_nbytes: int) -> FakeProcess:
+        self.worker_spare = spare_nbytes
         return self._start(self.workers, identity)
 
     def start_job(self, identity: str, request, memory_nbytes: int) -> FakeProcess:
