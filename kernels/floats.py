@@ -33,7 +33,6 @@ from .vectors import (
 )
 
 LANES: Final = 16  # floats in one vector
-FORMS: Final = ("f32", "f16", "bf16", "i8", "i4")
 
 
 def emit_floats(b: Any, form: str, base: Any, at: Any, place: Any) -> Any:

@@ -31,7 +31,7 @@ from .output import console, note
 @click.option("--pattern", type=click.Choice(list(PATTERNS)), help="What sparse keeps of neighbours in a row.")
 @click.option("--method", type=click.Choice(METHODS), help="How sparse chooses what to keep; by default admm.")
 @click.option("--values", type=click.Choice(VALUES), help="How sparse stores what it keeps; by default i8.")
-@click.option("--masks-of", metavar="MODEL", help="Take the masks of this sparse model; both share them on the disk.")
+@click.option("--masks-of", metavar="MODEL", help="Take the masks of this sparse model; both share them.")
 @click.option("--order", type=click.Choice(["gain", "paper"]), help="How blocks are ordered.")
 @click.option("--calibration", metavar="FILE", help="Text to calibrate with, instead of the model's own.")
 @click.option("--seed", type=int, metavar="N", help="Seed of the model's own calibration text.")
