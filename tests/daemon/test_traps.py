@@ -168,5 +168,7 @@ def test_the_kernel_moves_by_what_the_ledger_says(tmp_path: Path) -> None:
         assert abs(found[f"{move} kernel"] - ours) <= max(0.05 * abs(ours), 4 * MIB), (move, found)
     assert found["grown ours"] > 15 * MIB
     assert found["grown ours"] - found["shrunk ours"] > 5 * MIB
-    assert found["running ours"] - found["shrunk ours"] > 5 * MIB
+    # A busy machine reads the prompt in smaller chunks, with less work space: keys and values are there at any speed.
+    a_token = 2 * SHAPE.layers * SHAPE.kv_heads * SHAPE.head_dim * np.dtype(np.float16).itemsize
+    assert found["running ours"] - found["shrunk ours"] > 450 * a_token
     assert found["trimmed ours"] <= found["shrunk ours"] + 4096  # tables of blocks are made by the next step
