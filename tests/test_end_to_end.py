@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ebbflow.client import Client, errors
+from ebbflow.daemon.supervisor.silence import HUNG_SECONDS
 
 from support.real_daemon import RealDaemon, real_daemon, until
 from support.stacks import write_signs_model
@@ -83,7 +84,7 @@ def test_kill_9_of_the_worker_ends_every_stream_and_the_next_request_works(daemo
         for stream in streams:
             with pytest.raises(errors.WorkerDied):
                 stream.text()
-        assert time.monotonic() - killed < 1.0
+        assert time.monotonic() - killed < HUNG_SECONDS / 3  # seen to end, not waited for
         with two.generate("signs", "x", max_tokens=3) as stream:
             stream.text()
             assert stream.result.tokens == 3
@@ -101,11 +102,11 @@ def test_kill_9_of_a_job_leaves_the_library_as_it_was(daemon: RealDaemon, tmp_pa
             jobs[:] = [process.pid for process in client.status().processes if process.role == "job"]
             return bool(jobs)
 
-        until(started, 10)
+        until(started)
         os.kill(jobs[0], signal.SIGKILL)
         with pytest.raises(errors.JobDied):
             adding.result()
-        until(lambda: sorted(daemon.paths.library.iterdir()) == before, 10)  # deleted behind the loop's back
+        until(lambda: sorted(daemon.paths.library.iterdir()) == before)  # deleted behind the loop's back
 
 
 def test_the_supervisor_is_small(daemon: RealDaemon, client: Client) -> None:

@@ -55,22 +55,22 @@ def test_the_stack_gives_way_to_a_hog_and_comes_back(cgroup: Limited, daemon: Re
     with daemon.client() as client, ExitStack() as hogs:
         asking = threading.Thread(target=stream)
         asking.start()
-        until(lambda: bool(client.status().models), 60)
+        until(lambda: bool(client.status().models))
         full = client.status().models[0].total_nbytes
-        until(lambda: resident(client) == full, 60)
+        until(lambda: resident(client) == full)
         hog = hogs.enter_context(Hog(cgroup.prefix))
         for _ in range(4):
             hog.ask("grow 100")
-            until(lambda: LIMIT - cgroup.read("memory.usage_in_bytes") > RESERVE, 5)
+            until(lambda: LIMIT - cgroup.read("memory.usage_in_bytes") > RESERVE)
         shrunk = resident(client)
         assert shrunk < full - 150_000_000
         assert not failures
         count = len(pieces)
-        until(lambda: len(pieces) > count or bool(failures), 30)
+        until(lambda: len(pieces) > count or bool(failures))
         hog.ask("free")
-        until(lambda: resident(client) > shrunk + 150_000_000, 60)
+        until(lambda: resident(client) > shrunk + 150_000_000)
         client.pause()
-        until(lambda: all(m.nbytes == m.base_nbytes for m in client.status().models), 5)  # or unloaded, if it is idle
+        until(lambda: all(m.nbytes == m.base_nbytes for m in client.status().models))  # or unloaded, if it is idle
         client.resume()
         client.yield_memory("100MB", "1m")
         assert (client.status().yielded_nbytes, client.status().paused) == (100_000_000, False)

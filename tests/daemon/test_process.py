@@ -41,13 +41,11 @@ compile_once(use_cache(Path({root!r})), "ebbflow.daemon.worker.compiling")
 def test_compiling_ends_with_its_worker(tmp_path):
     worker = subprocess.Popen([sys.executable, "-P", "-c", COMPILER.format(root=str(tmp_path))], stderr=subprocess.PIPE)
     children = Path(f"/proc/{worker.pid}/task/{worker.pid}/children")
-    until(lambda: bool(children.read_text().split()), 20)
+    until(lambda: bool(children.read_text().split()))
     compiler = int(children.read_text())
     worker.send_signal(signal.SIGKILL)
     worker.communicate(timeout=20)  # its standard error is the compiler's too: closed when both have ended
-    until(
-        lambda: not Path(f"/proc/{compiler}").exists() or "State:\tZ" in Path(f"/proc/{compiler}/status").read_text(), 5
-    )
+    until(lambda: not Path(f"/proc/{compiler}").exists() or "State:\tZ" in Path(f"/proc/{compiler}/status").read_text())
 
 
 def test_files_are_allowed_up_to_the_hard_limit():

@@ -18,6 +18,7 @@ from ebbflow.client import Client
 from ebbflow.client.batch import ATTEMPTS
 from ebbflow.client.errors import WorkerDied
 from ebbflow.daemon.supervisor.library import Library, _owner_lives
+from ebbflow.daemon.supervisor.silence import HUNG_SECONDS
 from ebbflow.formats.errors import AlreadyRunning
 from ebbflow.formats.messages import (
     AddModel,
@@ -54,7 +55,7 @@ from support.models import write_model
 from support.real_daemon import until
 
 SCRIPT = Path(__file__).parent.parent / "support" / "fake_supervisor.py"
-PATIENCE_MS = 20_000
+PATIENCE_MS = 60_000
 
 
 class Daemon:
@@ -141,7 +142,7 @@ def wait_until_gone(pid: int) -> None:
         os.close(descriptor)
 
 
-def test_a_worker_killed_in_mid_stream_is_told_within_a_second_and_replaced(daemon):
+def test_a_worker_killed_in_mid_stream_is_told_at_once_and_replaced(daemon):
     daemon.say(*(generate(number, prompt="endless") for number in range(1, 5)))
     assert isinstance(daemon.hear_until(Chunk)[0], Started)
     pid = daemon.children()["worker"]
@@ -153,7 +154,7 @@ def test_a_worker_killed_in_mid_stream_is_told_within_a_second_and_replaced(daem
         assert failed.code == "worker_died"
         assert "signal 9" in failed.message
         ended.add(failed.id)
-    assert time.monotonic() - killed < 1
+    assert time.monotonic() - killed < HUNG_SECONDS / 3  # seen to end, not waited for
     assert ended == {1, 2, 3, 4}
     daemon.say(generate(5, prompt="alive again"))
     heard = daemon.hear_until(Finished)
@@ -370,12 +371,12 @@ def test_a_job_stands_still_while_memory_is_short_and_then_goes_on(daemon):
     daemon.hear_until(Progress)
     job = daemon.children()["job"]
     daemon.ask(YieldMemory(id=2, nbytes=10**15))
-    until(lambda: state_of(job) == "T", 5)
+    until(lambda: state_of(job) == "T")
     assert daemon.hear() == Progress(id=1, stage="waiting for memory")
     daemon.ask(YieldMemory(id=3, nbytes=0))
-    until(lambda: state_of(job) != "T", 10)
+    until(lambda: state_of(job) != "T")
     daemon.ask(YieldMemory(id=4, nbytes=10**15))
-    until(lambda: state_of(job) == "T", 5)
+    until(lambda: state_of(job) == "T")
     daemon.say(Cancel(id=1))
     wait_until_gone(job)
     assert isinstance(daemon.hear_until(Failed)[-1], Failed)
@@ -384,7 +385,7 @@ def test_a_job_stands_still_while_memory_is_short_and_then_goes_on(daemon):
 def test_a_job_that_stood_still_when_its_daemon_was_killed_is_woken_by_the_next(tmp_path):
     command = [sys.executable, "-c", "import signal, os; os.kill(os.getpid(), signal.SIGSTOP)"]
     stopped = subprocess.Popen(command)
-    until(lambda: state_of(stopped.pid) == "T", 10)
+    until(lambda: state_of(stopped.pid) == "T")
     folder = tmp_path / f".adding-new-{stopped.pid}"
     folder.mkdir()
     Library(tmp_path).clean()

@@ -20,6 +20,7 @@ from ebbflow.client.launch import answers
 from ebbflow.formats.paths import Paths, home_paths
 
 # Compiled once for all daemons of the suite; another checkout's kernels would push these out.
+PATIENCE_SECONDS = 60  # for what is only slow on a busy machine; a test that waits so long has failed
 KERNELS = Path(tempfile.gettempdir()) / f"ebbflow-test-kernels-{zlib.crc32(__file__.encode()):08x}"
 
 
@@ -93,8 +94,8 @@ def real_daemon(*flags: str, prefix: tuple[str, ...] = ()) -> Iterator[RealDaemo
             shutil.rmtree(home, ignore_errors=True)
 
 
-def until(condition: Callable[[], bool], seconds: float) -> None:
+def until(condition: Callable[[], bool]) -> None:
     """Ask again and again until it is so, for questions that cost a round trip or a look at the disk."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
