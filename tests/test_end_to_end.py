@@ -15,7 +15,7 @@ import pytest
 from ebbflow.client import Client, errors
 from ebbflow.daemon.supervisor.silence import HUNG_SECONDS
 
-from support.real_daemon import RealDaemon, real_daemon, until
+from support.real_daemon import PATIENCE_SECONDS, RealDaemon, real_daemon, until
 from support.stacks import write_signs_model
 from support.tiny_models import write_tiny_model
 
@@ -137,7 +137,7 @@ def test_a_second_daemon_refuses_and_sigterm_takes_the_children_along(tmp_path: 
         assert second.returncode == errors.AlreadyRunning.exit_code
         worker = daemon.worker_pid()
         daemon.process.send_signal(signal.SIGTERM)
-        assert daemon.process.wait(20) == 0
+        assert daemon.process.wait(PATIENCE_SECONDS) == 0
         assert not Path(f"/proc/{worker}").exists()
 
 

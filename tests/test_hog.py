@@ -18,10 +18,9 @@ from support.real_daemon import RealDaemon, real_daemon, until
 
 LIMIT = 1_000_000_000
 RESERVE = 150_000_000
-pytestmark = [
-    pytest.mark.skipif(not can_limit(), reason="needs root and a cgroup v1 memory hierarchy to limit real memory"),
-    pytest.mark.timeout(240),
-]
+pytestmark = pytest.mark.skipif(
+    not can_limit(), reason="needs root and a cgroup v1 memory hierarchy to limit real memory"
+)
 
 
 @pytest.fixture

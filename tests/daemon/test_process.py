@@ -13,7 +13,7 @@ import pytest
 
 from ebbflow.daemon.process import PARENT_VARIABLE, allow_files
 
-from support.real_daemon import until
+from support.real_daemon import PATIENCE_SECONDS, until
 
 CHILD = "from ebbflow.daemon.process import die_with_parent; die_with_parent(); print('alive')"
 
@@ -44,7 +44,9 @@ def test_compiling_ends_with_its_worker(tmp_path):
     until(lambda: bool(children.read_text().split()))
     compiler = int(children.read_text())
     worker.send_signal(signal.SIGKILL)
-    worker.communicate(timeout=20)  # its standard error is the compiler's too: closed when both have ended
+    worker.communicate(
+        timeout=PATIENCE_SECONDS
+    )  # its standard error is the compiler's too: closed when both have ended
     until(lambda: not Path(f"/proc/{compiler}").exists() or "State:\tZ" in Path(f"/proc/{compiler}/status").read_text())
 
 

@@ -52,10 +52,10 @@ from ebbflow.formats.wire import decode, encode
 
 from support.house import GB, generate
 from support.models import write_model
-from support.real_daemon import until
+from support.real_daemon import PATIENCE_SECONDS, until
 
 SCRIPT = Path(__file__).parent.parent / "support" / "fake_supervisor.py"
-PATIENCE_MS = 60_000
+PATIENCE_MS = PATIENCE_SECONDS * 1000
 
 
 class Daemon:
@@ -227,7 +227,7 @@ def test_an_add_is_cancelled_and_leaves_nothing(daemon):
     failed = daemon.hear()
     assert (failed.id, failed.code) == (1, "cancelled")
     daemon.ask(Shutdown(id=2))
-    daemon.process.wait(20)
+    daemon.process.wait(PATIENCE_SECONDS)
     assert not any(daemon.paths.library.glob(".adding-*"))
 
 
@@ -262,7 +262,7 @@ def test_importing_it_imports_nothing_large():
 def test_only_one_daemon_runs_in_a_folder(daemon):
     assert daemon.ask(Ping()) == Pong()
     second = daemon.launch()
-    _, errors = second.communicate(timeout=20)
+    _, errors = second.communicate(timeout=PATIENCE_SECONDS)
     assert second.returncode != 0
     assert f"process {daemon.process.pid}" in errors
     assert AlreadyRunning.__name__ in errors
@@ -283,7 +283,7 @@ def test_a_signal_lets_streams_go_on_and_the_second_one_ends_them(daemon, number
     daemon.process.send_signal(number)
     [*_, failed] = daemon.hear_until(Failed)
     assert (failed.id, failed.code) == (1, "cancelled")
-    assert daemon.process.wait(20) == 0
+    assert daemon.process.wait(PATIENCE_SECONDS) == 0
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
 
@@ -307,7 +307,7 @@ def test_it_tells_its_service_manager_and_reloads(start, home):
     assert (status.reserve_nbytes, status.available_source) == (123_000_000, "cap")
     daemon.process.send_signal(signal.SIGTERM)
     assert any(message.startswith(b"STOPPING=1") for message in iter(lambda: manager.recv(1000), b""))
-    assert daemon.process.wait(20) == 0
+    assert daemon.process.wait(PATIENCE_SECONDS) == 0
     manager.close()
 
 
@@ -320,7 +320,7 @@ def test_shutdown_answers_when_all_is_over(daemon):
     assert done == Done(id=2)
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
-    assert daemon.process.wait(20) == 0
+    assert daemon.process.wait(PATIENCE_SECONDS) == 0
 
 
 def test_when_it_is_killed_its_children_die_and_the_next_one_starts(start):
@@ -332,14 +332,14 @@ def test_when_it_is_killed_its_children_die_and_the_next_one_starts(start):
     first.process.kill()
     for pid in children.values():
         wait_until_gone(pid)
-    first.process.wait(20)
+    first.process.wait(PATIENCE_SECONDS)
     [left] = first.paths.library.glob(".adding-new-*")
     second = start()
     second.say(generate(1))
     assert isinstance(second.hear_until(Finished)[-1], Finished)
     # Deleted in the background, unless the number has been given to another process in the meantime.
     second.ask(Shutdown(id=2))
-    second.process.wait(20)
+    second.process.wait(PATIENCE_SECONDS)
     assert not left.exists() or _owner_lives(left.name)
 
 

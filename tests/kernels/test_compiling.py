@@ -17,7 +17,7 @@ from ebbflow.kernels.rows import JIT_OFF
 def kernels_behind(statement: str) -> set[str]:
     """Modules of kernels that a process has after a statement."""
     code = f"import sys; {statement}; print(*(name for name in sys.modules if name.startswith('ebbflow.kernels.')))"
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=300, check=True)
     return set(done.stdout.split())
 
 

@@ -67,7 +67,7 @@ def limited_cgroup(nbytes: int) -> Iterator[Limited]:
 def measure(what: str, *arguments: str) -> dict[str, int]:
     """What the function `what` of `support.memory_child` measured."""
     with own_cgroup() as group:
-        done = run_child("memory_child", what, str(group or ""), *arguments, timeout=100)
+        done = run_child("memory_child", what, str(group or ""), *arguments, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, int] = json.loads(done.stdout)
     return found

@@ -50,7 +50,7 @@ class RealDaemon:
         """Run the command line as a user would."""
         command = [sys.executable, "-P", "-m", "ebbflow.client.cli.main", *arguments]
         environment = os.environ | {"EBBFLOW_HOME": str(self.home)}
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
         assert not check or result.returncode == 0, result.stderr
         assert "Traceback" not in result.stderr, result.stderr
         return result
@@ -88,7 +88,7 @@ def real_daemon(*flags: str, prefix: tuple[str, ...] = ()) -> Iterator[RealDaemo
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(20)
+            process.wait(PATIENCE_SECONDS)
         finally:
             process.kill()
             shutil.rmtree(home, ignore_errors=True)
