@@ -83,7 +83,7 @@ class Daemon:
 
     def run(self) -> None:
         """Serve until told to end."""
-        with caught() as inbox:
+        with contextlib.closing(self._server), caught() as inbox:
             self._notifier.ready(f"leaving {format_size(self._reserve())} to everything else")
             while not self._server.finished:
                 self._server.sleep([inbox.descriptor], self._notifier.watchdog_seconds)

@@ -66,7 +66,7 @@ from .outlook import Outlook
 from .reading import Reading
 from .requests import Lasting, OpenRequest, PinRequest, Requests
 from .sensor import Sensor
-from .terms import read_terms, write_terms
+from .terms import TermsFile, read_terms
 from .worker import Served, Worker
 
 log = logging.getLogger(__name__)
@@ -110,6 +110,7 @@ class Server:
         self._stopping = False
         self._finished = False
         self._sockets_seen = now
+        self._terms_file = TermsFile(library.root)
         self.requests = Requests(self._clients.send)
         self.budget = Budget(Outlook(reserve, battery_reserve), Demand(read_terms(library.root)))
         most = self._sensor.total() - reserve
@@ -132,6 +133,10 @@ class Server:
     def finished(self) -> bool:
         """Whether it was told to stop and everything has ended."""
         return self._finished
+
+    def close(self) -> None:
+        """Wait for what is still being written. Idempotent."""
+        self._terms_file.close()
 
     def turn(self, now: float) -> None:
         """One round: hear everybody, then see to what is due."""
@@ -281,7 +286,7 @@ class Server:
                 terms = changed_terms(self.budget.demand.of(message.model), message)
                 check_terms(terms, self._library.get(message.model))
                 self.worker.resize(self.requests.open(client, message, now), message, terms)
-                write_terms(self._library.root, self.budget.demand.terms)
+                self._terms_file.keep(self.budget.demand.terms)
             case Shutdown():
                 self.requests.open(client, message, now)
                 if not self._stopping:
@@ -325,7 +330,7 @@ class Server:
         known = model in self.budget.demand.terms
         self.worker.unload(model)
         if known:
-            write_terms(self._library.root, self.budget.demand.terms)
+            self._terms_file.keep(self.budget.demand.terms)
 
     def _see_to_clients(self, now: float) -> None:
         """Close what is open for clients that are gone or do not read."""

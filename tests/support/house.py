@@ -172,6 +172,7 @@ class House:
         return Lost(peer, "overflowed")
 
     def close(self) -> None:
+        self.server.close()
         for peer in self.peers:
             peer.close()
         self.clients.close()
