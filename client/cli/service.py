@@ -74,6 +74,8 @@ def install(force: bool, **options: str | None) -> None:
         seconds = DRAIN_SECONDS if drain is None else float(drain)
     except ValueError as error:
         raise click.BadParameter(f"{drain!r} is not a number", param_hint="--drain-seconds") from error
+    if log := options.get("log_file"):
+        options["log_file"] = str(Path(log).absolute())
     _write(path, unit_text([*COMMAND, *daemon_flags(options)], _environment(), seconds + END_SECONDS))
     note(f"Wrote {path}.")
     reload = systemctl("daemon-reload")

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Final
 
 from ...formats.child_messages import from_child_decoder
@@ -173,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         paths = default_paths()
         options = parse(given, paths)
-        with contextlib.closing(_logs(options)) as logs:
+        with contextlib.closing(_logs(options, paths)) as logs:
 
             def reread() -> Options:
                 logs.reopen()
@@ -189,8 +190,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _logs(options: Options) -> Logs:
+def _logs(options: Options, paths: Paths) -> Logs:
+    file = options.log_file or (str(paths.log) if _is_our_stderr(paths.log) else None)
     try:
-        return Logs(options.log_level, options.log_format, options.log_file)
+        return Logs(options.log_level, options.log_format, file)
     except OSError as error:
-        raise DaemonFailed(f"the log {options.log_file} cannot be written: {error.strerror}") from error
+        raise DaemonFailed(f"the log {file} cannot be written: {error.strerror}") from error
+
+
+def _is_our_stderr(log: Path) -> bool:
+    """Whether what we write to standard error lands there already, as in a daemon that a client started."""
+    try:
+        return os.path.samestat(os.fstat(sys.stderr.fileno()), log.stat())
+    except (OSError, AttributeError, ValueError):  # no such file, no standard error, or none of the system's
+        return False

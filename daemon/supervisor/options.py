@@ -113,7 +113,10 @@ def _file(path: Path) -> dict[str, Any]:
     unknown = sorted(given.keys() - HELP.keys())
     if unknown:
         raise InvalidConfig(f"{path}: {unknown[0]!r} cannot be set; what can is {', '.join(sorted(HELP))}")
-    return _checked(given, lambda name: f"{path}: {name}", strict=True)
+    values = _checked(given, lambda name: f"{path}: {name}", strict=True)
+    if values.get("log_file"):  # beside this file, wherever the daemon is started
+        values["log_file"] = str(path.parent / Path(values["log_file"]).expanduser())
+    return values
 
 
 def _checked(given: dict[str, Any], call: Any, strict: bool) -> dict[str, Any]:

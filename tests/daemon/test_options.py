@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +52,14 @@ def test_everything_can_be_set_everywhere(file):
         'kv = "i8"\nexact = true\nthreads = 3\nkv_limit = "1GB"\nkv_cached = 0\n'
     )
     assert gather([], {}, file) == wanted
+
+
+def test_a_log_file_lies_beside_the_file_that_names_it(file):
+    file.write_text('log_file = "ebb.log"')
+    assert gather([], {}, file).log_file == str(file.parent / "ebb.log")
+    file.write_text('log_file = "~/ebb.log"')
+    assert gather([], {"HOME": "ignored"}, file).log_file == str(Path.home() / "ebb.log")
+    assert gather(["--log-file=ebb.log"], {}, file).log_file == "ebb.log"
 
 
 def test_a_workers_command_line_says_what_the_settings_say():
