@@ -18,7 +18,8 @@ from ...formats.errors import DaemonFailed, EbbflowError
 from ...formats.messages import request_decoder
 from ...formats.paths import Paths, default_paths
 from ...formats.units import format_size
-from ..channel import Hub, Limits
+from ..channel import Hub
+from ..outboxes import Limits
 from ..process import allow_files, set_oom_score
 from ..settings import WorkerSettings
 from .children import CommandLauncher, Launcher
@@ -40,7 +41,7 @@ RESERVE_LEAST: Final = 256_000_000
 RESERVE_MOST: Final = 1_000_000_000
 KV_FRACTION: Final = 1 / 8  # of memory, for one model's keys and values
 KV_MOST: Final = 2_000_000_000
-CHILD_LIMITS: Final = Limits(nbytes=64_000_000, messages=20_000, unheard=1_000)
+CHILD_LIMITS: Final = Limits(nbytes=64_000_000, messages=20_000, unheard=1_000, total=256_000_000)
 OOM_SCORE: Final = -900  # where the kernel allows it (root); children raise theirs
 OPEN_FILES: Final = 16_384  # each client is one, and the usual 1,024 is soon reached
 

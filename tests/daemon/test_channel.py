@@ -12,7 +12,8 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebbflow.daemon.channel import PIPE_MESSAGES, Child, Hub, Limits, Lost, wait
+from ebbflow.daemon.channel import PIPE_MESSAGES, Child, Hub, Lost, wait
+from ebbflow.daemon.outboxes import Limits
 from ebbflow.formats.child_messages import Exit, Ready, from_child_decoder
 from ebbflow.formats.errors import DaemonFailed, InvalidRequest
 from ebbflow.formats.messages import Chunk, Failed, Generate, ListModels, Ping, Pong, event_decoder, request_decoder
@@ -177,6 +178,21 @@ def test_an_outbox_is_bounded_in_messages_and_bytes(hub, slow, text, fits):
     hub.send(identity, Chunk(id=1, text=text, tokens=0))
     assert hub.lost() == [Lost(identity, "overflowed")]
     assert not hub.pending
+
+
+def test_all_outboxes_together_are_bounded_and_the_slowest_reader_is_lost(context):
+    hub = Hub(ADDRESS, request_decoder, Limits(nbytes=100_000, total=150_000), context=context)
+    peers = [Peer(context, ADDRESS, event_decoder, rcvhwm=1) for _ in range(3)]
+    identities = [meet(hub, peer) for peer in peers]
+    for identity, count in zip(identities, (5, 9, 3), strict=True):
+        for _ in range(PIPE_MESSAGES + 5):
+            hub.send(identity, Pong())
+        for _ in range(count):
+            hub.send(identity, Chunk(id=1, text="x" * 9_000, tokens=0))
+        assert hub.lost() == ([Lost(identities[1], "overflowed")] if count == 3 else [])
+    for peer in peers:
+        peer.close()
+    hub.close()
 
 
 def test_a_peer_that_vanishes_with_a_full_outbox_frees_it(hub, slow):
