@@ -128,31 +128,21 @@ class Hub(Generic[M]):
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
         explain: bool = True,
     ) -> None:
+        self._address = address
         self._decoder = decoder
+        self._limits = limits
+        self._given = context
         self._explain = explain
-        self._own_context = None if context else zmq.Context()
-        self._context = context or self._own_context or zmq.Context.instance()
+        self._other: tuple[str, Curve | None] | None = None
         self._gate: _Gate | None = None
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.router_mandatory = True
-        self._socket.linger = LINGER_MS
-        self._socket.maxmsgsize = MAX_MESSAGE
-        self._socket.sndhwm = PIPE_MESSAGES
-        self._socket.backlog = BACKLOG
-        self._socket.rcvhwm = limits.unheard
-        self._outboxes = Outboxes(limits)
-        self._lost: dict[bytes, Lost] = {}
-        if address.startswith("ipc://"):
-            # The kernel says who is at the other end; anybody else is cut off before a word is read.
-            self._socket.setsockopt(zmq.IPC_FILTER_UID, os.geteuid())
-        self._bind(address)
-        self._path = SocketPath(address) if address.startswith("ipc://") else None
+        self._open()
 
     def listen(self, address: str, curve: Curve | None) -> None:
         """Serve another address too, once; with `curve` only to those who may enter, and encrypted.
 
         Raises `DaemonFailed` when it cannot be bound.
         """
+        self._other = (address, curve)
         if curve:
             self._gate = _Gate(self._context, curve.may_enter)
             self._socket.curve_server = True
@@ -163,6 +153,37 @@ class Hub(Generic[M]):
         self._bind(address)
         if curve:  # an address keeps what held when it was bound; what is bound later is plain again
             self._socket.curve_server = False
+
+    def start_over(self) -> None:
+        """Cut everybody off, and be there for whoever comes anew: what ZeroMQ holds for them is free then.
+
+        The only way to be rid of a message whose frames never end: nobody is told of it before its last one, or who
+        sends it. Takes some 50 ms. Raises `DaemonFailed` when somebody took an address in between.
+        """
+        self._socket.linger = 0
+        self.close()
+        self._open()
+        if self._other:
+            self.listen(*self._other)
+
+    def _open(self) -> None:
+        self._own_context = None if self._given else zmq.Context()
+        self._context = self._given or self._own_context or zmq.Context.instance()
+        self._gate = None
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.router_mandatory = True
+        self._socket.linger = LINGER_MS
+        self._socket.maxmsgsize = MAX_MESSAGE
+        self._socket.sndhwm = PIPE_MESSAGES
+        self._socket.backlog = BACKLOG
+        self._socket.rcvhwm = self._limits.unheard
+        self._outboxes = Outboxes(self._limits)
+        self._lost: dict[bytes, Lost] = {}
+        if self._address.startswith("ipc://"):
+            # The kernel says who is at the other end; anybody else is cut off before a word is read.
+            self._socket.setsockopt(zmq.IPC_FILTER_UID, os.geteuid())
+        self._bind(self._address)
+        self._path = SocketPath(self._address) if self._address.startswith("ipc://") else None
 
     def _bind(self, address: str) -> None:
         try:

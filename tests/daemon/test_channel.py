@@ -19,6 +19,7 @@ from ebbflow.formats.errors import DaemonFailed, InvalidRequest
 from ebbflow.formats.messages import Chunk, Failed, Generate, ListModels, Ping, Pong, event_decoder, request_decoder
 from ebbflow.formats.wire import HEADER, MAGIC, MAX_MESSAGE
 
+from support.endless import Endless
 from support.house import Peer
 
 ADDRESS = "inproc://hub"
@@ -279,4 +280,34 @@ def test_the_file_of_the_socket_is_made_again_wherever_it_went(tmp_path: Path, c
     assert "cannot be made again" in caplog.text
     for peer in peers:
         peer.close()
+    hub.close()
+
+
+def private_nbytes() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_Dirty"))
+
+
+def test_starting_over_frees_what_a_message_without_end_takes(tmp_path: Path, context):
+    hub = Hub(f"ipc://{tmp_path}/c", request_decoder)
+    before = Peer(context, f"ipc://{tmp_path}/c", event_decoder)
+    endless = Endless(tmp_path / "c")
+    small = private_nbytes()
+    endless.go_on(100)
+    before.say(Ping())
+    wait([hub], [], 20)
+    assert [message for _, message in hub.receive()] == [Ping()]
+    assert private_nbytes() > small + 90_000_000  # nothing is ever heard of it
+    hub.start_over()
+    assert private_nbytes() < small + 10_000_000
+    assert endless.cut_off()
+    after = Peer(context, f"ipc://{tmp_path}/c", event_decoder)
+    for peer in (before, after):  # ZeroMQ connects anew by itself
+        peer.say(Ping())
+        wait([hub], [], 20)
+        [(identity, _)] = hub.receive()
+        hub.send(identity, Pong())
+        assert peer.socket.poll(20_000)
+        peer.close()
+    endless.close()
     hub.close()
