@@ -29,6 +29,7 @@ from ...formats.child_messages import (
     UnloadModel,
 )
 from ...formats.errors import Cancelled, DeadlineExceeded, EbbflowError, OutOfMemory, WorkerDied, from_wire
+from ...formats.manifest import Manifest
 from ...formats.messages import (
     Added,
     Cancel,
@@ -49,7 +50,8 @@ from ...formats.messages import (
 from ...formats.units import format_seconds
 from ...formats.values import Residency
 from ...formats.wire import Message
-from .budget import Budget, Holding
+from .books import Common, Holding
+from .budget import Budget
 from .caches import Caches
 from .children import LEAVE_SECONDS, Launcher, Ward, fresh_identity
 from .kept import Word
@@ -144,10 +146,10 @@ class Worker:
             if refusal:
                 raise refusal
         else:
-            needed = self._library.get(model).base_nbytes + (0 if self._phase == "ready" else RUNTIME_NBYTES)
-            reading = self._read()
+            manifest, reading = self._library.get(model), self._read()
+            needed = manifest.base_nbytes + (0 if self._phase == "ready" else RUNTIME_NBYTES)
             reading = replace(reading, available=reading.available + self._caches.left(now))
-            self._budget.make_room(model, needed, reading, self.idle())
+            self._budget.make_room(model, needed, reading, self.idle(), _common(manifest))
 
     def resize(self, request: OpenRequest, message: Resize, terms: Terms) -> None:
         """Change a model's terms (which were checked); answered by the worker if it holds the model, else here."""
@@ -396,13 +398,14 @@ class Worker:
         if model in self._loaded:
             return
         manifest, reading = self._library.get(model), self._read()
-        missing = min(manifest.base_nbytes - self._budget.spare(reading), self._caches.left(now))
+        base, common = manifest.base_nbytes, _common(manifest)
+        missing = min(base - self._budget.there(common) - self._budget.spare(reading), self._caches.left(now))
         if missing > 0:  # what is kept for later goes before models do, and before this one is refused
             self.trim(now, missing)
             reading = replace(reading, available=reading.available + missing)
-        for victim in self._budget.make_room(model, manifest.base_nbytes, reading, self.idle()):
+        for victim in self._budget.make_room(model, base, reading, self.idle(), common):
             reading = replace(reading, available=reading.available + self.evict(victim))
-        targets = self._budget.load(model, manifest.base_nbytes, manifest.nbytes, reading, manifest.curve)
+        targets = self._budget.load(model, base, manifest.nbytes, reading, manifest.curve, common)
         self.tell(targets, but=model)
         folder = str(self._library.folder(model))
         spare = self._budget.spare(reading)
@@ -496,6 +499,10 @@ class Worker:
     def _useless(self) -> bool:
         """Whether a worker without models only takes memory that somebody wants."""
         return self._budget.paused or self._budget.short
+
+
+def _common(manifest: Manifest) -> Common:
+    return Common(manifest.architecture, manifest.masks, manifest.base_masks_nbytes)
 
 
 def _late(request: OpenRequest, now: float) -> DeadlineExceeded:

@@ -542,6 +542,27 @@ def test_an_idle_model_makes_room_for_one_that_is_asked(house, client):
     assert not any(isinstance(order, UnloadModel) and order.model == "demo" for order in orders)
 
 
+@pytest.mark.parametrize(("masks", "fits"), [("m", True), ("other", False)])
+def test_a_variant_needs_no_room_for_masks_that_are_there(house, client, masks, fits):
+    write_model(house.root, "demo", masks="m", base_masks=80 * MB)
+    write_model(house.root, "variant", masks=masks, base_masks=80 * MB)
+    house.server._library.scan()
+    worker, load, _ = begin(house, client)
+    least = SetTarget(model="demo", target_nbytes=GB // 5)
+    house.sensor.available = GB // 2 - 1
+    worker.say(holds(load))
+    house.turn(0.3)
+    worker.hear()
+    worker.say(holds(least))
+    house.sensor.available = GB // 2 + 125 * MB  # and a base takes 200
+    house.turn(0.3)
+    client.hear()
+    client.say(generate(2, "variant"))
+    house.turn()
+    assert [order.model for order in worker.hear() if isinstance(order, LoadModel)] == ["variant"] * fits
+    assert failures(client.hear()) == [(2, "out_of_memory")] * (not fits)
+
+
 def test_paused_everything_gives_way_and_the_worker_goes_home_when_nobody_waits(house, client):
     worker, load, second = two_models(house, client)
     held = {"demo": load, "other": second}
