@@ -13,7 +13,7 @@ from ebbflow.daemon.supervisor.budget import SHRINK_MARGIN
 from ebbflow.daemon.supervisor.children import LAST_WORDS_SECONDS, LEAVE_SECONDS
 from ebbflow.daemon.supervisor.silence import HUNG_SECONDS, LOADING_SECONDS
 from ebbflow.daemon.supervisor.terms import Terms, read_terms
-from ebbflow.daemon.supervisor.worker import COMPILING_SECONDS, READY_SECONDS, START_ATTEMPTS
+from ebbflow.daemon.supervisor.worker_process import COMPILING_SECONDS, READY_SECONDS, START_ATTEMPTS
 from ebbflow.formats.child_messages import Exit, LoadModel, Ready, Report, SetTarget, Trim, UnloadModel
 from ebbflow.formats.messages import (
     LEASE_SECONDS,
