@@ -14,13 +14,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from ebbflow.client.cli import serve as serve_module
 from ebbflow.client.cli.main import main
 from ebbflow.client.cli.service import unit_path
 from ebbflow.client.launch import COMMAND
 from ebbflow.client.unit import NAME, state, unit_text
-from ebbflow.daemon.supervisor.options import HELP
 from ebbflow.formats.messages import Request, Status
+from ebbflow.formats.settings import HELP
 
 from support.fake_daemon import FakeDaemon
 
@@ -207,6 +206,7 @@ def test_a_daemon_that_runs_outside_is_not_fought_with(systemctl, home):
 
 
 def test_the_command_line_offers_what_the_daemon_understands():
-    flags = [*(flag for flag, _, _ in serve_module._OPTIONS), "--exact"]
-    assert flags == [f"--{name.replace('_', '-')}" for name in HELP]
+    for command in (main.commands["serve"], main.commands["service"].commands["install"]):
+        named = [option.name for option in command.params if option.name != "force"]
+        assert named == list(HELP)
     assert CliRunner().invoke(main, ["service", "install", "--drain-seconds=x"]).exit_code == 2
