@@ -55,6 +55,7 @@ from .caches import Caches
 from .children import Launcher, Ward
 from .kept import Word
 from .library import Library
+from .loaded import Loaded
 from .reading import Reading
 from .requests import OpenRequest, Requests
 from .terms import Terms
@@ -96,7 +97,7 @@ class Worker:
         self._budget = budget
         self._read = read
         self.idle_seconds = idle_seconds
-        self._loaded: dict[str, Residency | None] = {}  # models it was told to load, as it last reported them
+        self._loaded = Loaded()
         self._busy_at = 0.0
         self._caches = Caches()
         self._deadlines_seen = float("-inf")
@@ -158,13 +159,14 @@ class Worker:
 
     def unload(self, model: str) -> None:
         """Have a model forgotten."""
-        if self._loaded.pop(model, None) is not None or self._budget.target(model) is not None:
+        if model in self._loaded:
             self._say(UnloadModel(model=model))
+        self._loaded.remove(model)
         self._budget.forget(model)
 
     def residencies(self) -> tuple[Residency, ...]:
         """What the worker last reported, with the wish and the reason that it does not know."""
-        return tuple(self._explain(residency) for residency in self._loaded.values() if residency)
+        return tuple(self._explain(residency) for residency in self._loaded.residencies)
 
     # -- what the worker says ---------------------------------------------------------------------------------------
 
@@ -176,13 +178,13 @@ class Worker:
                 self.runtime_nbytes = message.private_nbytes
                 self._become_ready(now)
             case Report():
-                self._note(message.models)
+                self._loaded.note(message.models)
                 self._caches.note(message.models)
             case LoadFailed():
                 self._give_up(message)
             case Resized():
                 if message.residency:
-                    self._note((message.residency,))
+                    self._loaded.note((message.residency,))
                     message = msgspec.structs.replace(message, residency=self._explain(message.residency))
                 self._requests.answer(message)
             case Started() | Chunk() | Finished() | Failed():
@@ -212,7 +214,7 @@ class Worker:
             self._bury(end, now)
         elif self._process.at_work:
             owing = any(request.forwarded for request in self._served())
-            self._process.kill_if_hung(now, owing=owing, loading=None in self._loaded.values())
+            self._process.kill_if_hung(now, owing=owing, loading=self._loaded.loading)
             self._resume_waiting(now)
             self._go_home_if_idle(now)
 
@@ -355,19 +357,14 @@ class Worker:
         folder = str(self._library.folder(model))
         spare = self._budget.spare(reading)
         self._say(LoadModel(model=model, folder=folder, target_nbytes=targets[model], pins_nbytes=spare))
-        self._loaded[model] = None
+        self._loaded.add(model)
 
     def _give_up(self, message: LoadFailed) -> None:
-        self._loaded.pop(message.model, None)
+        self._loaded.remove(message.model)
         self._budget.unload(message.model)
         for request in self._served():
             if request.model == message.model:
                 self._requests.fail(request, from_wire(message.code, message.message))
-
-    def _note(self, residencies: tuple[Residency, ...]) -> None:
-        for residency in residencies:
-            if residency.model in self._loaded:
-                self._loaded[residency.model] = residency
 
     def _explain(self, residency: Residency) -> Residency:
         if self._budget.target(residency.model) is None:
@@ -389,7 +386,7 @@ class Worker:
     @property
     def holds_models(self) -> bool:
         """Whether there is anything to follow memory with."""
-        return self.phase == "ready" and bool(self._loaded)
+        return self.phase == "ready" and len(self._loaded) > 0
 
     def cache_nbytes(self, now: float) -> int:
         """Bytes that the worker could give back without making anything worse, less those it was just asked for."""
@@ -397,19 +394,15 @@ class Worker:
 
     def kv_nbytes(self) -> list[int]:
         """Keys and values of each model that has any, as last reported."""
-        return [residency.kv_nbytes for residency in self._loaded.values() if residency and residency.kv_nbytes]
+        return self._loaded.kv_nbytes
 
     def holdings(self) -> dict[str, Holding]:
         """What the worker last reported of each model."""
-        return {
-            r.model: Holding(r.nbytes, r.target_nbytes, r.shared_nbytes, r.shared_base_nbytes)
-            for r in self._loaded.values()
-            if r
-        }
+        return self._loaded.holdings
 
     def idle(self) -> set[str]:
         """Loaded models that nobody waits for."""
-        return set(self._loaded) - {request.model for request in self._served()}
+        return self._loaded.names - {request.model for request in self._served()}
 
     def tell(self, targets: Mapping[str, int], but: str = "") -> None:
         """Have edges moved."""
@@ -430,14 +423,14 @@ class Worker:
     def evict(self, model: str) -> int:
         """Unload a model that nobody waits for; its bytes that are free when the worker has heard it."""
         log.info("unloading %s: its memory is wanted elsewhere", model)
-        self._loaded.pop(model, None)
+        self._loaded.remove(model)
         self._say(UnloadModel(model=model))
         return self._budget.unload(model)
 
     def _go_home_if_idle(self, now: float) -> None:
         if self._served():
             self._busy_at = now
-        elif now - self._busy_at >= self.idle_seconds or (self._useless and not self._loaded):
+        elif now - self._busy_at >= self.idle_seconds or (self._useless and not len(self._loaded)):
             self._leave(now)
 
     @property

@@ -311,3 +311,19 @@ def test_starting_over_frees_what_a_message_without_end_takes(tmp_path: Path, co
         peer.close()
     endless.close()
     hub.close()
+
+
+def test_starting_over_after_the_socket_was_made_again(tmp_path: Path, context):
+    hub = Hub(f"ipc://{tmp_path}/c", request_decoder)
+    (tmp_path / "c").unlink()
+    hub.keep_path()
+    hub.start_over()
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    peer = Peer(context, f"ipc://{tmp_path}/c", event_decoder)
+    peer.say(Ping())
+    wait([hub], [], 20)
+    assert len(hub.receive()) == 1
+    hub.keep_path()
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    peer.close()
+    hub.close()
