@@ -20,6 +20,10 @@ class Loaded:
     def __len__(self) -> int:
         return len(self._models)
 
+    def get(self, model: str) -> Residency | None:
+        """What is known of this one, if anything is."""
+        return self._models.get(model)
+
     @property
     def names(self) -> set[str]:
         """All of them."""
