@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
-from ebbflow.daemon.supervisor.budget import Budget, Holding
+from ebbflow.daemon.supervisor.books import Holding
+from ebbflow.daemon.supervisor.budget import Budget
 from ebbflow.daemon.supervisor.demand import Demand
 from ebbflow.daemon.supervisor.outlook import Outlook
 from ebbflow.daemon.supervisor.reading import Reading

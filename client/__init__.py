@@ -15,13 +15,13 @@ from ..formats.messages import Finished, ModelDetail, Progress, Resized, Status
 from ..formats.units import AUTO, SizeWish
 from ..formats.values import ChatMessage, ModelSummary, PinSummary, ProcessMemory, Residency, Sampling
 from . import errors
-from .aio import AsyncClient, AsyncProgressStream, AsyncTextStream
+from .aio import AsyncClient
 from .batch import BatchResult, BatchSummary, BatchText
 from .batch_stream import AsyncBatchStream, BatchStream
 from .client import Client
 from .exchange import Lease
 from .launch import ensure_daemon
-from .stream import ProgressStream, TextStream
+from .stream import AsyncProgressStream, AsyncTextStream, ProgressStream, TextStream
 
 __all__ = [
     "AUTO",

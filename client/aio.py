@@ -1,117 +1,28 @@
-"""`AsyncClient`: the daemon as an object, for coroutines. The twin of `client` and `stream`: only waiting differs."""
+"""`AsyncClient`: the daemon as an object, for coroutines. The twin of `client`: only waiting differs."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import weakref
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Generic, Self, Unpack
+from typing import Self, Unpack
 
 from ..formats.errors import DaemonGone
 from ..formats.keys import KeyPair
-from ..formats.messages import Finished, ModelDetail, Progress, Resized, Status
+from ..formats.messages import ModelDetail, Resized, Status
 from ..formats.units import SizeWish
 from ..formats.values import ModelSummary, PinSummary
 from . import asks, prompts
 from .address import open_channel
-from .asks import AddOptions, Ask, Piece, Reader, Result, Terms
+from .asks import AddOptions, Ask, Piece, Result, Terms
 from .batch import WINDOW, BatchSummary, BatchText, Plan
 from .batch_stream import AsyncBatchStream
-from .channel import Channel
-from .exchange import Lease, Reply
-from .loop import loop_sink
+from .exchange import Lease
 from .prompts import GenerateOptions, Prompt, Text, Turn
-
-
-class AsyncStream(Generic[Piece, Result]):
-    """Pieces of one answer, in order; iterating raises the typed error with which the request ended, if it did.
-
-    Leaving its `async with` block, `aclose()` and being forgotten cancel a request that has not ended.
-    """
-
-    def __init__(self, channel: Channel, ask: Ask[Piece, Result]) -> None:
-        self._replies: asyncio.Queue[Reply] = asyncio.Queue()
-        self._reader = Reader(ask)
-        self._channel = channel
-        self._id = channel.open(ask.request, loop_sink(self._replies))
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Piece:
-        while not self._reader.ended:
-            piece = self._reader.read(await self._replies.get())
-            if piece is not None:
-                return piece
-        raise StopAsyncIteration
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._give_up()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_id"):
-            self._give_up()
-
-    def cancel(self) -> None:
-        """Ask for the end and keep reading: iteration then raises `Cancelled`, unless the answer was complete."""
-        self._channel.cancel(self._id)
-
-    async def aclose(self) -> None:
-        """Cancel what has not ended, and iterate no further. Idempotent."""
-        self._give_up()
-
-    async def wait(self) -> Result:
-        """Read to the end and return the result. Raises like iterating; `Cancelled` after `aclose()`."""
-        async with self:
-            async for _ in self:
-                pass
-        return self._reader.outcome()
-
-    def _give_up(self) -> None:
-        if not self._reader.ended:
-            self._reader.ended = True
-            self.cancel()
-
-
-class AsyncTextStream(AsyncStream[str, Finished]):
-    """Pieces of generated text."""
-
-    def on_progress(self, notify: Callable[[Progress], None]) -> None:
-        """Have `notify` called, while this is iterated, when the answer has to wait for something out of the ordinary:
-        kernels that are compiled at the first start, a worker that died. `stage` says what.
-        """
-        self._reader.notify = notify
-
-    @property
-    def prompt_tokens(self) -> int | None:
-        """Tokens of the prompt, once the request was admitted."""
-        return self._reader.started.prompt_tokens if self._reader.started else None
-
-    @property
-    def result(self) -> Finished | None:
-        """How generation ended; `None` before that, and after an error or `aclose()`."""
-        return self._reader.result
-
-    async def text(self) -> str:
-        """All the text that has not been read yet. Raises like iterating."""
-        async with self:
-            return "".join([piece async for piece in self])
-
-
-class AsyncProgressStream(AsyncStream[Progress, ModelSummary]):
-    """How far an `add` is."""
-
-    async def result(self) -> ModelSummary:
-        """Wait for the end and return the new model. Raises like iterating; `Cancelled` after `aclose()`."""
-        return await self.wait()
+from .stream import AsyncProgressStream, AsyncStream, AsyncTextStream
 
 
 class AsyncClient:
@@ -162,18 +73,17 @@ class AsyncClient:
         *,
         window: int = WINDOW,
         on_progress: Callable[[BatchSummary], None] | None = None,
-        wait: Callable[[float], Awaitable[object]] = asyncio.sleep,
         **options: Unpack[GenerateOptions],
     ) -> AsyncBatchStream:
         """Have thousands of texts (strings, token ids, conversations, in any mix) answered: results as they end.
 
         Texts with a common beginning are asked for one after another, so that it is computed once; at most `window`
         are asked for at a time, by default with priority -1: after whatever somebody waits for. What may succeed later
-        is tried again up to five times, after `wait`; one that fails does not end the others. `on_progress` hears of
+        is tried again up to five times, after a pause; one that fails does not end the others. `on_progress` hears of
         each result. Raises `InvalidRequest`, with the text's number, before anything is sent.
         """
         plan = Plan(model, texts, options, window)
-        return AsyncBatchStream(self._channel, plan, wait, on_progress)
+        return AsyncBatchStream(self._channel, plan, on_progress)
 
     async def pin(self, model: str, name: str, text: Text, *, save: bool = False, namespace: str = "") -> PinSummary:
         """Compute the prefix `text` (a string, token ids or a conversation) once, and keep what was computed as `name`.

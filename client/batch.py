@@ -103,6 +103,7 @@ class Plan:
         self._window = self._room = window
         self._round = self._in_a_row = 0
         self._failed_now = False
+        self._pause_ends: float | None = None
         self._parts: dict[int, list[str]] = {}
         self._clock = clock
         self._began: float | None = None
@@ -121,14 +122,19 @@ class Plan:
         return BatchSummary(len(self._requests), **self._sums, seconds=seconds)
 
     def pause(self) -> float:
-        """Seconds to wait before more is sent, because something failed that may succeed later."""
-        if not self._failed_now:
+        """Seconds until more may be sent, because something failed that may succeed later; what is open goes on."""
+        if self._failed_now:
+            self._failed_now = False
+            self._round += 1
+            self._room = max(1, self._room // 4)
+            seconds = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0**self._in_a_row)
+            self._in_a_row += 1
+            self._pause_ends = self._clock() + seconds
+            return seconds
+        if self._pause_ends is None:
             return 0.0
-        self._failed_now = False
-        self._round += 1
-        self._room = max(1, self._room // 4)
-        seconds = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0**self._in_a_row)
-        self._in_a_row += 1
+        seconds = max(0.0, self._pause_ends - self._clock())
+        self._pause_ends = self._pause_ends if seconds else None
         return seconds
 
     def take(self) -> Iterator[tuple[int, Generate]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
-from collections.abc import Awaitable, Callable
-from queue import SimpleQueue
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Self
 
@@ -46,9 +47,13 @@ class _Batch:
         if hasattr(self, "_results"):
             self._give_up()
 
-    def _send(self) -> None:
-        for index, message in self._plan.take():
-            self._ids[index] = self._channel.open(_with_id(message), _sink(self._put, index))
+    def _send(self) -> float:
+        """Send what is due; for how many seconds nothing else will be, if it is not until a reply."""
+        pause = self._plan.pause()
+        if not pause:
+            for index, message in self._plan.take():
+                self._ids[index] = self._channel.open(_with_id(message), _sink(self._put, index))
+        return pause
 
     def _hear(self, heard: _Heard) -> None:
         index, reply = heard
@@ -88,11 +93,9 @@ class BatchStream(_Batch):
         self,
         channel: Channel,
         plan: Plan,
-        wait: Callable[[float], object],
         on_progress: Callable[[BatchSummary], None] | None,
     ) -> None:
         self._replies: SimpleQueue[_Heard] = SimpleQueue()
-        self._wait = wait
         super().__init__(channel, plan, on_progress, self._replies.put)
 
     def __iter__(self) -> Self:
@@ -122,12 +125,9 @@ class BatchStream(_Batch):
         self._give_up()
 
     def _step(self) -> None:
-        pause = self._plan.pause()
-        if pause:
-            self._wait(pause)
-        else:
-            self._send()
-            self._hear(self._replies.get())
+        pause = self._send()
+        with contextlib.suppress(Empty):
+            self._hear(self._replies.get(timeout=pause or None))
         while not self._replies.empty():
             self._hear(self._replies.get())
 
@@ -142,11 +142,9 @@ class AsyncBatchStream(_Batch):
         self,
         channel: Channel,
         plan: Plan,
-        wait: Callable[[float], Awaitable[object]],
         on_progress: Callable[[BatchSummary], None] | None,
     ) -> None:
         self._replies: asyncio.Queue[_Heard] = asyncio.Queue()
-        self._wait = wait
         super().__init__(channel, plan, on_progress, loop_sink(self._replies))
 
     def __aiter__(self) -> Self:
@@ -176,11 +174,9 @@ class AsyncBatchStream(_Batch):
         self._give_up()
 
     async def _step(self) -> None:
-        pause = self._plan.pause()
-        if pause:
-            await self._wait(pause)
-        else:
-            self._send()
-            self._hear(await self._replies.get())
+        pause = self._send()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause or None):
+                self._hear(await self._replies.get())
         while not self._replies.empty():
             self._hear(self._replies.get_nowait())

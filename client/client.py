@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -73,18 +72,17 @@ class Client:
         *,
         window: int = WINDOW,
         on_progress: Callable[[BatchSummary], None] | None = None,
-        wait: Callable[[float], object] = time.sleep,
         **options: Unpack[GenerateOptions],
     ) -> BatchStream:
         """Have thousands of texts (strings, token ids, conversations, in any mix) answered: results as they end.
 
         Texts with a common beginning are asked for one after another, so that it is computed once; at most `window`
         are asked for at a time, by default with priority -1: after whatever somebody waits for. What may succeed later
-        is tried again up to five times, after `wait`; one that fails does not end the others. `on_progress` hears of
+        is tried again up to five times, after a pause; one that fails does not end the others. `on_progress` hears of
         each result. Raises `InvalidRequest`, with the text's number, before anything is sent.
         """
         plan = Plan(model, texts, options, window)
-        return BatchStream(self._channel, plan, wait, on_progress)
+        return BatchStream(self._channel, plan, on_progress)
 
     def pin(self, model: str, name: str, text: Text, *, save: bool = False, namespace: str = "") -> PinSummary:
         """Compute the prefix `text` (a string, token ids or a conversation) once, and keep what was computed as `name`.

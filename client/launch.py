@@ -20,6 +20,7 @@ from .client import Client
 # -P: the daemon must not import from the folder the user happens to stand in.
 COMMAND: Final = (sys.executable, "-P", "-m", "ebbflow.daemon.supervisor")
 START_SECONDS: Final = 15.0
+_PATHS: Final = ("EBBFLOW_HOME", "EBBFLOW_LOG_FILE")  # mean the same to the daemon, which stands elsewhere
 LOG_LINES: Final = 10
 LOG_NBYTES: Final = 1_000_000  # a log larger than this is set aside when the next daemon starts
 
@@ -79,9 +80,9 @@ def _start(client: Client, paths: Paths, seconds: float, command: Sequence[str])
 
 def _spawn(paths: Paths, command: Sequence[str]) -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
-    if "EBBFLOW_HOME" in environment:
-        environment["EBBFLOW_HOME"] = str(Path(environment["EBBFLOW_HOME"]).absolute())
-    environment.setdefault("EBBFLOW_LOG_FILE", str(paths.log))  # the daemon itself rotates it
+    for name in _PATHS:
+        if environment.get(name):
+            environment[name] = str(Path(environment[name]).absolute())
     try:
         paths.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
         with paths.log.open("ab") as log:
@@ -89,7 +90,7 @@ def _spawn(paths: Paths, command: Sequence[str]) -> subprocess.Popen[bytes]:
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
-                stderr=log,
+                stderr=log,  # which the daemon knows and rotates, unless it was told to log elsewhere
                 cwd="/",  # a daemon must not keep the user's folder busy
                 env=environment,
                 start_new_session=True,

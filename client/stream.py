@@ -1,7 +1,8 @@
-"""An answer while it arrives, for a thread that waits. `aio` has the same for coroutines."""
+"""An answer while it arrives, for a thread that waits and for coroutines. What replies mean is in `asks`."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from queue import SimpleQueue
 from types import TracebackType
@@ -11,7 +12,8 @@ from ..formats.messages import TERMINAL, Finished, Progress
 from ..formats.values import ModelSummary
 from .asks import Ask, Piece, Reader, Result
 from .channel import Channel
-from .exchange import Reply
+from .exchange import Reply, Sink
+from .loop import loop_sink
 
 
 class _Replies:
@@ -33,7 +35,49 @@ class _Replies:
             self._queue.put(self._last)
 
 
-class Stream(Generic[Piece, Result]):
+class _Answer(Generic[Piece, Result]):
+    """What both have in common: everything but waiting."""
+
+    def __init__(self, channel: Channel, ask: Ask[Piece, Result], sink: Sink) -> None:
+        self._reader = Reader(ask)
+        self._channel = channel
+        self._id = channel.open(ask.request, sink)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_id"):
+            self._give_up()
+
+    def cancel(self) -> None:
+        """Ask for the end and keep reading: iteration then raises `Cancelled`, unless the answer was complete."""
+        self._channel.cancel(self._id)
+
+    def _give_up(self) -> None:
+        if not self._reader.ended:
+            self._reader.ended = True
+            self.cancel()
+
+
+class _Text(_Answer[str, Finished]):
+    """What is known of generated text beside its pieces."""
+
+    def on_progress(self, notify: Callable[[Progress], None]) -> None:
+        """Have `notify` called, while this is iterated, when the answer has to wait for something out of the ordinary:
+        kernels that are compiled at the first start, a worker that died. `stage` says what.
+        """
+        self._reader.notify = notify
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """Tokens of the prompt, once the request was admitted."""
+        return self._reader.started.prompt_tokens if self._reader.started else None
+
+    @property
+    def result(self) -> Finished | None:
+        """How generation ended; `None` before that, and after an error or one's own end."""
+        return self._reader.result
+
+
+class Stream(_Answer[Piece, Result]):
     """Pieces of one answer, in order; iterating raises the typed error with which the request ended, if it did.
 
     Leaving its `with` block, `close()` and being forgotten cancel a request that has not ended.
@@ -41,9 +85,7 @@ class Stream(Generic[Piece, Result]):
 
     def __init__(self, channel: Channel, ask: Ask[Piece, Result]) -> None:
         self._replies = _Replies()
-        self._reader = Reader(ask)
-        self._channel = channel
-        self._id = channel.open(ask.request, self._replies.put)
+        super().__init__(channel, ask, self._replies.put)
 
     def __iter__(self) -> Self:
         return self
@@ -63,20 +105,14 @@ class Stream(Generic[Piece, Result]):
     ) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if hasattr(self, "_id"):
-            self.close()
-
     def cancel(self) -> None:
         """Ask for the end and keep reading: iteration then raises `Cancelled`, unless the answer was complete."""
-        self._channel.cancel(self._id)
+        super().cancel()
         self._replies.repeat_last()
 
     def close(self) -> None:
         """Cancel what has not ended, and iterate no further. Idempotent."""
-        if not self._reader.ended:
-            self._reader.ended = True
-            self.cancel()
+        self._give_up()
 
     def wait(self) -> Result:
         """Read to the end and return the result. Raises like iterating; `Cancelled` after `close()`."""
@@ -86,24 +122,8 @@ class Stream(Generic[Piece, Result]):
         return self._reader.outcome()
 
 
-class TextStream(Stream[str, Finished]):
+class TextStream(Stream[str, Finished], _Text):
     """Pieces of generated text."""
-
-    def on_progress(self, notify: Callable[[Progress], None]) -> None:
-        """Have `notify` called, while this is iterated, when the answer has to wait for something out of the ordinary:
-        kernels that are compiled at the first start, a worker that died. `stage` says what.
-        """
-        self._reader.notify = notify
-
-    @property
-    def prompt_tokens(self) -> int | None:
-        """Tokens of the prompt, once the request was admitted."""
-        return self._reader.started.prompt_tokens if self._reader.started else None
-
-    @property
-    def result(self) -> Finished | None:
-        """How generation ended; `None` before that, and after an error or `close()`."""
-        return self._reader.result
 
     def text(self) -> str:
         """All the text that has not been read yet. Raises like iterating."""
@@ -122,3 +142,60 @@ class ProgressStream(Stream[Progress, ModelSummary]):
 def answer(channel: Channel, ask: Ask[Piece, Result]) -> Result:
     """Ask, wait and return the result. Raises the typed error with which the request ended."""
     return Stream(channel, ask).wait()
+
+
+class AsyncStream(_Answer[Piece, Result]):
+    """Pieces of one answer, in order; iterating raises the typed error with which the request ended, if it did.
+
+    Leaving its `async with` block, `aclose()` and being forgotten cancel a request that has not ended.
+    """
+
+    def __init__(self, channel: Channel, ask: Ask[Piece, Result]) -> None:
+        self._replies: asyncio.Queue[Reply] = asyncio.Queue()
+        super().__init__(channel, ask, loop_sink(self._replies))
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Piece:
+        while not self._reader.ended:
+            piece = self._reader.read(await self._replies.get())
+            if piece is not None:
+                return piece
+        raise StopAsyncIteration
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._give_up()
+
+    async def aclose(self) -> None:
+        """Cancel what has not ended, and iterate no further. Idempotent."""
+        self._give_up()
+
+    async def wait(self) -> Result:
+        """Read to the end and return the result. Raises like iterating; `Cancelled` after `aclose()`."""
+        async with self:
+            async for _ in self:
+                pass
+        return self._reader.outcome()
+
+
+class AsyncTextStream(AsyncStream[str, Finished], _Text):
+    """Pieces of generated text."""
+
+    async def text(self) -> str:
+        """All the text that has not been read yet. Raises like iterating."""
+        async with self:
+            return "".join([piece async for piece in self])
+
+
+class AsyncProgressStream(AsyncStream[Progress, ModelSummary]):
+    """How far an `add` is."""
+
+    async def result(self) -> ModelSummary:
+        """Wait for the end and return the new model. Raises like iterating; `Cancelled` after `aclose()`."""
+        return await self.wait()

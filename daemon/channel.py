@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Final, Generic, Literal, TypeVar
 
 import msgspec
@@ -23,6 +21,8 @@ from ..formats.errors import DaemonFailed, InvalidRequest, Unsupported
 from ..formats.keys import KeyPair
 from ..formats.messages import failure
 from ..formats.wire import MAX_MESSAGE, Message, decode, encode
+from .outboxes import Limits, Outboxes
+from .socket_path import SocketPath
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ RETRY_SECONDS: Final = 0.02
 HEARD_NBYTES: Final = 4 * MAX_MESSAGE  # after which `receive` has heard enough: what it gives, its caller holds
 ZAP: Final = "inproc://zeromq.zap.01"  # where ZeroMQ asks who may enter (RFC 27)
 ASKED_AT_ONCE: Final = 100  # strangers who may knock in one turn; the others wait for the next
+USUAL: Final = Limits()
 BACKLOG: Final = 1024  # connections that may wait to be accepted; ZeroMQ's own 100 refuses a crowd
 
 M = TypeVar("M")
@@ -103,64 +104,11 @@ class _Gate:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How much may wait for one peer that does not read, and how much of what it says, while we do not."""
-
-    nbytes: int = 4_000_000
-    messages: int = 4_000
-    unheard: int = 32  # messages that ZeroMQ takes from one peer before we have heard them; then the peer waits
-
-
-@dataclass(frozen=True)
 class Lost:
     """A peer that cannot be told what it should be told; everything queued for it is gone."""
 
     peer: bytes
     reason: Literal["vanished", "overflowed"]
-
-
-@dataclass
-class _Outbox:
-    messages: deque[list[bytes]] = field(default_factory=deque)
-    nbytes: int = 0
-
-    def push(self, frames: list[bytes]) -> None:
-        self.messages.append(frames)
-        self.nbytes += sum(map(len, frames))
-
-    def pop(self) -> None:
-        self.nbytes -= sum(map(len, self.messages.popleft()))
-
-
-class SocketPath:
-    """The file of a bound ipc address, and whether it is still the one that was bound."""
-
-    def __init__(self, address: str) -> None:
-        self._path = Path(address.removeprefix("ipc://"))
-        self._times = 0
-        self._file = self._look()
-
-    def __str__(self) -> str:
-        return str(self._path)
-
-    def ours(self) -> bool:
-        """Whether who connects there reaches us."""
-        return self._file is not None and self._file == self._look()
-
-    def take_back(self, bind: Callable[[str], object]) -> None:
-        """Bind a new file beside it and move that there. Raises what `bind` raises, or `OSError`."""
-        self._times += 1
-        beside = self._path.with_name(f"{self._path.name}.{self._times}")
-        bind(f"ipc://{beside}")
-        beside.replace(self._path)
-        self._file = self._look()
-
-    def _look(self) -> tuple[int, int] | None:
-        try:
-            status = self._path.lstat()
-        except OSError:
-            return None
-        return status.st_dev, status.st_ino
 
 
 class Hub(Generic[M]):
@@ -176,36 +124,25 @@ class Hub(Generic[M]):
         self,
         address: str,
         decoder: msgspec.msgpack.Decoder[M],
-        limits: Limits = Limits(),
+        limits: Limits = USUAL,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
         explain: bool = True,
     ) -> None:
+        self._address = address
         self._decoder = decoder
         self._limits = limits
+        self._given = context
         self._explain = explain
-        self._own_context = None if context else zmq.Context()
-        self._context = context or self._own_context or zmq.Context.instance()
+        self._other: tuple[str, Curve | None] | None = None
         self._gate: _Gate | None = None
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.router_mandatory = True
-        self._socket.linger = LINGER_MS
-        self._socket.maxmsgsize = MAX_MESSAGE
-        self._socket.sndhwm = PIPE_MESSAGES
-        self._socket.backlog = BACKLOG
-        self._socket.rcvhwm = limits.unheard
-        self._outboxes: dict[bytes, _Outbox] = {}
-        self._lost: dict[bytes, Lost] = {}
-        if address.startswith("ipc://"):
-            # The kernel says who is at the other end; anybody else is cut off before a word is read.
-            self._socket.setsockopt(zmq.IPC_FILTER_UID, os.geteuid())
-        self._bind(address)
-        self._path = SocketPath(address) if address.startswith("ipc://") else None
+        self._open()
 
     def listen(self, address: str, curve: Curve | None) -> None:
         """Serve another address too, once; with `curve` only to those who may enter, and encrypted.
 
         Raises `DaemonFailed` when it cannot be bound.
         """
+        self._other = (address, curve)
         if curve:
             self._gate = _Gate(self._context, curve.may_enter)
             self._socket.curve_server = True
@@ -216,6 +153,37 @@ class Hub(Generic[M]):
         self._bind(address)
         if curve:  # an address keeps what held when it was bound; what is bound later is plain again
             self._socket.curve_server = False
+
+    def start_over(self) -> None:
+        """Cut everybody off, and be there for whoever comes anew: what ZeroMQ holds for them is free then.
+
+        The only way to be rid of a message whose frames never end: nobody is told of it before its last one, or who
+        sends it. Takes some 50 ms. Raises `DaemonFailed` when somebody took an address in between.
+        """
+        self._socket.linger = 0
+        self.close()
+        self._open()
+        if self._other:
+            self.listen(*self._other)
+
+    def _open(self) -> None:
+        self._own_context = None if self._given else zmq.Context()
+        self._context = self._given or self._own_context or zmq.Context.instance()
+        self._gate = None
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.router_mandatory = True
+        self._socket.linger = LINGER_MS
+        self._socket.maxmsgsize = MAX_MESSAGE
+        self._socket.sndhwm = PIPE_MESSAGES
+        self._socket.backlog = BACKLOG
+        self._socket.rcvhwm = self._limits.unheard
+        self._outboxes = Outboxes(self._limits)
+        self._lost: dict[bytes, Lost] = {}
+        if self._address.startswith("ipc://"):
+            # The kernel says who is at the other end; anybody else is cut off before a word is read.
+            self._socket.setsockopt(zmq.IPC_FILTER_UID, os.geteuid())
+        self._bind(self._address)
+        self._path = SocketPath(self._address) if self._address.startswith("ipc://") else None
 
     def _bind(self, address: str) -> None:
         try:
@@ -232,7 +200,7 @@ class Hub(Generic[M]):
     @property
     def pending(self) -> bool:
         """Whether some outbox waits for a `flush`."""
-        return bool(self._outboxes)
+        return len(self._outboxes) > 0
 
     def receive(self, limit: int = 500) -> list[tuple[bytes, M]]:
         """What has arrived, at most `limit` messages (fewer, if they are large), each with its sender.
@@ -261,22 +229,17 @@ class Hub(Generic[M]):
     def send(self, peer: bytes, message: Message) -> None:
         """Queue a message for `peer`. Raises `InvalidRequest` when it is too large for the wire, and nothing else."""
         frames = [peer, *encode(message)]
-        outbox = self._outboxes.get(peer)
-        if outbox is None:
-            if self._write(frames):
-                return
-            outbox = self._outboxes[peer] = _Outbox()
-        outbox.push(frames)
-        if outbox.nbytes > self._limits.nbytes or len(outbox.messages) > self._limits.messages:
-            self._lose(peer, "overflowed")
+        if peer not in self._outboxes and self._write(frames):
+            return
+        for slow in self._outboxes.push(peer, frames):
+            self._lose(slow, "overflowed")
 
     def flush(self) -> None:
         """Try every outbox again."""
-        for peer, outbox in list(self._outboxes.items()):
-            while peer in self._outboxes and self._write(outbox.messages[0]):
-                outbox.pop()
-                if not outbox.messages:
-                    self.forget(peer)
+        for peer in self._outboxes:
+            while (frames := self._outboxes.first(peer)) and self._write(frames):
+                if peer in self._outboxes:  # or it has vanished
+                    self._outboxes.pop(peer)
 
     def lost(self) -> list[Lost]:
         """The peers lost since the last call."""
@@ -286,7 +249,7 @@ class Hub(Generic[M]):
 
     def forget(self, peer: bytes) -> None:
         """Drop what waits for `peer`."""
-        self._outboxes.pop(peer, None)
+        self._outboxes.drop(peer)
 
     def keep_path(self) -> None:
         """See that the socket's file is there and ours; if not, say so in the log and put a new one there.

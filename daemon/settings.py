@@ -1,13 +1,14 @@
-"""How a worker computes, as the daemon's options say it and the worker's command line repeats it. Pure."""
+"""How a worker computes, as the daemon's settings say it and the worker's command line repeats it. Pure."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
-from typing import Final, Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Final
 
-KvType = Literal["f16", "i8"]
-KV_TYPES: Final[tuple[KvType, ...]] = get_args(KvType)
+from ..formats.settings import KV_TYPES, USUAL, KvType, Settings
+
+__all__ = ["DEFAULTS", "KV_TYPES", "KvType", "WorkerSettings", "parse_settings", "worker_settings"]
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,11 @@ class WorkerSettings:
     keys and values (0: as many as suit this machine), `kv_cached` of them for no running request.
     """
 
-    kv: KvType = "f16"
-    exact: bool = False
-    threads: int | None = None
-    kv_limit: int = 0
-    kv_cached: int = 256_000_000
+    kv: KvType = USUAL.kv
+    exact: bool = USUAL.exact
+    threads: int | None = USUAL.threads
+    kv_limit: int = USUAL.kv_limit
+    kv_cached: int = USUAL.kv_cached
 
     def flags(self) -> tuple[str, ...]:
         """What `parse_settings` reads."""
@@ -35,13 +36,17 @@ class WorkerSettings:
 DEFAULTS: Final = WorkerSettings()
 
 
+def worker_settings(settings: Settings) -> WorkerSettings:
+    """What of a daemon's settings its workers are told."""
+    return WorkerSettings(**{field.name: getattr(settings, field.name) for field in fields(WorkerSettings)})
+
+
 def parse_settings(arguments: list[str]) -> WorkerSettings:
     """Of a worker's command line; leaves with exit code 2 when it is wrong."""
     parser = argparse.ArgumentParser("ebbflow-worker")
-    parser.add_argument("--kv", choices=KV_TYPES, default="f16")
+    parser.add_argument("--kv", choices=KV_TYPES)
     parser.add_argument("--exact", action="store_true")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--kv-limit", type=int, default=DEFAULTS.kv_limit)
-    parser.add_argument("--kv-cached", type=int, default=DEFAULTS.kv_cached)
-    given = parser.parse_args(arguments)
-    return WorkerSettings(given.kv, given.exact, given.threads, given.kv_limit, given.kv_cached)
+    for name in ("--threads", "--kv-limit", "--kv-cached"):
+        parser.add_argument(name, type=int)
+    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    return WorkerSettings(**given)

@@ -46,7 +46,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """One model of the library. `nbytes` and `base_nbytes` are the stack's and its base's.
 
     `masks` names what is in the masks file (`masks.digest`): of models with the same name it is the same. Nothing where
-    there is no such file.
+    there is no such file. `base_masks_nbytes` of the base are such masks; 0 in manifests that do not say.
     """
 
     version: int = VERSION
@@ -64,6 +64,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     curve: tuple[CurvePoint, ...] = ()
     created: str = ""
     masks: str = ""
+    base_masks_nbytes: int = 0
 
 
 class _Versioned(msgspec.Struct):

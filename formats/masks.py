@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -37,6 +37,11 @@ def digest(blocks: Sequence[BlockEntry]) -> str:
     """BLAKE2b-128 over the hashes of a stack's masks that lie beside it, or nothing where there is none."""
     hashes = [entry.hash for entry in _sorted(blocks)]
     return content_hash("".join(hashes).encode()) if hashes else ""
+
+
+def masks_nbytes(blocks: Iterable[BlockEntry]) -> int:
+    """Bytes in memory, padding included, of the masks among some blocks that lie beside the stack."""
+    return sum(padded(entry.nbytes) for entry in blocks if entry.beside)
 
 
 def masks_beside(blocks: Sequence[BlockEntry]) -> tuple[BlockEntry, ...]:

@@ -80,7 +80,7 @@ from .errors import (
 from .files import open_plain
 from .index import BlockEntry, StackIndex, check_blocks, filled_before, prefix_edges
 from .manifest import MANIFEST, MASKS, Manifest
-from .masks import check_masks, digest, mask_offsets, write_mask, write_masks
+from .masks import check_masks, digest, mask_offsets, masks_nbytes, write_mask, write_masks
 
 __all__ = [
     "ALIGNMENT",
@@ -145,6 +145,11 @@ class Stack:
     def base_nbytes(self) -> int:
         """Bytes of the base, the least that makes a model."""
         return self.edges[self.base]
+
+    @property
+    def base_masks_nbytes(self) -> int:
+        """Bytes of the base that are masks of the masks file."""
+        return masks_nbytes(self.blocks[: self.base])
 
     def blocks_within(self, nbytes: int) -> int:
         """The most blocks whose bytes fit in `nbytes`, but never fewer than the base."""
@@ -388,5 +393,6 @@ def check_manifest(stack: Stack, manifest: Manifest) -> None:
     and masks are shared.
     """
     said = (manifest.nbytes, manifest.base_nbytes, manifest.blocks, manifest.masks)
-    if said != (stack.nbytes, stack.base_nbytes, len(stack.blocks), digest(stack.blocks)):
+    right = said == (stack.nbytes, stack.base_nbytes, len(stack.blocks), digest(stack.blocks))
+    if not right or manifest.base_masks_nbytes not in (0, stack.base_masks_nbytes):
         raise CorruptManifest(f"{stack.path} and the {MANIFEST} beside it are not of the same model")

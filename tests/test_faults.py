@@ -16,6 +16,7 @@ socket path deleted or stolen           here
 1,000 connections at once               here
 a 100 MB frame                          here; too large to send: daemon/test_channel
 garbage frames, garbage bytes           daemon/test_channel, formats/test_hostile_messages; here for the whole daemon
+a message without an end                daemon/test_channel, daemon/test_supervisor_requests (`fill`)
 a client that never reads               daemon/test_channel, daemon/test_supervisor_requests
 one that vanishes while waiting         daemon/test_supervisor_requests (`lost_lease`)
 one that vanishes in mid-stream         daemon/test_supervisor_requests (`vanished`)

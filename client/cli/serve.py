@@ -4,46 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Any
 
 import click
 
 from ...formats.errors import NotRunning
 from ...formats.messages import Status
+from ...formats.settings import HELP, flag
 from ...formats.units import format_seconds, format_size
 from ..launch import COMMAND
 from .connect import connected
 from .output import json_option, note, write_fields, write_json
 
-_OPTIONS: Final = (
-    ("--idle-seconds", "N", "Stop the worker after N seconds without a request (300)."),
-    ("--reserve", "SIZE", "Memory to leave to everything else, for example 1GB (5% of it, 256MB to 1GB)."),
-    ("--battery-reserve", "SIZE", "Memory to leave free beyond that while on battery (as much again)."),
-    ("--cap", "SIZE", "The most memory to use, whatever there is."),
-    ("--log-level", "LEVEL", "debug, info, warning or error (info)."),
-    ("--log-format", "FORMAT", "text or json (text)."),
-    ("--log-file", "FILE", "Write the log there, and rotate it, instead of to stderr."),
-    ("--drain-seconds", "N", "When told to end, let running requests finish for N seconds (10)."),
-    ("--listen", "ADDRESS", "Serve tcp://HOST:PORT too; beyond loopback only to the keys of `ebb keys`."),
-    ("--kv", "TYPE", "How keys and values of contexts are kept: f16, or i8 in half the memory (f16)."),
-    ("--kv-limit", "SIZE", "Most bytes of keys and values for one model (2GB, or an eighth of memory if less)."),
-    ("--kv-cached", "SIZE", "How much of that may belong to no running request (256MB)."),
-    ("--threads", "N", "Threads that compute (as many as there are free cores)."),
-)
-
 
 def daemon_options(command: Callable[..., None]) -> Callable[..., None]:
     """What the daemon understands; it checks the values itself."""
-    exact = "Never round activations to bytes: slow, a yardstick for comparisons."
-    command = click.option("--exact", is_flag=True, flag_value="true", default=None, help=exact)(command)
-    for flag, metavar, text in reversed(_OPTIONS):
-        command = click.option(flag, metavar=metavar, help=text)(command)
+    for name, (metavar, text) in reversed(HELP.items()):
+        switch: dict[str, Any] = (
+            {"metavar": metavar} if metavar else {"is_flag": True, "flag_value": "true", "default": None}
+        )
+        command = click.option(flag(name), help=text, **switch)(command)
     return command
 
 
 def daemon_flags(options: Mapping[str, str | None]) -> list[str]:
     """The options that were given, as the daemon's command line wants them."""
-    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
+    return [f"{flag(name)}={value}" for name, value in options.items() if value is not None]
 
 
 @click.command()

@@ -13,13 +13,13 @@ import click
 import platformdirs
 
 from ...formats.errors import DaemonGone, ServiceFailed, storage_failed
+from ...formats.settings import USUAL
 from ..client import Client
 from ..launch import COMMAND
 from ..unit import NAME, state, unit_text
 from .output import json_option, note, write_fields, write_json
 from .serve import daemon_flags, daemon_options
 
-DRAIN_SECONDS: Final = 10.0
 END_SECONDS: Final = 15.0  # after draining: worker and job leave
 SHOWN: Final = ("LoadState", "UnitFileState", "ActiveState", "SubState", "MainPID", "StatusText")
 SECONDS: Final = 60
@@ -71,9 +71,11 @@ def install(force: bool, **options: str | None) -> None:
         raise ServiceFailed(f"{path} {what}; --force replaces it, `systemctl --user edit ebbflow` would not need it")
     drain = options.get("drain_seconds")
     try:
-        seconds = DRAIN_SECONDS if drain is None else float(drain)
+        seconds = USUAL.drain_seconds if drain is None else float(drain)
     except ValueError as error:
         raise click.BadParameter(f"{drain!r} is not a number", param_hint="--drain-seconds") from error
+    if log := options.get("log_file"):
+        options["log_file"] = str(Path(log).absolute())
     _write(path, unit_text([*COMMAND, *daemon_flags(options)], _environment(), seconds + END_SECONDS))
     note(f"Wrote {path}.")
     reload = systemctl("daemon-reload")

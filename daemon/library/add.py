@@ -201,6 +201,7 @@ def _manifest(
         curve=curve,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         masks=digest(stack.blocks),
+        base_masks_nbytes=stack.base_masks_nbytes,
     )
 
 

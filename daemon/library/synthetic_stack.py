@@ -33,7 +33,7 @@ from ...formats.kinds import (
     words_per_row,
 )
 from ...formats.manifest import STACK, Manifest, Source, write_manifest
-from ...formats.masks import digest
+from ...formats.masks import digest, masks_nbytes
 from ...formats.stack import BlockEntry, StackIndex, content_hash, filled_before, prefix_edges, write_stack
 from .encode import layer_linears
 from .encode_bitstack import choose_levels, choose_rank
@@ -266,4 +266,5 @@ def _manifest(
         eos=(EOS,),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         masks=digest(index.blocks),
+        base_masks_nbytes=masks_nbytes(index.blocks[: index.base]),
     )

@@ -1,8 +1,9 @@
 """How large each model shall be: the memory controller, pure. No clock, no process, no message.
 
 Fed with what the sensor reads and what the worker reports, it answers with targets (bytes of each model's stack) and
-with the reason for each. What will be there is judged in `outlook`, what is wanted in `demand`, how bytes are divided
-in `pool`, when to grow in `quiet`; who is told, in `following`.
+with the reason for each. What models hold, and what could be had from them, is in `books`; what will be there is judged
+in `outlook`, what is wanted in `demand`, how bytes are divided in `pool`, when to grow in `quiet`; who is told, in
+`following`.
 
 The method. A model whose wish is a size keeps that size. All others, the automatic ones, share one pool: when memory is
 short they drop what is worth least, anywhere, in the very turn in which it gets short, by as much as is missing or will
@@ -14,21 +15,18 @@ instead of fast.
 What is given back, in order, each measured before the next: what the worker keeps for later (`caches`), residual
 blocks, the job's further growth (`strangled`), idle models' bases (`evict`), keys and values of the youngest requests
 (`squeeze`), and at last new requests (`refusal`).
-
-Models may have blocks in common, which are in memory once (`worker/shared`). Sizes and targets are those of stacks all
-the same; but what is shared was taken only once, so giving it back frees nothing until its last user does, and nothing
-is promised on its account. What bases share they go on sharing, unless one of them is unloaded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final
 
 from ...formats.errors import OutOfMemory, Unsupported
 from ...formats.manifest import CurvePoint
 from ...formats.units import format_seconds, format_size
+from .books import Books, Common, Holding, Model
 from .demand import Demand
 from .outlook import Outlook
 from .pool import Claim, divide
@@ -36,7 +34,7 @@ from .quiet import Quiet
 from .reading import Reading
 from .squeeze import Squeeze
 from .terms import Terms
-from .worth import Piece, pieces
+from .worth import pieces
 
 # Thresholds on available memory, ascending. Bytes; R is the reserve, with what was yielded and what a battery adds.
 #
@@ -62,47 +60,7 @@ MOVE_EVERY_SECONDS: Final = 5.0  # from one model to another
 
 MOVE_FACTOR: Final = 2.0  # by how much bytes must be worth more elsewhere before they move
 
-
-@dataclass(frozen=True)
-class Holding:
-    """What the worker last reported of one model: bytes resident, and the target it works towards.
-
-    `shared` of the resident bytes are in memory once for it and another model, and counted there; of these,
-    `shared_base` are in its base.
-    """
-
-    nbytes: int
-    target: int
-    shared: int = 0
-    shared_base: int = 0
-
-
-@dataclass
-class _Model:
-    base: int
-    full: int
-    target: int
-    pieces: tuple[Piece, ...] = ()
-    holding: Holding | None = None
-
-    @property
-    def settled(self) -> bool:
-        return self.holding is not None and self.holding.target == self.target and self.holding.nbytes <= self.target
-
-    @property
-    def held(self) -> int:
-        """Bytes to count on: the resident ones once the worker knows the present target, until then the target."""
-        known = self.holding is not None and self.holding.target == self.target
-        return min(self.target, self.holding.nbytes) if known and self.holding else self.target
-
-    @property
-    def resident(self) -> int:
-        return self.holding.nbytes if self.holding else 0
-
-    @property
-    def arriving(self) -> int:
-        """Bytes this model may still take without being told anything new."""
-        return max(0, self.target - self.resident)
+ALONE: Final = Common()
 
 
 @dataclass(frozen=True)
@@ -128,12 +86,14 @@ class Budget:
     paused: bool = False
     missing: int = 0  # bytes that the last look found missing, before anybody was told
     squeeze: Squeeze = field(default_factory=Squeeze)
-    _models: dict[str, _Model] = field(default_factory=dict)
     _quiet: Quiet = field(default_factory=Quiet)
     _grown_at: float = float("-inf")
     _moved_at: float = float("-inf")
     _evicted_at: float = float("-inf")
     _asked_at: float = float("-inf")
+
+    def __post_init__(self) -> None:
+        self._books = Books(self.demand)
 
     # -- what people ask --------------------------------------------------------------------------------------------
 
@@ -142,10 +102,10 @@ class Budget:
         where the model is.
         """
         self.demand.set(name, terms)
-        model = self._models.get(name)
+        model = self._books.models.get(name)
         if model is None:
             return
-        low, high = self._limits(name)
+        low, high = self._books.limits(name)
         if terms.size.automatic:
             model.target = max(low, min(model.target, high))
         else:
@@ -178,69 +138,78 @@ class Budget:
 
     # -- models come and go -----------------------------------------------------------------------------------------
 
-    def make_room(self, name: str, base: int, reading: Reading, idle: Collection[str]) -> list[str]:
+    def make_room(
+        self, name: str, base: int, reading: Reading, idle: Collection[str], common: Common = ALONE
+    ) -> list[str]:
         """Models among the idle ones to unload, so that `name` can be loaded with its base.
 
         Raises `OutOfMemory` when even that would not do, `Unsupported` where an automatic size cannot be followed.
         """
-        if reading.fixed_only and self._is_automatic(name):
+        if reading.fixed_only and self._books.is_automatic(name):
             raise Unsupported(
                 f"this system does not say what memory it can spare; give {name} a size (`ebb resize {name} 60%`)"
             )
         free = room = self._free(reading, but=name)
+        needed = base - self._books.there(common)
         victims: list[str] = []
-        for victim in self._by_worth(idle):
-            if room >= base:
+        for victim in self._books.by_worth(idle, self.outlook.now):
+            if room >= needed:
                 break
             if victim != name:
                 victims.append(victim)
-                # together they free no less: with whom they share, and whether with each other, is not known
-                room = free + max(0, sum(self._limits(one)[0] for one in victims) - self._shared_bases)
-        if room < base:
+                room = free + self._books.freed(victims)
+                needed = base - self._books.there(common, victims)
+        if room < needed:
             raise OutOfMemory(
-                f"{name} needs {format_size(base)} to begin with, of which {format_size(max(0, room))} can be had now "
-                f"({reading.source}, {format_size(self.outlook.reserved)} left to everything else); end other programs "
-                "or make a model smaller (`ebb resize`), and try again"
+                f"{name} needs {format_size(needed)} to begin with, of which {format_size(max(0, room))} can be had "
+                f"now ({reading.source}, {format_size(self.outlook.reserved)} left to everything else); end other "
+                "programs or make a model smaller (`ebb resize`), and try again"
             )
         return victims
 
+    def there(self, common: Common) -> int:
+        """Bytes of the base of a model that is not loaded which are in memory all the same, with another one."""
+        return self._books.there(common)
+
     def load(
-        self, name: str, base: int, full: int, reading: Reading, curve: Sequence[CurvePoint] = ()
+        self,
+        name: str,
+        base: int,
+        full: int,
+        reading: Reading,
+        curve: Sequence[CurvePoint] = (),
+        common: Common = ALONE,
     ) -> dict[str, int]:
         """Targets, the new model's among them, with which `name` (sizes of its base and stack) can be loaded.
 
         Automatic models already there may have to make room; none of them grows. `make_room` was asked before.
         """
         self.outlook.replace(reading)
-        self._models[name] = model = _Model(base, full, 0, pieces(base, full, curve))
-        held = {other: model.held for other, model in self._automatic().items() if other != name}
+        there = self._books.there(common)
+        self._books.models[name] = model = Model(base, full, 0, pieces(base, full, curve), common, there)
+        held = {other: model.held for other, model in self._books.automatic().items() if other != name}
         claims = {other: self._claim(other, most=nbytes) for other, nbytes in held.items()}
-        automatic = self._is_automatic(name)
+        automatic = self._books.is_automatic(name)
         claims[name] = self._claim(name, most=base if self.paused and automatic else None)
-        least = sum(self._limits(other)[0] for other in held)
-        targets = divide(self._free(reading, but=name) + least, claims)
+        least = sum(self._books.limits(other)[0] for other in held)
+        targets = divide(self._free(reading, but=name) + there + least, claims)
         if automatic:
             self.demand.ceilings.pop(name, None)
         model.target = -1  # so that it is among the changed ones
-        return self._retarget(targets)
+        return self._books.retarget(targets)
 
     def unload(self, name: str) -> int:
         """The worker no longer holds that model; the bytes of its stack that were resident and nobody else's."""
-        shared = self._shared
-        model = self._models.pop(name, None)
-        for other in self._models.values():  # what it shared may be counted with others now, who will say so
-            if other.holding:
-                other.holding = replace(other.holding, shared=0, shared_base=0)
         self.outlook.slope.forget()
-        return max(0, model.resident - shared) if model else 0
+        return self._books.remove(name)
 
     def worker_gone(self, now: float, out_of_memory: bool) -> None:
         """The worker holds nothing any more; if the kernel killed it for memory, the next one gets less."""
         if out_of_memory:
-            for name, model in self._models.items():
+            for name, model in self._books.models.items():
                 self.demand.lower(name, model.target)
             self._quiet.worst(now)
-        self._models.clear()
+        self._books.models.clear()
         self.squeeze = Squeeze()
         self.outlook.slope.forget()
 
@@ -253,8 +222,10 @@ class Budget:
         if self.paused:
             if self.short:
                 self._quiet.short(now)
-            least = {name: self._limits(name)[0] for name in self._automatic()}
-            return self._retarget({name: min(self._models[name].target, low) for name, low in least.items()})
+            automatic = self._books.automatic().items()
+            return self._books.retarget(
+                {name: min(model.target, self._books.limits(name)[0]) for name, model in automatic}
+            )
         if self.short:
             return self._shrink(caches)
         if self._may_grow:
@@ -271,7 +242,8 @@ class Budget:
     @property
     def strangled(self) -> bool:
         """Whether memory is short though every automatic model is at its least and had time to get there."""
-        at_least = all(model.target <= self._limits(name)[0] for name, model in self._automatic().items())
+        automatic = self._books.automatic().items()
+        at_least = all(model.target <= self._books.limits(name)[0] for name, model in automatic)
         return self.short and at_least and self._settled
 
     @property
@@ -286,7 +258,7 @@ class Budget:
         """
         if self.outlook.now - self._evicted_at < EVICT_EVERY_SECONDS or not (self.strangled or self.paused):
             return None
-        name = next(iter(self._by_worth(idle)), None)
+        name = next(iter(self._books.by_worth(idle, self.outlook.now)), None)
         if name is not None:
             self._evicted_at = self.outlook.now
         return name
@@ -294,11 +266,11 @@ class Budget:
     def last_resort(self, idle: Collection[str]) -> bool:
         """Whether nothing is left to give back but what requests use; what was unloaded just now is waited for."""
         waited = self.outlook.now - self._evicted_at >= EVICT_EVERY_SECONDS
-        return waited and self.strangled and not self._by_worth(idle)
+        return waited and self.strangled and not self._books.by_worth(idle, self.outlook.now)
 
     def refusal(self) -> OutOfMemory | None:
         """Why a new request cannot be admitted now, if it cannot."""
-        if not self.strangled or not self._models or self.outlook.expected >= self.outlook.reserve // 2:
+        if not self.strangled or not self._books.models or self.outlook.expected >= self.outlook.reserve // 2:
             return None
         return OutOfMemory(
             f"{self.outlook.describe_shortage()} and the models are at their least; try again in a moment, or end "
@@ -307,7 +279,7 @@ class Budget:
 
     def look_seconds(self) -> float:
         """When to look again: often while memory moves or is near the threshold."""
-        moving = any(not model.settled or model.arriving > SHRINK_MARGIN for model in self._models.values())
+        moving = any(not model.settled or model.arriving > SHRINK_MARGIN for model in self._books.models.values())
         return LOOK_SECONDS if moving or self.outlook.slope.coming or self.outlook.room < CALM else CALM_LOOK_SECONDS
 
     def spare(self, reading: Reading) -> int:
@@ -319,13 +291,13 @@ class Budget:
 
     def target(self, name: str) -> int | None:
         """What a loaded model was last told to hold."""
-        model = self._models.get(name)
+        model = self._books.models.get(name)
         return model.target if model else None
 
     def reason(self, name: str) -> str:
         """Why a loaded model is as large as it is."""
-        model, terms = self._models[name], self.demand.of(name)
-        low, high = self._limits(name)
+        model, terms = self._books.models[name], self.demand.of(name)
+        low, high = self._books.limits(name)
         if not terms.size.automatic:
             if name in self.demand.ceilings:
                 return f"asked for {terms.size}; less since the kernel killed the worker for memory"
@@ -348,21 +320,18 @@ class Budget:
         """The controller's state in figures."""
         outlook = self.outlook
         outlook.now = max(outlook.now, now)
-        targets = sum(model.target for model in self._models.values())
         available, quiet = outlook.reading.available, self._quiet.seconds
-        return Statistics(outlook.reserved, outlook.yielded, targets, available, quiet, outlook.yield_seconds)
+        return Statistics(
+            outlook.reserved, outlook.yielded, self._books.targets, available, quiet, outlook.yield_seconds
+        )
 
-    # -- what is there, and who may have it -------------------------------------------------------------------------
+    # -- what is there ----------------------------------------------------------------------------------------------
 
     def _observe(self, now: float, reading: Reading, holdings: Mapping[str, Holding]) -> None:
         if reading.battery != self.outlook.reading.battery:
             self._quiet.excuse()
-        models = self._models.values()
-        for name, model in self._models.items():
-            model.holding = holdings.get(name)
-        loading = any(model.holding is None for model in models)
-        ours = sum(model.resident for model in models) - self._shared
-        if not self.outlook.observe(now, reading, None if loading else ours):
+        self._books.note(holdings)
+        if not self.outlook.observe(now, reading, self._books.ours):
             self._quiet.begin(now)
         if reading.pressure:
             self._quiet.pressed(now)
@@ -374,61 +343,16 @@ class Budget:
     def _settled(self) -> bool:
         """Whether the worker has done what it was told, or had the time for it."""
         told = max(self._asked_at, self._grown_at)
-        return self.outlook.now - told >= PATIENCE_SECONDS or all(model.settled for model in self._models.values())
-
-    @property
-    def _shared(self) -> int:
-        """By how much all stacks together take less than their sizes say."""
-        return sum(model.holding.shared for model in self._models.values() if model.holding)
-
-    @property
-    def _shared_bases(self) -> int:
-        """By how much their bases do."""
-        return sum(model.holding.shared_base for model in self._models.values() if model.holding)
-
-    def _is_automatic(self, name: str) -> bool:
-        return self.demand.size(name).automatic
-
-    def _automatic(self) -> dict[str, _Model]:
-        return {name: model for name, model in self._models.items() if self._is_automatic(name)}
-
-    def _limits(self, name: str) -> tuple[int, int]:
-        """The smallest and the largest target of a loaded model."""
-        return self.demand.limits(name, self._models[name].base, self._models[name].full)
-
-    def _claim(self, name: str, *, least: int | None = None, most: int | None = None) -> Claim:
-        """A model's claim; `least` and `most` narrow what it may have."""
-        low, high = self._limits(name)
-        low = low if least is None else max(low, least)
-        high = high if most is None else min(high, most)
-        weight = self.demand.weight(name, self.outlook.now)
-        return Claim(low, max(low, high), self._models[name].pieces, weight)
-
-    def _by_worth(self, names: Collection[str]) -> list[str]:
-        """The automatic ones among these models, least worth first."""
-        weights = {name: self.demand.weight(name, self.outlook.now) for name in self._automatic() if name in names}
-        return sorted(weights, key=lambda name: (weights[name], -self._models[name].resident, name))
+        return self.outlook.now - told >= PATIENCE_SECONDS or self._books.settled
 
     def _free(self, reading: Reading, but: str = "") -> int:
-        """Bytes that could be had for something new: what is free and what automatic models can do without, less what
-        fixed sizes and bases still take.
-        """
-        free, beyond = reading.available - self.outlook.reserved, 0
-        for name, model in self._models.items():
-            if name != but:
-                held = model.resident - self._limits(name)[0]
-                beyond += max(0, held) if self._is_automatic(name) else 0
-                free += min(0, held) if self._is_automatic(name) else -model.arriving
-        return free + max(0, beyond - (self._shared - self._shared_bases))
+        """Bytes that could be had for something new."""
+        return self._books.free(reading.available - self.outlook.reserved, but)
+
+    def _claim(self, name: str, *, least: int | None = None, most: int | None = None) -> Claim:
+        return self._books.claim(name, self.outlook.now, least=least, most=most)
 
     # -- moving -----------------------------------------------------------------------------------------------------
-
-    def _retarget(self, targets: Mapping[str, int]) -> dict[str, int]:
-        """Set targets and give back those that changed."""
-        changed = {name: target for name, target in targets.items() if self._models[name].target != target}
-        for name, target in changed.items():
-            self._models[name].target = target
-        return changed
 
     def _shrink(self, caches: int) -> dict[str, int]:
         self._quiet.short(self.outlook.now)
@@ -437,11 +361,11 @@ class Budget:
         missing = SHRINK_MARGIN - self.outlook.room
         if missing <= 0:
             return {}
-        models = self._automatic()
+        models = self._books.automatic()
         before = sum(model.held for model in models.values())
         claims = {name: self._claim(name, most=model.held) for name, model in models.items()}
         frees = self._freed_share(claims)
-        changed = self._retarget(divide(before - int(missing / frees), claims))
+        changed = self._books.retarget(divide(before - int(missing / frees), claims))
         if changed:
             after = sum(model.target for model in models.values())
             self.outlook.asked_back += int(max(0, before - after) * frees)
@@ -451,8 +375,8 @@ class Budget:
     def _freed_share(self, claims: Mapping[str, Claim]) -> float:
         """How much of what these give back, beyond their least, is free then: all, but for what they share."""
         beyond = sum(claim.most - claim.least for claim in claims.values())
-        shared = self._shared - self._shared_bases
-        return max(1 - shared / beyond, 1 / len(self._models)) if beyond and shared else 1.0
+        shared = self._books.shared - self._books.shared_bases
+        return max(1 - shared / beyond, 1 / len(self._books.models)) if beyond and shared else 1.0
 
     @property
     def _may_grow(self) -> bool:
@@ -461,34 +385,33 @@ class Budget:
         return quiet and self.outlook.room > DEAD_BAND and self._settled and not self.squeeze.limit
 
     def _grow(self) -> dict[str, int]:
-        models = self._models
-        room = self.outlook.room - DEAD_BAND // 2 - sum(model.arriving for model in models.values())
+        room = self.outlook.room - DEAD_BAND // 2 - self._books.arriving
         if room <= 0:
             return {}
-        total = sum(model.target for model in models.values()) + min(room, self._step())
-        claims = {name: self._claim(name, least=model.target) for name, model in models.items()}
-        changed = self._retarget(divide(total, claims))
+        total = self._books.targets + min(room, self._step())
+        claims = {name: self._claim(name, least=model.target) for name, model in self._books.models.items()}
+        changed = self._books.retarget(divide(total, claims))
         if changed:
             self._grown_at = self.outlook.now
             self._quiet.grew()
         return changed
 
     def _step(self) -> int:
-        return max(GROW_STEP_LEAST, int(GROW_STEP_FRACTION * sum(model.full for model in self._models.values())))
+        return max(GROW_STEP_LEAST, int(GROW_STEP_FRACTION * self._books.full))
 
     @property
     def _may_move(self) -> bool:
         now = self.outlook.now
         due = max(self._grown_at + GROW_EVERY_SECONDS, self._moved_at + MOVE_EVERY_SECONDS)
-        return len(self._models) > 1 and now >= due and self._quiet.left(now) <= 0 and self._settled
+        return len(self._books.models) > 1 and now >= due and self._quiet.left(now) <= 0 and self._settled
 
     def _move(self) -> dict[str, int]:
         """Make room in the model whose bytes are worth least, if they are worth far more in another, which then grows.
 
         One step, and more than the dead band, or nobody could grow.
         """
-        claims = {name: self._claim(name) for name in self._automatic()}
-        sizes = {name: self._models[name].target for name in claims}
+        claims = {name: self._claim(name) for name in self._books.automatic()}
+        sizes = {name: self._books.models[name].target for name in claims}
         losses = {name: claim.last_gain(sizes[name]) for name, claim in claims.items() if sizes[name] > claim.least}
         gains = {name: claim.next_gain(sizes[name]) for name, claim in claims.items()}
         if not losses:
@@ -497,4 +420,4 @@ class Budget:
         if loser == winner or gains[winner] < MOVE_FACTOR * losses[loser]:
             return {}
         self._moved_at = self.outlook.now
-        return self._retarget({loser: max(claims[loser].least, sizes[loser] - max(self._step(), 2 * DEAD_BAND))})
+        return self._books.retarget({loser: max(claims[loser].least, sizes[loser] - max(self._step(), 2 * DEAD_BAND))})

@@ -10,22 +10,25 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Final
 
 from ...formats.child_messages import from_child_decoder
 from ...formats.errors import DaemonFailed, EbbflowError
 from ...formats.messages import request_decoder
 from ...formats.paths import Paths, default_paths
+from ...formats.settings import Settings
 from ...formats.units import format_size
-from ..channel import Hub, Limits
+from ..channel import Hub
+from ..outboxes import Limits
 from ..process import allow_files, set_oom_score
-from ..settings import WorkerSettings
+from ..settings import WorkerSettings, worker_settings
 from .children import CommandLauncher, Launcher
 from .door import listen
 from .library import Library
 from .logs import Logs
 from .notify import Notifier, forget
-from .options import Options, gather
+from .options import gather
 from .runtime import locked, prepare
 from .sensor import Sensor
 from .server import Outside, Server
@@ -39,7 +42,8 @@ RESERVE_LEAST: Final = 256_000_000
 RESERVE_MOST: Final = 1_000_000_000
 KV_FRACTION: Final = 1 / 8  # of memory, for one model's keys and values
 KV_MOST: Final = 2_000_000_000
-CHILD_LIMITS: Final = Limits(nbytes=64_000_000, messages=20_000, unheard=1_000)
+CHILD_LIMITS: Final = Limits(nbytes=64_000_000, messages=20_000, unheard=1_000, total=256_000_000)
+FIXED: Final = ("listen", "log_format", "log_file", *(field.name for field in fields(WorkerSettings)))  # by a reload
 OOM_SCORE: Final = -900  # where the kernel allows it (root); children raise theirs
 OPEN_FILES: Final = 16_384  # each client is one, and the usual 1,024 is soon reached
 
@@ -59,10 +63,10 @@ class Daemon:
 
     def __init__(
         self,
-        options: Options,
+        options: Settings,
         outside: Outside,
         library: Library,
-        reread: Callable[[], Options],
+        reread: Callable[[], Settings],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._options = options
@@ -83,7 +87,7 @@ class Daemon:
 
     def run(self) -> None:
         """Serve until told to end."""
-        with caught() as inbox:
+        with contextlib.closing(self._server), caught() as inbox:
             self._notifier.ready(f"leaving {format_size(self._reserve())} to everything else")
             while not self._server.finished:
                 self._server.sleep([inbox.descriptor], self._notifier.watchdog_seconds)
@@ -109,8 +113,7 @@ class Daemon:
         except EbbflowError as error:
             log.error("not reloaded: %s", error)
         else:
-            fixed = _changed(self._options, options, ("listen", "log_format", "log_file"))
-            fixed += _changed(self._options.worker, options.worker, [field.name for field in fields(WorkerSettings)])
+            fixed = [name for name in FIXED if getattr(self._options, name) != getattr(options, name)]
             if fixed:
                 log.warning("%s will change at the next start only", ", ".join(fixed))
             self._options = options
@@ -133,7 +136,7 @@ class Daemon:
         return self._reserve() if given is None else given
 
 
-def serve(options: Options, paths: Paths, launcher: Launcher, reread: Callable[[], Options] | None = None) -> None:
+def serve(options: Settings, paths: Paths, launcher: Launcher, reread: Callable[[], Settings] | None = None) -> None:
     """Run the daemon until it is told to stop. Raises `AlreadyRunning` or `DaemonFailed`."""
     set_oom_score(OOM_SCORE)
     allow_files(OPEN_FILES)
@@ -147,7 +150,7 @@ def serve(options: Options, paths: Paths, launcher: Launcher, reread: Callable[[
 
 
 @contextlib.contextmanager
-def _outside(options: Options, paths: Paths, launcher: Launcher) -> Iterator[Outside]:
+def _outside(options: Settings, paths: Paths, launcher: Launcher) -> Iterator[Outside]:
     with (
         contextlib.closing(Hub(paths.children, from_child_decoder, CHILD_LIMITS, explain=False)) as children,
         contextlib.closing(Hub(paths.clients, request_decoder)) as clients,
@@ -157,11 +160,7 @@ def _outside(options: Options, paths: Paths, launcher: Launcher) -> Iterator[Out
         yield Outside(clients, children, launcher, Sensor(cap=options.cap))
 
 
-def _changed(before: object, after: object, names: Sequence[str]) -> list[str]:
-    return [name for name in names if getattr(before, name) != getattr(after, name)]
-
-
-def parse(arguments: Sequence[str], paths: Paths) -> Options:
+def parse(arguments: Sequence[str], paths: Paths) -> Settings:
     """The options in force for these arguments. Raises `InvalidConfig` or `InvalidSize`."""
     return gather(arguments, os.environ, paths.settings)
 
@@ -173,15 +172,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         paths = default_paths()
         options = parse(given, paths)
-        with contextlib.closing(_logs(options)) as logs:
+        with contextlib.closing(_logs(options, paths)) as logs:
 
-            def reread() -> Options:
+            def reread() -> Settings:
                 logs.reopen()
                 options = parse(given, paths)
                 logs.set_level(options.log_level)
                 return options
 
-            settings = suited(options.worker, Sensor().total())
+            settings = suited(worker_settings(options), Sensor().total())
             serve(options, paths, CommandLauncher(paths, settings=settings), reread)
     except EbbflowError as error:
         sys.stderr.write(f"ebbflow: {error}\n")
@@ -189,8 +188,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _logs(options: Options) -> Logs:
+def _logs(options: Settings, paths: Paths) -> Logs:
+    file = options.log_file or (str(paths.log) if _is_our_stderr(paths.log) else None)
     try:
-        return Logs(options.log_level, options.log_format, options.log_file)
+        return Logs(options.log_level, options.log_format, file)
     except OSError as error:
-        raise DaemonFailed(f"the log {options.log_file} cannot be written: {error.strerror}") from error
+        raise DaemonFailed(f"the log {file} cannot be written: {error.strerror}") from error
+
+
+def _is_our_stderr(log: Path) -> bool:
+    """Whether what we write to standard error lands there already, as in a daemon that a client started."""
+    try:
+        return os.path.samestat(os.fstat(sys.stderr.fileno()), log.stat())
+    except (OSError, AttributeError, ValueError):  # no such file, no standard error, or none of the system's
+        return False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final, assert_never
 
@@ -53,8 +53,10 @@ from ...formats.messages import (
     YieldMemory,
     failure,
 )
+from ...formats.units import format_size
 from ...formats.values import ProcessMemory
 from ..channel import Hub, wait
+from ..process import give_back_freed
 from .adding import Adding
 from .budget import Budget
 from .checks import changed_terms, check_generate, check_pin, check_terms, check_yield
@@ -66,7 +68,8 @@ from .outlook import Outlook
 from .reading import Reading
 from .requests import Lasting, OpenRequest, PinRequest, Requests
 from .sensor import Sensor
-from .terms import read_terms, write_terms
+from .swelling import Swelling
+from .terms import TermsFile, read_terms
 from .worker import Served, Worker
 
 log = logging.getLogger(__name__)
@@ -110,6 +113,8 @@ class Server:
         self._stopping = False
         self._finished = False
         self._sockets_seen = now
+        self._swelling = Swelling()
+        self._terms_file = TermsFile(library.root)
         self.requests = Requests(self._clients.send)
         self.budget = Budget(Outlook(reserve, battery_reserve), Demand(read_terms(library.root)))
         most = self._sensor.total() - reserve
@@ -132,6 +137,10 @@ class Server:
     def finished(self) -> bool:
         """Whether it was told to stop and everything has ended."""
         return self._finished
+
+    def close(self) -> None:
+        """Wait for what is still being written. Idempotent."""
+        self._terms_file.close()
 
     def turn(self, now: float) -> None:
         """One round: hear everybody, then see to what is due."""
@@ -281,7 +290,7 @@ class Server:
                 terms = changed_terms(self.budget.demand.of(message.model), message)
                 check_terms(terms, self._library.get(message.model))
                 self.worker.resize(self.requests.open(client, message, now), message, terms)
-                write_terms(self._library.root, self.budget.demand.terms)
+                self._terms_file.keep(self.budget.demand.terms)
             case Shutdown():
                 self.requests.open(client, message, now)
                 if not self._stopping:
@@ -325,7 +334,7 @@ class Server:
         known = model in self.budget.demand.terms
         self.worker.unload(model)
         if known:
-            write_terms(self._library.root, self.budget.demand.terms)
+            self._terms_file.keep(self.budget.demand.terms)
 
     def _see_to_clients(self, now: float) -> None:
         """Close what is open for clients that are gone or do not read."""
@@ -334,16 +343,33 @@ class Server:
                 self._end(request, TooBusy("too much was left unread; read events as they come"), now)
         for client in self.requests.expired(now):
             log.info("a client with %d open requests is gone", len(self.requests.of_client(client)))
-            for request in self.requests.of_client(client):
-                self.requests.forget(request)
-                self._cancel(request, now)
+            self._abandon(self.requests.of_client(client), now)
             self._clients.forget(client)
+
+    def _abandon(self, requests: Iterable[OpenRequest], now: float) -> None:
+        """Close requests for which nobody is left to be told anything."""
+        for request in requests:
+            self.requests.forget(request)
+            self._cancel(request, now)
 
     def _see_to_sockets(self, now: float) -> None:
         if now - self._sockets_seen >= REST_SECONDS / 2:
             self._sockets_seen = now
             self._clients.keep_path()
             self._children.keep_path()
+            self._stay_small(now)
+
+    def _stay_small(self, now: float) -> None:
+        """Cut all clients off if this process holds more than they may have it hold; which of them it is, nobody says.
+
+        To them we are a daemon that is gone: they may come again at once.
+        """
+        own = self._sensor.process("supervisor", os.getpid())
+        if own and self._swelling.update(own.private_nbytes):
+            log.error("clients fill this process up (%s); all are cut off", format_size(own.private_nbytes))
+            self._clients.start_over()
+            self._abandon(self.requests, now)
+            give_back_freed()
 
     # -- children ---------------------------------------------------------------------------------------------------
 

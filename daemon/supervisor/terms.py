@@ -1,9 +1,14 @@
-"""What people asked for a model: its size, limits and priority. Kept in a file, so that a restart forgets nothing."""
+"""What people asked for a model: its size, limits and priority. Kept in a file, so that a restart forgets nothing.
+
+A thread writes it, because syncing may take seconds and the supervisor's loop waits for no disk.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -45,15 +50,36 @@ def read_terms(folder: Path) -> dict[str, Terms]:
         return {}
 
 
-def write_terms(folder: Path, terms: dict[str, Terms]) -> None:
-    """Keep them, atomically. What cannot be written is logged: it holds as long as this daemon."""
-    path = folder / FILE
-    temporary = path.with_name(FILE + ".partial")
-    try:
-        with temporary.open("wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(terms), indent=1))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except OSError as error:
-        log.warning("%s cannot be written; sizes asked for hold until the daemon ends: %s", path, error)
+class TermsFile:
+    """The file in a library's folder. `keep` returns at once; `close` when what was kept last is on the disk.
+
+    A kill between the two leaves what the file held before, or any later state, whole.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / FILE
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ebbflow-terms")
+        self._newest = b""
+
+    def keep(self, terms: Mapping[str, Terms]) -> None:
+        """Have the file say this; of several that wait only the last is written."""
+        text = self._newest = msgspec.json.format(msgspec.json.encode(terms), indent=1)
+        self._writer.submit(self._write, text)
+
+    def close(self) -> None:
+        """Wait until everything is written; nothing may be kept after that. Idempotent."""
+        self._writer.shutdown()
+
+    def _write(self, text: bytes) -> None:
+        """Atomically. What cannot be written is logged: it holds as long as this daemon."""
+        if text is not self._newest:
+            return
+        temporary = self._path.with_name(FILE + ".partial")
+        try:
+            with temporary.open("wb") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(self._path)
+        except OSError as error:
+            log.warning("%s cannot be written; sizes asked for hold until the daemon ends: %s", self._path, error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebbflow.client import AsyncClient, BatchSummary, BatchText, Client, errors
+from ebbflow.client import AsyncClient, BatchSummary, BatchText, Client, batch, errors
 from ebbflow.client.batch import ATTEMPTS, LONGEST_WAIT_SECONDS, WINDOW_MOST, WINDOW_NBYTES, BatchResult, Plan
 from ebbflow.client.prompts import contents, request
 from ebbflow.formats.messages import Cancel, Chunk, Failed, Finished, Generate, Request, Started
@@ -125,13 +126,28 @@ def test_what_may_succeed_later_is_tried_again_first_and_after_a_pause():
     assert planned.hear(0, failed("worker_died")) == []
     assert planned.hear(1, failed("worker_died")) == []
     assert planned.pause() == 0.5
-    assert planned.pause() == 0.0
+    assert planned.pause() == 0.0  # a second later
     assert taken(planned) == [0]  # the window has closed
     planned.hear(0, Chunk(id=0, text="whole", tokens=1))
     [result] = planned.hear(0, finished())
     assert (result.text, result.attempts) == ("whole", 2)
     assert taken(planned) == [1, 2]  # and opens again
     assert planned.summary.retries == 2
+
+
+def test_a_pause_ends_when_its_time_is_over_whatever_is_heard_meanwhile():
+    now = 100.0
+    planned = Plan("tiny", ["a", "b", "c"], {}, clock=lambda: now)
+    taken(planned)
+    planned.hear(0, failed("worker_died"))
+    assert planned.pause() == 0.5
+    now += 0.25
+    planned.hear(1, failed("worker_died"))  # of the same round: it is waited for already
+    assert planned.pause() == 0.25
+    planned.hear(2, finished())
+    now += 0.25
+    assert planned.pause() == 0
+    assert taken(planned) == [0, 1]
 
 
 def test_attempts_are_bounded_and_waits_grow():
@@ -239,8 +255,20 @@ def echo(request_: Request) -> Iterable[Item]:
     yield finished(request_.id)
 
 
-def no_wait(_seconds: float) -> None:
-    """Stands for `time.sleep`."""
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """Pauses between attempts, which are too short to notice; 1 is the first."""
+    monkeypatch.setattr(batch, "FIRST_WAIT_SECONDS", 0.001)
+    begun: list[float] = []
+    pause = Plan.pause
+
+    def noted(planned: Plan) -> float:
+        seconds = pause(planned)
+        begun.extend([1000 * seconds] if seconds else [])
+        return seconds
+
+    monkeypatch.setattr(Plan, "pause", noted)
+    yield begun
 
 
 def test_two_thousand_prompts_one_of_which_fails(address: str):
@@ -250,19 +278,18 @@ def test_two_thousand_prompts_one_of_which_fails(address: str):
 
     heard: list[BatchSummary] = []
     with FakeDaemon(address, script), Client(address) as client:
-        batch = client.generate_batch("tiny", map(str, range(2000)), on_progress=heard.append)
-        results = {result.index: result for result in batch}
+        stream = client.generate_batch("tiny", map(str, range(2000)), on_progress=heard.append)
+        results = {result.index: result for result in stream}
     assert {index: result.text for index, result in results.items() if index != 7} == {
         index: f"<{index}>" for index in range(2000) if index != 7
     }
     assert isinstance(results[7].error, errors.PromptTooLong)
-    assert (batch.summary.ended, batch.summary.failures, batch.summary.tokens) == (2000, 1, 2 * 1999)
+    assert (stream.summary.ended, stream.summary.failures, stream.summary.tokens) == (2000, 1, 2 * 1999)
     assert [summary.ended for summary in heard] == [*range(1, 2001)]
 
 
-def test_a_retry_waits_and_succeeds(address: str):
+def test_a_retry_waits_and_succeeds(address: str, pauses: list[float]):
     seen: Counter[str | None] = Counter()
-    waits: list[float] = []
 
     def script(request_: Request) -> Iterable[Item]:
         assert isinstance(request_, Generate)
@@ -270,10 +297,41 @@ def test_a_retry_waits_and_succeeds(address: str):
         return [failed("worker_died", request_.id)] if seen[request_.prompt] == 1 else echo(request_)
 
     with FakeDaemon(address, script), Client(address) as client:
-        results = list(client.generate_batch("tiny", ["a", "b", "c"], wait=waits.append))
+        results = list(client.generate_batch("tiny", ["a", "b", "c"]))
     assert sorted(result.text or "" for result in results) == ["<a>", "<b>", "<c>"]
-    assert waits
+    assert pauses
     assert set(seen.values()) == {2}
+
+
+def test_results_are_not_held_back_by_a_retry_that_waits(address: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(batch, "FIRST_WAIT_SECONDS", 1000.0)
+    monkeypatch.setattr(batch, "LONGEST_WAIT_SECONDS", 1000.0)
+    paused = threading.Event()
+    pause = Plan.pause
+
+    def noted(planned: Plan) -> float:
+        seconds = pause(planned)
+        if seconds:
+            paused.set()
+        return seconds
+
+    def script(request_: Request) -> Iterable[Item]:
+        assert isinstance(request_, Generate)
+        if request_.prompt == "a":
+            return [failed("worker_died", request_.id)]
+        return [lambda: paused.wait(10), *echo(request_)]
+
+    async def main() -> None:
+        async with AsyncClient(address) as client, client.generate_batch("tiny", ["a", "b", "c"]) as results:
+            assert [(await anext(results)).text for _ in "bc"] == ["<b>", "<c>"]
+
+    monkeypatch.setattr(Plan, "pause", noted)
+    with FakeDaemon(address, script):
+        with Client(address) as client, client.generate_batch("tiny", ["a", "b", "c"]) as results:
+            assert [next(results).text for _ in "bc"] == ["<b>", "<c>"]
+            assert results.summary.retries == 1
+        paused.clear()
+        asyncio.run(main())
 
 
 def test_a_daemon_that_dies_in_the_middle(address: str):
@@ -284,7 +342,7 @@ def test_a_daemon_that_dies_in_the_middle(address: str):
             yield VANISH
 
     with FakeDaemon(address, script), Client(address) as client:
-        results = list(client.generate_batch("tiny", [f"{i:02}" for i in range(50)], window=2, wait=no_wait))
+        results = list(client.generate_batch("tiny", [f"{i:02}" for i in range(50)], window=2))
     assert sorted(result.index for result in results) == [*range(50)]
     assert {result.index for result in results if result.error is None} >= {0, 1, 2, 3}
     assert {type(result.error) for result in results if result.error} <= {errors.DaemonGone, errors.NotRunning}
@@ -328,9 +386,8 @@ def test_no_prompts_are_no_results(address: str):
         assert batch.summary == BatchSummary(prompts=0)
 
 
-def test_coroutines_have_the_same(address: str):
+def test_coroutines_have_the_same(address: str, pauses: list[float]):
     seen: Counter[str | None] = Counter()
-    waits: list[float] = []
 
     def script(request_: Request) -> Iterable[Item]:
         assert isinstance(request_, Generate)
@@ -339,12 +396,9 @@ def test_coroutines_have_the_same(address: str):
             return [failed("too_busy", request_.id)]
         return [] if request_.prompt == "stuck" else echo(request_)
 
-    async def wait(seconds: float) -> None:
-        waits.append(seconds)
-
     async def main() -> None:
         async with AsyncClient(address) as client:
-            batch = client.generate_batch("tiny", map(str, range(300)), window=20, wait=wait)
+            batch = client.generate_batch("tiny", map(str, range(300)), window=20)
             results = {result.index: result.text async for result in batch}
             assert results == {index: f"<{index}>" for index in range(300)}
             assert batch.summary.retries == 1
@@ -355,4 +409,4 @@ def test_coroutines_have_the_same(address: str):
     with FakeDaemon(address, script) as daemon:
         asyncio.run(main())
         daemon.wait_for(Cancel)
-    assert waits == [0.5]
+    assert pauses[0] == 1

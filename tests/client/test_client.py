@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import os
 import subprocess
 import sys
@@ -441,6 +442,18 @@ def test_a_reply_to_a_loop_that_is_closed_is_dropped(address: str):
         daemon.wait_for(Generate)
         asyncio.run(client.aclose())
         del stream
+
+
+def test_the_twins_offer_the_same():
+    def offered(kind: type) -> dict[str, list[tuple[str, object]]]:
+        methods = {name.replace("aclose", "close"): member for name, member in vars(kind).items() if name[0] != "_"}
+        assert all(member.__doc__ for member in methods.values())
+        return {
+            name: [(p.name, p.default) for p in inspect.signature(member).parameters.values()]
+            for name, member in methods.items()
+        }
+
+    assert offered(Client) == offered(AsyncClient)
 
 
 def test_the_error_classes_are_all_there():

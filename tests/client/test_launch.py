@@ -95,3 +95,35 @@ def test_one_that_never_answers_is_not_waited_for_for_ever(home: Path):
 def test_a_command_that_cannot_be_run(home: Path):
     with pytest.raises(errors.DaemonFailed, match="cannot be started"):
         ensure_daemon(command=["/does/not/exist"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "variable", "where"),
+    [
+        ("", "", "logs/daemon.log"),
+        ('log_file = "mine.log"', "", "mine.log"),
+        ('log_file = "mine.log"', "here.log", "stood/here.log"),
+    ],
+)
+def test_a_daemon_in_the_background_logs_where_its_settings_say(home, monkeypatch, setting, variable, where):
+    (home / "stood").mkdir()
+    monkeypatch.chdir(home / "stood")
+    monkeypatch.setenv("EBBFLOW_LOG_FILE", variable)
+    (home / "config.toml").write_text(setting)
+    assert ensure_daemon()
+    with Client() as client:
+        client.shutdown()
+    logs = [path for path in home.rglob("*.log") if "serving on" in path.read_text()]
+    assert logs == [home / where]
+
+
+def test_the_usual_log_is_rotated_by_the_daemon(home, monkeypatch):
+    monkeypatch.setenv("EBBFLOW_LOG_LEVEL", "info")
+    (home / "logs").mkdir()
+    log = home / "logs" / "daemon.log"
+    log.write_bytes(b"x" * (LOG_NBYTES - 1))  # too little for whoever starts it
+    assert ensure_daemon()
+    with Client() as client:
+        client.shutdown()
+    assert "serving on" in log.read_text()
+    assert (home / "logs" / "daemon.log.1").stat().st_size == LOG_NBYTES - 1

@@ -14,13 +14,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from ebbflow.client.cli import serve as serve_module
 from ebbflow.client.cli.main import main
 from ebbflow.client.cli.service import unit_path
 from ebbflow.client.launch import COMMAND
 from ebbflow.client.unit import NAME, state, unit_text
-from ebbflow.daemon.supervisor.options import HELP
 from ebbflow.formats.messages import Request, Status
+from ebbflow.formats.settings import HELP
 
 from support.fake_daemon import FakeDaemon
 
@@ -115,6 +114,13 @@ def test_install_writes_enables_and_starts(systemctl):
     assert "--cap" not in unit_path().read_text()
 
 
+def test_a_log_file_means_the_same_to_the_service(systemctl, home, monkeypatch):
+    systemctl()
+    monkeypatch.chdir(home)
+    ebb("install", "--log-file=ebb.log")
+    assert f'"--log-file={home}/ebb.log"' in unit_path().read_text()
+
+
 def test_what_was_changed_by_hand_is_left_alone_without_force(systemctl):
     systemctl()
     ebb("install")
@@ -200,6 +206,7 @@ def test_a_daemon_that_runs_outside_is_not_fought_with(systemctl, home):
 
 
 def test_the_command_line_offers_what_the_daemon_understands():
-    flags = [*(flag for flag, _, _ in serve_module._OPTIONS), "--exact"]
-    assert flags == [f"--{name.replace('_', '-')}" for name in HELP]
+    for command in (main.commands["serve"], main.commands["service"].commands["install"]):
+        named = [option.name for option in command.params if option.name != "force"]
+        assert named == list(HELP)
     assert CliRunner().invoke(main, ["service", "install", "--drain-seconds=x"]).exit_code == 2

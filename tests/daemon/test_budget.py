@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ebbflow.daemon.supervisor.books import Common, Holding
 from ebbflow.daemon.supervisor.budget import (
     DEAD_BAND,
     GROW_STEP_LEAST,
     SHRINK_MARGIN,
     Budget,
-    Holding,
     Statistics,
 )
 from ebbflow.daemon.supervisor.demand import OOM_FACTOR
@@ -747,3 +747,60 @@ def test_giving_up_what_another_goes_on_using_is_no_neighbour_s_doing() -> None:
         shared = Holding(2_500 * MB, 2_500 * MB, size)
         budget.update(1 + number * 0.05, Reading(4 * GB, ""), {"a": Holding(size, size), "b": shared})
     assert budget.outlook.slope.coming == 0
+
+
+def loaded(*models: tuple[str, int, Common], shared_base: int = 0) -> Budget:
+    """A budget with models of 2 GB that hold so much, with bases of 500 MB, of which the second shares a part."""
+    budget = Budget(Outlook(RESERVE))
+    for name, _, common in models:
+        budget.load(name, 500 * MB, 2 * GB, Reading(20 * GB, ""), common=common)
+    holdings = {name: Holding(nbytes, nbytes) for name, nbytes, _ in models}
+    if shared_base:
+        second = models[1][0]
+        holdings[second] = replace(holdings[second], shared=shared_base, shared_base=shared_base)
+    for name, nbytes, _ in models:
+        budget._books.models[name].target = nbytes
+    budget.update(1.0, Reading(RESERVE + DEAD_BAND, ""), holdings)
+    return budget
+
+
+def test_a_model_that_shares_with_nobody_frees_all_of_its_base() -> None:
+    kin = Common("one architecture")
+    budget = loaded(
+        ("c", 501 * MB, Common("another")), ("b", 500 * MB, kin), ("a", 500 * MB, kin), shared_base=400 * MB
+    )
+    reading = Reading(RESERVE + 100 * MB, "")
+    assert budget.make_room("d", 600 * MB, reading, {"a", "b", "c"}) == ["c"]
+    assert budget.make_room("d", 601 * MB, reading, {"a", "b", "c"}) == ["c"]  # with what it has beyond its base
+    assert budget.make_room("d", 700 * MB, reading, {"a", "b"}) == ["a", "b"]
+    budget.unload("c")
+    assert budget._books.shared == 400 * MB, "these two share as before"
+
+
+VARIANT = Common("k", "masks", 200 * MB)
+
+
+@pytest.mark.parametrize("held", [500 * MB, 700 * MB])
+def test_a_variant_asks_only_for_what_is_not_there(held: int) -> None:
+    """Of its base of 500 MB, 200 are masks that another model has in memory; nobody shrinks for these."""
+    budget = loaded(("a", held, VARIANT))
+    reading = Reading(RESERVE + 310 * MB, "")
+    beyond = held - 500 * MB
+    assert budget.make_room("b", 510 * MB + beyond, reading, set(), VARIANT) == []
+    with pytest.raises(OutOfMemory, match="needs 311 MB to begin with, of which 310 MB" if not beyond else "needs"):
+        budget.make_room("b", 511 * MB + beyond, reading, set(), VARIANT)
+    for other in (Common("k", "others", 200 * MB), Common("k", "", 200 * MB)):
+        with pytest.raises(OutOfMemory):
+            budget.make_room("b", 511 * MB, Reading(RESERVE + 310 * MB - beyond, ""), set(), other)
+    budget.load("b", 500 * MB, 2 * GB, reading, common=VARIANT)
+    assert budget.target("a") + budget.target("b") == held + 510 * MB
+    assert budget.spare(reading) == beyond + 10 * MB, "what it still takes is what it was granted"
+
+
+def test_a_variant_does_not_count_on_masks_of_a_model_that_goes_for_it() -> None:
+    budget = loaded(("a", 500 * MB, VARIANT))
+    reading = Reading(RESERVE + 250 * MB, "")
+    assert budget.make_room("b", 450 * MB, reading, {"a"}, VARIANT) == []
+    assert budget.make_room("b", 750 * MB, reading, {"a"}, VARIANT) == ["a"]
+    with pytest.raises(OutOfMemory):
+        budget.make_room("b", 751 * MB, reading, {"a"}, VARIANT)

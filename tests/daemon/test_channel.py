@@ -12,12 +12,14 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebbflow.daemon.channel import PIPE_MESSAGES, Child, Hub, Limits, Lost, wait
+from ebbflow.daemon.channel import PIPE_MESSAGES, Child, Hub, Lost, wait
+from ebbflow.daemon.outboxes import Limits
 from ebbflow.formats.child_messages import Exit, Ready, from_child_decoder
 from ebbflow.formats.errors import DaemonFailed, InvalidRequest
 from ebbflow.formats.messages import Chunk, Failed, Generate, ListModels, Ping, Pong, event_decoder, request_decoder
 from ebbflow.formats.wire import HEADER, MAGIC, MAX_MESSAGE
 
+from support.endless import Endless
 from support.house import Peer
 
 ADDRESS = "inproc://hub"
@@ -179,6 +181,21 @@ def test_an_outbox_is_bounded_in_messages_and_bytes(hub, slow, text, fits):
     assert not hub.pending
 
 
+def test_all_outboxes_together_are_bounded_and_the_slowest_reader_is_lost(context):
+    hub = Hub(ADDRESS, request_decoder, Limits(nbytes=100_000, total=150_000), context=context)
+    peers = [Peer(context, ADDRESS, event_decoder, rcvhwm=1) for _ in range(3)]
+    identities = [meet(hub, peer) for peer in peers]
+    for identity, count in zip(identities, (5, 9, 3), strict=True):
+        for _ in range(PIPE_MESSAGES + 5):
+            hub.send(identity, Pong())
+        for _ in range(count):
+            hub.send(identity, Chunk(id=1, text="x" * 9_000, tokens=0))
+        assert hub.lost() == ([Lost(identities[1], "overflowed")] if count == 3 else [])
+    for peer in peers:
+        peer.close()
+    hub.close()
+
+
 def test_a_peer_that_vanishes_with_a_full_outbox_frees_it(hub, slow):
     identity = meet(hub, slow)
     while not hub.pending:
@@ -263,4 +280,50 @@ def test_the_file_of_the_socket_is_made_again_wherever_it_went(tmp_path: Path, c
     assert "cannot be made again" in caplog.text
     for peer in peers:
         peer.close()
+    hub.close()
+
+
+def private_nbytes() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_Dirty"))
+
+
+def test_starting_over_frees_what_a_message_without_end_takes(tmp_path: Path, context):
+    hub = Hub(f"ipc://{tmp_path}/c", request_decoder)
+    before = Peer(context, f"ipc://{tmp_path}/c", event_decoder)
+    endless = Endless(tmp_path / "c")
+    small = private_nbytes()
+    endless.go_on(100)
+    before.say(Ping())
+    wait([hub], [], 20)
+    assert [message for _, message in hub.receive()] == [Ping()]
+    assert private_nbytes() > small + 90_000_000  # nothing is ever heard of it
+    hub.start_over()
+    assert private_nbytes() < small + 10_000_000
+    assert endless.cut_off()
+    after = Peer(context, f"ipc://{tmp_path}/c", event_decoder)
+    for peer in (before, after):  # ZeroMQ connects anew by itself
+        peer.say(Ping())
+        wait([hub], [], 20)
+        [(identity, _)] = hub.receive()
+        hub.send(identity, Pong())
+        assert peer.socket.poll(20_000)
+        peer.close()
+    endless.close()
+    hub.close()
+
+
+def test_starting_over_after_the_socket_was_made_again(tmp_path: Path, context):
+    hub = Hub(f"ipc://{tmp_path}/c", request_decoder)
+    (tmp_path / "c").unlink()
+    hub.keep_path()
+    hub.start_over()
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    peer = Peer(context, f"ipc://{tmp_path}/c", event_decoder)
+    peer.say(Ping())
+    wait([hub], [], 20)
+    assert len(hub.receive()) == 1
+    hub.keep_path()
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    peer.close()
     hub.close()

@@ -120,6 +120,25 @@ def test_by_tcp_only_allowed_keys_come_in(paths):
             client.ping()
 
 
+def test_who_may_come_in_stays_the_same_when_all_are_cut_off(paths):
+    address = f"tcp://127.0.0.1:{free_port()}"
+    mine, strange = new_pair(), new_pair()
+    write_allowed(paths.keys / "allowed", {mine.public: "me"})
+    answering = Answering(paths)
+    listen(answering.hub, address, paths)
+    answering.hub.start_over()
+    server = own_pair(paths.keys / "daemon", new_pair).public
+    with answering:
+        for welcome in (
+            Client(address, server_key=server, keys=mine, lease=PATIENT),
+            Client(paths.clients, lease=PATIENT),
+        ):
+            with welcome:
+                welcome.ping()
+        with Client(address, server_key=server, keys=strange, lease=PATIENT) as client, pytest.raises(NotAllowed):
+            client.ping()
+
+
 def test_what_is_bound_after_the_encrypted_port_is_plain(paths):
     address = f"tcp://127.0.0.1:{free_port()}"
     write_allowed(paths.keys / "allowed", {own_pair(paths.keys / "client", new_pair).public: ""})

@@ -112,6 +112,7 @@ def test_the_masks_are_shared_and_the_values_are_its_own(home: Path, method: str
     assert same_file(home, "one", "two")
     assert (home / "library" / "one" / MASKS).stat().st_nlink == 2
     manifest = manifest_of(home, "two")
+    assert manifest.base_masks_nbytes == two.base_masks_nbytes == one.base_masks_nbytes > 0
     assert manifest.masks == manifest_of(home, "one").masks != ""
     assert {key: manifest.options[key] for key in ("levels", "masks_of", "method", "values")} == {
         "levels": 3, "masks_of": "one", "method": method, "values": values

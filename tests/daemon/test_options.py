@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from ebbflow.daemon.settings import WorkerSettings, parse_settings
-from ebbflow.daemon.supervisor.options import HELP, Options, Settings, gather
+from ebbflow.daemon.settings import DEFAULTS, WorkerSettings, parse_settings, worker_settings
+from ebbflow.daemon.supervisor.options import gather
 from ebbflow.formats.errors import InvalidConfig, InvalidSize
+from ebbflow.formats.settings import HELP, SIZES, Settings
 
 
 @pytest.fixture
@@ -17,13 +18,29 @@ def file(tmp_path):
 
 
 def test_without_anything_the_defaults(file):
-    assert gather([], {}, file) == Options()
-    assert HELP.keys() == set(Settings.__struct_fields__)
+    assert gather([], {}, file) == Settings()
+    assert worker_settings(Settings()) == DEFAULTS == parse_settings([])
+    assert list(HELP) == list(Settings.__struct_fields__)
+    assert {name for name, (metavar, _) in HELP.items() if metavar == "SIZE"} == set(SIZES)
 
 
 def test_everything_can_be_set_everywhere(file):
-    wanted = Options(5.0, 10**9, 2 * 10**9, 2**31, "debug", "json", "/l", 2.5, "tcp://127.0.0.1:5555")
-    wanted = replace(wanted, worker=WorkerSettings("i8", exact=True, threads=3, kv_limit=10**9, kv_cached=0))
+    wanted = Settings(
+        idle_seconds=5.0,
+        reserve=10**9,
+        battery_reserve=2 * 10**9,
+        cap=2**31,
+        log_level="debug",
+        log_format="json",
+        log_file="/l",
+        drain_seconds=2.5,
+        listen="tcp://127.0.0.1:5555",
+        kv="i8",
+        exact=True,
+        threads=3,
+        kv_limit=10**9,
+        kv_cached=0,
+    )
     flags = "--idle-seconds=5 --reserve=1GB --battery-reserve=2GB --cap=2GiB --log-level=debug --log-format=json"
     flags += " --log-file=/l --kv=i8 --threads=3 --exact --kv-limit=1GB --kv-cached=0"
     assert gather([*flags.split(), "--drain-seconds", "2.5", "--listen", "tcp://127.0.0.1:5555"], {}, file) == wanted
@@ -53,7 +70,17 @@ def test_everything_can_be_set_everywhere(file):
     assert gather([], {}, file) == wanted
 
 
+def test_a_log_file_lies_beside_the_file_that_names_it(file):
+    file.write_text('log_file = "ebb.log"')
+    assert gather([], {}, file).log_file == str(file.parent / "ebb.log")
+    file.write_text('log_file = "~/ebb.log"')
+    assert gather([], {"HOME": "ignored"}, file).log_file == str(Path.home() / "ebb.log")
+    assert gather(["--log-file=ebb.log"], {}, file).log_file == "ebb.log"
+
+
 def test_a_workers_command_line_says_what_the_settings_say():
+    told = worker_settings(Settings(kv="i8", exact=True, threads=3, kv_limit=1, kv_cached=2))
+    assert told == WorkerSettings("i8", exact=True, threads=3, kv_limit=1, kv_cached=2)
     for wanted in (WorkerSettings(), WorkerSettings("i8", exact=True, threads=3, kv_limit=10**9, kv_cached=7)):
         assert parse_settings([*wanted.flags()]) == wanted
 

@@ -15,6 +15,7 @@ import pytest
 import zmq
 
 from ebbflow.client import Client
+from ebbflow.client import batch as batch_module
 from ebbflow.client.batch import ATTEMPTS
 from ebbflow.client.errors import WorkerDied
 from ebbflow.daemon.supervisor.library import Library, _owner_lives
@@ -170,12 +171,13 @@ def test_pins_travel_like_generations(daemon):
     assert daemon.ask(Unpin(id=3, model="demo", name="system")) == Pins(id=3, pins=())
 
 
-def test_in_a_batch_a_prompt_that_kills_every_worker_fails_alone(daemon):
+def test_in_a_batch_a_prompt_that_kills_every_worker_fails_alone(daemon, monkeypatch):
+    monkeypatch.setattr(batch_module, "FIRST_WAIT_SECONDS", 0.001)
     prompts = [f"prompt {number:02}" for number in range(60)]
     prompts[30] = "prompt 30 kill"
     daemon.children()  # it listens
     with Client(daemon.paths.clients) as client:
-        batch = client.generate_batch("demo", prompts, window=20, wait=lambda _seconds: None)
+        batch = client.generate_batch("demo", prompts, window=20)
         results = {result.index: result for result in batch}
     assert {index: result.text for index, result in results.items() if not result.error} == {
         index: f"{prompt} " for index, prompt in enumerate(prompts) if index != 30

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ebbflow.daemon.supervisor.swelling import MOST_NBYTES
 from ebbflow.formats.child_messages import LoadFailed, LoadModel, Ready, UnloadModel
 from ebbflow.formats.messages import (
     LEASE_SECONDS,
@@ -31,7 +32,7 @@ from ebbflow.formats.messages import (
 from ebbflow.formats.units import SizeWish
 from ebbflow.formats.values import ChatMessage, Sampling
 
-from support.house import GB, House, finished, generate, holds
+from support.house import GB, MB, House, finished, generate, holds
 from support.models import write_model
 
 
@@ -262,6 +263,31 @@ def test_a_client_that_does_not_read_is_cut_off_and_told(house):
     client.say(Ping())
     house.turn()
     assert client.hear() == [Pong()]
+
+
+def test_clients_that_fill_the_supervisor_up_are_cut_off_and_their_requests_end(house, monkeypatch):
+    cuts = []
+    monkeypatch.setattr(house.clients, "start_over", lambda: cuts.append(house.now))
+    client = house.client()
+    client.say(generate(1), AddModel(id=2, source="/s", name="n"))
+    house.turn(1)
+    worker = house.ready_worker()
+    _, forwarded = worker.hear()
+    house.sensor.own += MOST_NBYTES - 20 * MB
+    house.turn(1)
+    assert not cuts
+    house.sensor.own += 1
+    house.turn(1)
+    assert cuts == [house.now]
+    assert worker.hear() == [Cancel(id=forwarded.id)]
+    assert house.launcher.jobs[0].signals == ["TERM"]
+    assert len(house.server.requests) == 0
+    for _ in range(3):  # what is left now is ours
+        house.turn(1)
+    assert len(cuts) == 1
+    house.sensor.own += MOST_NBYTES + 1
+    house.turn(1)
+    assert len(cuts) == 2
 
 
 def test_a_model_in_use_is_not_removed(house):

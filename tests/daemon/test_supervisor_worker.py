@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from ebbflow.daemon.supervisor.budget import SHRINK_MARGIN
 from ebbflow.daemon.supervisor.children import LAST_WORDS_SECONDS, LEAVE_SECONDS
 from ebbflow.daemon.supervisor.silence import HUNG_SECONDS, LOADING_SECONDS
-from ebbflow.daemon.supervisor.terms import Terms, read_terms, write_terms
-from ebbflow.daemon.supervisor.worker import COMPILING_SECONDS, READY_SECONDS, START_ATTEMPTS
+from ebbflow.daemon.supervisor.terms import Terms, read_terms
+from ebbflow.daemon.supervisor.worker_process import COMPILING_SECONDS, READY_SECONDS, START_ATTEMPTS
 from ebbflow.formats.child_messages import Exit, LoadModel, Ready, Report, SetTarget, Trim, UnloadModel
 from ebbflow.formats.messages import (
     LEASE_SECONDS,
@@ -542,6 +542,27 @@ def test_an_idle_model_makes_room_for_one_that_is_asked(house, client):
     assert not any(isinstance(order, UnloadModel) and order.model == "demo" for order in orders)
 
 
+@pytest.mark.parametrize(("masks", "fits"), [("m", True), ("other", False)])
+def test_a_variant_needs_no_room_for_masks_that_are_there(house, client, masks, fits):
+    write_model(house.root, "demo", masks="m", base_masks=80 * MB)
+    write_model(house.root, "variant", masks=masks, base_masks=80 * MB)
+    house.server._library.scan()
+    worker, load, _ = begin(house, client)
+    least = SetTarget(model="demo", target_nbytes=GB // 5)
+    house.sensor.available = GB // 2 - 1
+    worker.say(holds(load))
+    house.turn(0.3)
+    worker.hear()
+    worker.say(holds(least))
+    house.sensor.available = GB // 2 + 125 * MB  # and a base takes 200
+    house.turn(0.3)
+    client.hear()
+    client.say(generate(2, "variant"))
+    house.turn()
+    assert [order.model for order in worker.hear() if isinstance(order, LoadModel)] == ["variant"] * fits
+    assert failures(client.hear()) == [(2, "out_of_memory")] * (not fits)
+
+
 def test_paused_everything_gives_way_and_the_worker_goes_home_when_nobody_waits(house, client):
     worker, load, second = two_models(house, client)
     held = {"demo": load, "other": second}
@@ -616,6 +637,7 @@ def test_terms_are_kept_over_a_restart_and_forgotten_with_the_model(house, clien
     client.say(Resize(id=1, model="demo", wish=AUTO, floor_nbytes=300 * MB, priority=2.0))
     client.say(Resize(id=2, model="demo", wish=AUTO, cap_nbytes=600 * MB))
     house.turn()
+    house.server.close()
     wanted = {"demo": Terms(floor=300 * MB, cap=600 * MB, priority=2.0)}
     assert read_terms(tmp_path) == wanted
     with contextlib.closing(House(tmp_path)) as again:
@@ -623,18 +645,10 @@ def test_terms_are_kept_over_a_restart_and_forgotten_with_the_model(house, clien
         other = again.client()
         _, load, _ = begin(again, other)
         assert load.target_nbytes == 600 * MB
-    client.say(RemoveModel(id=3, model="demo"))
-    house.turn()
+    with contextlib.closing(House(tmp_path)) as third:
+        third.client().say(RemoveModel(id=3, model="demo"))
+        third.turn()
     assert read_terms(tmp_path) == {}
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"demo": {"floor": "much"}}', "\xff"])
-def test_terms_that_cannot_be_read_are_ignored(tmp_path, text, caplog):
-    (tmp_path / ".terms.json").write_text(text)
-    assert read_terms(tmp_path) == {}
-    assert "is ignored" in caplog.text
-    write_terms(tmp_path / "nowhere", {})
-    assert "cannot be written" in caplog.text
 
 
 # -- the end ------------------------------------------------------------------------------------------------------

@@ -335,6 +335,11 @@ def test_the_manifest_says_which_masks(tmp_path):
     for other in ("", "0" * 32):
         with pytest.raises(CorruptManifest):
             check_manifest(stack, msgspec.structs.replace(manifest, masks=other))
+    masks = [stack.edges[i + 1] - stack.edges[i] for i in range(stack.base) if stack.blocks[i].beside]
+    assert stack.base_masks_nbytes == sum(masks) > 0
+    check_manifest(stack, msgspec.structs.replace(manifest, base_masks_nbytes=sum(masks)))
+    with pytest.raises(CorruptManifest):
+        check_manifest(stack, msgspec.structs.replace(manifest, base_masks_nbytes=sum(masks) + 1))
 
 
 @pytest.mark.parametrize("name", [MASKS, STACK, MANIFEST])

@@ -111,6 +111,7 @@ class FakeSensor:
         self.memory = 16 * GB
         self.kills = 0
         self.readings = 0
+        self.own = 20 * MB
 
     def read(self, pids=(), worker=None) -> Reading:
         self.readings += 1
@@ -123,7 +124,7 @@ class FakeSensor:
         return self.memory
 
     def process(self, role: str, pid: int) -> ProcessMemory | None:
-        return ProcessMemory(role=role, pid=pid, private_nbytes=1000)
+        return ProcessMemory(role=role, pid=pid, private_nbytes=self.own if role == "supervisor" else 1000)
 
     def oom_kills(self) -> int:
         return self.kills
@@ -172,6 +173,7 @@ class House:
         return Lost(peer, "overflowed")
 
     def close(self) -> None:
+        self.server.close()
         for peer in self.peers:
             peer.close()
         self.clients.close()

@@ -22,8 +22,16 @@ ARCHITECTURE = Architecture(
 )
 
 
-def write_model(library: Path, name: str, *, full: int = 1_000_000_000, base: int = 200_000_000) -> Manifest:
-    """A model folder below `library` whose manifest claims these sizes."""
+def write_model(
+    library: Path,
+    name: str,
+    *,
+    full: int = 1_000_000_000,
+    base: int = 200_000_000,
+    masks: str = "",
+    base_masks: int = 0,
+) -> Manifest:
+    """A model folder below `library` whose manifest claims these sizes and masks."""
     manifest = Manifest(
         name=name,
         architecture=ARCHITECTURE,
@@ -35,6 +43,8 @@ def write_model(library: Path, name: str, *, full: int = 1_000_000_000, base: in
         blocks=10,
         original_nbytes=2 * full,
         created="2025-01-01",
+        masks=masks,
+        base_masks_nbytes=base_masks,
     )
     (library / name).mkdir(parents=True, exist_ok=True)
     write_manifest(library / name, manifest)

@@ -72,7 +72,7 @@ def real_daemon(*flags: str, prefix: tuple[str, ...] = ()) -> Iterator[RealDaemo
     paths = home_paths(home)
     paths.logs.mkdir(parents=True)
     paths.library.mkdir()
-    with (paths.logs / "daemon.log").open("wb") as log:
+    with (paths.logs / "daemon.log").open("ab") as log:
         process = subprocess.Popen(
             [*prefix, sys.executable, "-P", "-m", "ebbflow.daemon.supervisor", *flags],
             env=os.environ | {"EBBFLOW_HOME": str(home)},
