@@ -1,8 +1,8 @@
 """Prefixes that are kept by name, in memory and, if asked for, on disk.
 
 Kept on disk means a file `pins/NAME.safetensors` in the model's folder (`pin_files`), which is read back only if it
-belongs to the model that is loaded; else it is as if it were not there. A file is written by a thread of its own, from
-blocks that do not change as long as they are pinned: a slow disk holds up nobody's step.
+belongs to the model that is loaded; else it is as if it were not there. A file is written by a thread of its own
+(`pin_writer`), from blocks that do not change as long as they are pinned: a slow disk holds up nobody's step.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -28,6 +28,7 @@ from ...formats.paths import check_name
 from ...formats.values import PinSummary
 from ...kernels.attention import BLOCK_TOKENS
 from .pin_files import VERSION, Label, open_pin, write_partial
+from .pin_writer import PinWriter
 from .prefixes import Node
 from .scheduler import Scheduler
 from .sequences import Sequence
@@ -99,7 +100,7 @@ class PinStore:
         self._kept: dict[str, _Kept] = {}
         self.jobs: dict[int, PinJob] = {}  # by the key of their sequences
         self._saving: list[_Saving] = []  # in the order in which they are written
-        self._writer = ThreadPoolExecutor(1, "pins")
+        self._writer = PinWriter()
         for left in self._folder.glob("*" + PARTIAL):
             _forget(left)
         for path in sorted(self._folder.glob("*" + SUFFIX))[:MOST_PINS]:
@@ -198,7 +199,7 @@ class PinStore:
         """
         for saving in self._saving:
             saving.written.add_done_callback(partial(_forget, saving.partial))
-        self._writer.shutdown(wait=False, cancel_futures=True)
+        self._writer.close()
         ended, self._saving = [saving.job for saving in self._saving], []
         return ended
 
@@ -222,10 +223,8 @@ class PinStore:
         path = self._folder / f"{job.name}.{next(_NUMBERS)}{PARTIAL}"
         blocks = [self._bytes[block] for block in s.blocks]
         try:
-            written = self._writer.submit(write_partial, path, label, list(s.tokens), blocks)
-        except RuntimeError as error:  # the system gives no thread; what was submitted would wait for the next one
-            self._writer.shutdown(wait=False, cancel_futures=True)
-            self._writer = ThreadPoolExecutor(1, "pins")
+            written = self._writer.submit(partial(write_partial, path, label, list(s.tokens), blocks))
+        except RuntimeError as error:
             raise OutOfMemory(f"no memory for a thread that writes {job.name}; try again") from error
         return _Saving(job, nodes, path, written)
 
