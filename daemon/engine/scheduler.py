@@ -241,15 +241,18 @@ class Scheduler:
     # -- admission --------------------------------------------------------------------------------------------------
 
     def _check_need(self, sequence: Sequence) -> None:
-        need, pinned = blocks_for(sequence.limit), self.prefixes.pinned
+        need, pinned, now = blocks_for(sequence.limit), self.prefixes.pinned, self._asked
         wanted = f"{sequence.limit} tokens take {need} blocks of keys and values"
         kept = f", of which pins keep {pinned}" if pinned else ""
         if need > self.pool.most - pinned:
-            raise PromptTooLong(
-                f"{wanted}; there are {self.pool.most}{kept}: ask for fewer, or raise the daemon's --kv-limit"
-            )
-        if need > min(self._asked, self.pool.limit) - pinned:
-            raise OutOfMemory(f"{wanted}; memory is short and there are {self._asked} now{kept}; try again later")
+            less = "ask for fewer, unpin something," if pinned else "ask for fewer,"
+            raise PromptTooLong(f"{wanted}; there are {self.pool.most}{kept}: {less} or raise the daemon's --kv-limit")
+        if need > now - pinned:
+            there = f"memory is short and there are {now} now{kept}"
+            if pinned > now:  # what is pinned stays, whatever the limit
+                there = f"memory is short: pins keep {pinned}, and no more than {now} are to be held now"
+            later = "try again later, or unpin something" if pinned else "try again later"
+            raise OutOfMemory(f"{wanted}; {there}; {later}")
 
     def _state(self, most: int) -> tuple[int, int, int, int, int]:
         """What decides whether something can be admitted."""

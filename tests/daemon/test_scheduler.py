@@ -445,7 +445,7 @@ def test_what_cannot_be_held_is_refused_with_numbers() -> None:
     world.limit(12)
     world.submit([1] * 96, samples=False)
     world.drain()
-    with pytest.raises(PromptTooLong, match=r"320 tokens take 10 blocks .* are 12, of which pins keep 3: ask"):
+    with pytest.raises(PromptTooLong, match=r"320 tokens take 10 .*, of which pins keep 3: ask for fewer, unpin s"):
         world.submit([1] * 319, 1)
     world.submit([1] * 287, 1)
     with pytest.raises(OutOfMemory, match=r"1 blocks .* more cannot be pinned: 3 of 12 are"):
@@ -454,6 +454,32 @@ def test_what_cannot_be_held_is_refused_with_numbers() -> None:
             world.scheduler.admit()
             world.scheduler.complete(world.scheduler.plan(1000))
         world.scheduler.pin(other.nodes)
+
+
+def test_a_limit_below_what_is_pinned() -> None:
+    """Pins stay; of what runs one goes on beside them, what waits does later, and what comes is told why not."""
+    world = World(20)
+    world.submit([1] * 160, samples=False)
+    world.drain()
+    running = [world.submit([at] * 170, 40) for at in (2, 3)]
+    world.step()
+    waiting = world.submit([4] * 40, 20)
+    world.limit(3)
+    assert world.scheduler.running == running[:1]
+    assert world.memory.held <= 5 + blocks_for(210)
+    assert world.scheduler.prefixes.pinned == 5
+    with pytest.raises(OutOfMemory, match=r"40 tokens take 2 .*: pins keep 5, and no more than 3 are .* or unpin some"):
+        world.submit([5] * 39, 1)
+    world.limit(6)
+    with pytest.raises(OutOfMemory, match=r"40 tokens take 2 .* there are 6 now, of which pins keep 5; .* or unpin"):
+        world.submit([5] * 39, 1)
+    world.submit([5] * 31, 1)
+    world.unpin(0)
+    world.limit(3)
+    world.submit([5] * 39, 1)
+    world.drain()
+    assert world.ended[waiting.key] == "done"
+    world.empty()
 
 
 def test_a_full_queue_is_said_so() -> None:
