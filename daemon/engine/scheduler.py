@@ -125,7 +125,6 @@ class Scheduler:
             if node.users > 1 or node.pins or node.filled > (below is not None):
                 break
             node.band, node.depth, below = SPOILT, MIXED, node
-        self.prefixes.version += 1
         self.prefixes.news += 1
 
     def expired(self, now: float) -> list[Sequence]:
@@ -139,8 +138,6 @@ class Scheduler:
         if (band, depth) != (self._band, self._depth):
             self._band, self._depth = band, depth
             self._waiting.set_quality(band, depth)
-            self.prefixes.version += 1
-            self.prefixes.news += 1
 
     def set_limit(self, blocks: int) -> None:
         """Hold at most so many blocks from now on, though never fewer than one accepted sequence may need."""
@@ -233,9 +230,7 @@ class Scheduler:
             node, s.blocks[index] = self.prefixes.publish(
                 parent, s.namespace, s.tokens, index * BLOCK_TOKENS, s.blocks[index], s.band, s.depth
             )
-            if node.leader is s:
-                node.leader = None
-                self.prefixes.news += 1
+            self.prefixes.unlead([node], s)
             s.nodes.append(node)
 
     # -- admission --------------------------------------------------------------------------------------------------
@@ -320,8 +315,7 @@ class Scheduler:
 
     def _start(self, sequence: Sequence) -> None:
         matched, rest = sequence.path[: sequence.matched], sequence.path[sequence.matched :]
-        self.prefixes.lead(rest, sequence)
-        self._waiting.remove(sequence)
+        self._waiting.start(sequence)
         sequence.nodes = matched
         more = blocks_for(len(sequence.tokens)) - len(matched)
         sequence.blocks = [node.block for node in matched] + self.prefixes.allocate(more)
@@ -334,7 +328,6 @@ class Scheduler:
             sequence.miss = self._waiting.reason(sequence, rest[0] if rest else None)
             self.totals.prompt += sequence.prompt_tokens
             self.totals.reused += sequence.computed
-        self._waiting.overtake(sequence)
         self.running.append(sequence)
         self._owners[sequence.owner] += 1
         self._ordered = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -11,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ebbflow.daemon.engine.kv import MAX_SEQUENCES, blocks_for
-from ebbflow.daemon.engine.prefixes import MIXED
+from ebbflow.daemon.engine.prefixes import MIXED, Node
 from ebbflow.daemon.engine.scheduler import AHEAD_TOKENS, MAX_WAITING, Scheduler
 from ebbflow.daemon.engine.sequences import Sequence
-from ebbflow.daemon.engine.waiting import OVERTAKEN_MOST, SIBLINGS, Policy
+from ebbflow.daemon.engine.waiting import OVERTAKEN_MOST, SIBLINGS, Policy, Waiting
 from ebbflow.formats.errors import OutOfMemory, PromptTooLong, TooBusy
 
 from support.scheduling import Memory, World, alone, band_of, prompt_of
@@ -430,6 +431,24 @@ def test_earlier_deadlines_first_and_passed_ones_are_listed() -> None:
     assert world.scheduler.expired(math.inf) == []
     world.drain()
     assert world.ended[never.key] == "done"
+
+
+def test_a_thousand_that_wait_are_not_all_looked_at_for_each_that_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, looks, usable = World(400, checked=False), Counter[int](), Waiting._usable
+
+    def count(waiting: Waiting, node: Node, sequence: Sequence) -> bool:
+        looks[sequence.key] += 1
+        return usable(waiting, node, sequence)
+
+    monkeypatch.setattr(Waiting, "_usable", count)
+    for at in range(1000):
+        world.submit([at] * 40, 2)
+    assert len(world.scheduler.admit()) == MAX_SEQUENCES
+    assert sum(looks.values()) <= 2 * 1000
+    looks.clear()
+    world.end(world.scheduler.running[0])
+    assert len(world.scheduler.admit()) == 1
+    assert not looks
 
 
 # -- memory ---------------------------------------------------------------------------------------------------------
