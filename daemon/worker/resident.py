@@ -115,7 +115,7 @@ class Resident:
         """Move the edge towards `blocks` by about `nbytes`; at least one block.
 
         Raises `TruncatedStack`, `BadBlock`, `CorruptStack`, or `NotArrived` when the next block is not there yet; the
-        edge then stays where it was.
+        edge is then before the block that is damaged, or where it was.
         """
         if self.blocks < blocks and self.present == self.blocks:
             raise NotArrived(
@@ -127,6 +127,16 @@ class Resident:
             stop += 1
         if stop == self.blocks:
             return
+        try:
+            self._extend(stop)
+        except CorruptStack:
+            if stop == self.blocks + 1:
+                raise
+            for position in range(self.blocks, stop):  # as far as they are whole
+                self._extend(position + 1)
+
+    def _extend(self, stop: int) -> None:
+        """Have the blocks up to `stop` in memory, or none of them, as `grow` says."""
         found = self._find(self.blocks, stop)
         own = [position for position in range(self.blocks, stop) if position not in found]
         try:
