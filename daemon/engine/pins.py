@@ -39,8 +39,6 @@ FOLDER: Final = "pins"
 SUFFIX: Final = ".safetensors"
 PARTIAL: Final = ".partial"
 MOST_PINS: Final = 64
-RENEWAL_KEY: Final = -1  # of the one sequence that nobody asked for
-RENEWAL_PRIORITY: Final = -1000
 _NUMBERS: Final = count()  # of partial files: an engine that was closed may still be writing one
 
 
@@ -98,7 +96,6 @@ class PinStore:
         self._bytes = array.view(np.uint8).reshape(len(array), -1)
         self._room = len(array) if most_nbytes is None else most_nbytes // self._bytes.shape[1]  # blocks
         self._kept: dict[str, _Kept] = {}
-        self.jobs: dict[int, PinJob] = {}  # by the key of their sequences
         self._saving: list[_Saving] = []  # in the order in which they are written
         self._writer = PinWriter()
         for left in self._folder.glob("*" + PARTIAL):
@@ -124,28 +121,22 @@ class PinStore:
 
     def stale(self, band: int) -> str | None:
         """A pin to compute again because the model is better now; each is tried once for a band."""
-        if RENEWAL_KEY in self.jobs:
-            return None
         written = {saving.job.name for saving in self._saving}  # and will be here instead
         old = (name for name, kept in self._kept.items() if kept.band < band and kept.tried < band)
         return next((name for name in old if name not in written), None)
 
-    def renew(self, name: str, band: int) -> PinJob:
+    def renew(self, name: str, band: int, key: int, priority: int) -> PinJob:
         """How to compute a stale pin again."""
         kept = self._kept[name]
         kept.tried = band
         tokens = list(kept.tokens)
-        sequence = Sequence(RENEWAL_KEY, tokens, len(tokens), kept.namespace, priority=RENEWAL_PRIORITY, samples=False)
+        sequence = Sequence(key, tokens, len(tokens), kept.namespace, priority=priority, samples=False)
         return PinJob(name, sequence, kept.saved, asked=False)
 
-    def postpone(self) -> Sequence | None:
-        """Somebody asks for something: what is computed again for nobody has time, and keeps what it has done."""
-        job = self.jobs.pop(RENEWAL_KEY, None)
-        if job is None:
-            return None
-        if job.name in self._kept:
-            self._kept[job.name].tried = self._kept[job.name].band
-        return job.sequence
+    def postpone(self, name: str) -> None:
+        """It is not computed again now; some other time."""
+        if name in self._kept:
+            self._kept[name].tried = self._kept[name].band
 
     @property
     def saving(self) -> bool:
