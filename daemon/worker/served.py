@@ -108,8 +108,8 @@ class Served:
                 self.aim(self.target_nbytes)  # as far as is there
             except CorruptStack as error:
                 self.target = self.resident.blocks
-                whole = format_size(self.resident.nbytes)
-                self.damage = Damage(self.target, f"{error}; it is whole up to {whole}: add or import it again")
+                whole = f"{self.manifest.name} is whole up to {format_size(self.resident.nbytes)}"
+                self.damage = Damage(self.target, f"{error}; {whole}: add or import it again")
                 raise type(error)(self.damage.text) from error
             except MemoryError as error:
                 self.target = self.resident.blocks

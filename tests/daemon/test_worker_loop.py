@@ -339,7 +339,7 @@ def test_a_damaged_block_fails_the_resize_and_nothing_else_and_is_told_of(
         end = worker.answers.by_id.pop(50).end
         assert isinstance(end, Failed)
         assert end.code == "truncated_stack"
-        assert end.message.endswith(f"it is whole up to {format_size(edges[30])}: add or import it again")
+        assert end.message.endswith(f"is whole up to {format_size(edges[30])}: add or import it again")
         assert worker.answers.by_id[2].text == fresh[30]
         for target in (edges[25], edges[30], ALL):
             said = worker.hear(SetTarget(model="m", target_nbytes=target)) + worker.settle()
