@@ -10,9 +10,14 @@ from pathlib import Path
 
 def open_plain(path: Path) -> int:
     """A descriptor to read `path` with. Raises `OSError`, also for what is no plain file: whoever opens a pipe waits
-    for its other end, maybe for ever.
+    for its other end, maybe for ever, and a link leads to what was never meant to be read. Folders above may be links.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno == errno.ELOOP and path.is_symlink():
+            raise OSError(errno.ELOOP, "it is a link; put what it names in its place", str(path)) from error
+        raise
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)

@@ -322,7 +322,7 @@ class ModelList(Message, frozen=True):
 
 
 class ModelDetail(Message, frozen=True):
-    """Terminal answer to `ShowModel`."""
+    """Terminal answer to `ShowModel`. `damage`: what was found to be wrong with it since it was loaded."""
 
     id: int
     summary: ModelSummary
@@ -332,6 +332,7 @@ class ModelDetail(Message, frozen=True):
     options: dict[str, str | int | float]
     blocks: int
     curve: tuple[CurvePoint, ...]
+    damage: str = ""
 
 
 class Added(Message, frozen=True):

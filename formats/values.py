@@ -49,6 +49,7 @@ class Residency(msgspec.Struct, frozen=True, kw_only=True):
     `kv_limit_nbytes`, `kv_cached_nbytes` belong to no running request; `kv_pinned_nbytes` to pins.
     Beside the stack (`nbytes`) these are keys and values, the work space of steps, and of that the part that is kept
     only so that the next step finds it (`cache_nbytes`). An automatic size stays between floor and cap (0: none).
+    `damage` says what is wrong with the stack beyond `damaged_at_nbytes`, where something was found to be.
     """
 
     model: str
@@ -78,6 +79,8 @@ class Residency(msgspec.Struct, frozen=True, kw_only=True):
     preemptions: int = 0
     shared_nbytes: int = 0
     shared_base_nbytes: int = 0
+    damage: str = ""
+    damaged_at_nbytes: int | None = None
 
 
 class PinSummary(msgspec.Struct, frozen=True, kw_only=True):

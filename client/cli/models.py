@@ -72,6 +72,7 @@ def _fields(detail: ModelDetail) -> list[tuple[str, str]]:
         ("source", detail.source),
         ("checksum", detail.checksum),
         ("added", summary.created),
+        *([("damaged", detail.damage)] if detail.damage else []),
     ]
 
 

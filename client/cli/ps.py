@@ -32,6 +32,8 @@ def ps(as_json: bool) -> None:
         click.echo("No model is loaded.")
     click.echo()
     for model in answer.models:
+        if model.damage:
+            click.echo(f"{harmless(model.model)}: {harmless(model.damage)}")
         if model.shared_nbytes:
             shared = format_size(model.shared_nbytes)
             click.echo(f"{harmless(model.model)}: {shared} in common with other models, and counted there")

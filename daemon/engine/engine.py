@@ -1,7 +1,7 @@
 """One model being served: requests in, events out, one step at a time.
 
 Everything here happens between or inside steps, on the step loop's thread. What the steps hold is decided by
-`scheduler`, how large they may be by `pace`, which prefixes stay by `pins`; where the weights are is
+`scheduler`, how large they may be by `pace`, pins are `pin_requests`' affair; where the weights are is
 `worker/resident`'s business.
 """
 
@@ -33,7 +33,8 @@ from .bands import Bands
 from .batch import Batch
 from .kv import MAX_SEQUENCES, MOST_NBYTES, KvCache
 from .pace import Pace
-from .pins import PinJob, PinStore
+from .pin_requests import PinRequests
+from .pins import PinStore
 from .sampler import sample
 from .scheduler import Scheduler
 from .sequences import Piece, Sequence
@@ -42,6 +43,7 @@ from .tokenizer import TextStream, Tokenizer
 from .waiting import Policy
 from .weights import Weights
 
+PATIENCE_STEPS: Final = 8  # that were too long in a row, before somebody gives up their place
 _MOST_PER_TOKEN: Final = 128  # characters; the longest tokens in use are runs of so many spaces
 
 EngineEvent = Started | Chunk | Finished | Failed | Pinned
@@ -101,7 +103,8 @@ class Engine:
         self._bands = Bands(manifest.curve, weights.blocks, manifest.blocks)
         self._most = MAX_SEQUENCES  # that may run; fewer after a step for which there was no memory
         self.scheduler = Scheduler(self._kv, policy, settings.kv_cached // self._kv.block_nbytes)
-        self.pins = PinStore(folder, manifest, settings.kv, self.scheduler, self._kv.array, pins_nbytes)
+        store = PinStore(folder, manifest, settings.kv, self.scheduler, self._kv.array, pins_nbytes)
+        self.pins = PinRequests(store, self.scheduler)
         self.pace = Pace()
         self.scheduler_seconds = 0.0  # spent on deciding, so far
         self.tokens_per_second = 0.0
@@ -110,7 +113,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a step would compute anything."""
-        return self.scheduler.busy or self.pins.stale(self._band) is not None
+        return self.scheduler.busy or self.pins.stale(self._band)
 
     @property
     def _band(self) -> int:
@@ -181,7 +184,7 @@ class Engine:
             job = _Job(request, sequence, len(tokens), stream, now)
             self._replay(job, ids)
             if not job.ended:
-                self._postpone_renewal()
+                self.pins.postpone()
                 self.scheduler.submit(job.sequence)
         except EbbflowError as error:
             return [failure(request.id, error)]
@@ -191,18 +194,14 @@ class Engine:
     def pin(self, request: Pin) -> list[EngineEvent]:
         """Have a prefix computed and kept; answered when it is, or at once with why not."""
         try:
-            job = self.pins.begin(request.id, request.name, self._tokens(request), request.namespace, request.save)
-            self._postpone_renewal()
-            self.scheduler.submit(job.sequence)
+            self.pins.begin(request, self._tokens(request))
         except EbbflowError as error:
             return [failure(request.id, error)]
-        self.pins.jobs[request.id] = job
         return []
 
     def unpin(self, name: str) -> None:
         """Let a pin go. Raises what `PinStore.remove` raises."""
-        self._postpone_renewal()  # which would bring it back
-        self.pins.remove(name)
+        self.pins.unpin(name)
 
     def pin_summaries(self) -> tuple[PinSummary, ...]:
         """The prefixes that are kept."""
@@ -210,17 +209,16 @@ class Engine:
 
     def cancel(self, key: int) -> list[EngineEvent]:
         """End a request; an unknown one was answered already. A pin that is being written is answered afterwards."""
-        self.pins.cancel_saving(key)
+        self.pins.store.cancel_saving(key)
         return self._end(key, Cancelled("the request was cancelled"))
 
     def cancel_all(self) -> list[EngineEvent]:
         """End every request but those for pins that are being written."""
-        return [event for key in [*self._jobs, *self.pins.jobs] for event in self.cancel(key)]
+        return [event for key in [*self._jobs, *self.pins.keys] for event in self.cancel(key)]
 
     def close(self) -> list[EngineEvent]:
         """End every request, because the model goes."""
-        gone = Cancelled("the model was unloaded")
-        return self.cancel_all() + [event for job in self.pins.close() for event in self._kept(job, gone)]
+        return [*self.cancel_all(), *self.pins.close(Cancelled("the model was unloaded"))]
 
     @property
     def saving(self) -> bool:
@@ -229,7 +227,7 @@ class Engine:
 
     def settle(self) -> list[EngineEvent]:
         """What has been written since, to tell whoever asked for it."""
-        return [event for job, error in self.pins.settled() for event in self._kept(job, error)]
+        return [*self.pins.settle(self._band)]
 
     def step(self) -> list[EngineEvent]:
         """Admit, compute one step, sample; what to tell whom."""
@@ -237,9 +235,11 @@ class Engine:
         self.scheduler.set_quality(self._band, self._weights.blocks)
         events = self._expire(asked)
         if not self.scheduler.busy:
-            self._renew_pins()
+            self.pins.renew(self._band)
         # before anything was measured one alone: what is admitted has its token in every step
-        admitted = self.scheduler.admit(min(self.pace.limit, self._most) if self.pace.known else 1)
+        most = min(self.pace.limit, self._most) if self.pace.known else 1
+        self._shed(most)
+        admitted = self.scheduler.admit(most)
         pieces = self.scheduler.plan(self.pace.limit)
         began = self._clock()
         for job in (self._jobs[s.key] for s in admitted if s.key in self._jobs):
@@ -260,13 +260,23 @@ class Engine:
         for row, piece in enumerate(p for p in pieces if p.samples):
             events += self._take(self._jobs[piece.sequence.key], logits[row])
         for piece in pieces:
-            if piece.sequence.key in self.pins.jobs and not piece.sequence.pending:
-                events += self._pinned(piece.sequence)
+            events += self.pins.computed(piece.sequence, self._band)
         self.step_seconds = seconds = self._clock() - began
         self.pace.record(sum(piece.count for piece in pieces), seconds)
         if len(logits):
             self.tokens_per_second += 0.2 * (len(logits) / max(seconds, 1e-9) - self.tokens_per_second)
         return events
+
+    def _shed(self, most: int) -> None:
+        """Where steps stay too long since the machine got slower, some of those that run give up their places.
+
+        Half of those that are too many at a time: steps of several sizes show how many there may be. One or two more
+        than `most` may stay, so that trying one more does not send somebody back each time.
+        """
+        running = len(self.scheduler.running)
+        if self.pace.too_long >= PATIENCE_STEPS and running > most + most // 4 + 1:
+            self.scheduler.shed(-(-(running - most) // 2))
+            self.pace.too_long = 0
 
     def _expire(self, now: float) -> list[EngineEvent]:
         """End what has taken longer than it was given."""
@@ -284,48 +294,10 @@ class Engine:
 
     def _end(self, key: int, error: EbbflowError) -> list[EngineEvent]:
         """Close a request with an error, if it is open."""
-        job, pin = self._jobs.pop(key, None), self.pins.jobs.pop(key, None)
+        job, waits = self._jobs.pop(key, None), self.pins.end(key)
         if job is not None:
             self.scheduler.finish(job.sequence)
-        if pin is not None:
-            self.scheduler.finish(pin.sequence)
-        return [failure(key, error)] if job or (pin and pin.asked) else []
-
-    def _renew_pins(self) -> None:
-        """Nothing is to do: compute a pin again that was computed when the model was worse than it is."""
-        name = self.pins.stale(self._band)
-        if name is None:
-            return
-        job = self.pins.renew(name, self._band)
-        try:
-            self.scheduler.submit(job.sequence)
-        except EbbflowError:
-            return  # it stays as good as it is
-        self.pins.jobs[job.sequence.key] = job
-
-    def _postpone_renewal(self) -> None:
-        sequence = self.pins.postpone()
-        if sequence is not None:
-            self.scheduler.finish(sequence)
-
-    def _pinned(self, sequence: Sequence) -> list[EngineEvent]:
-        """A prefix that was to be kept is computed."""
-        job = self.pins.jobs.pop(sequence.key)
-        error: EbbflowError | None = None
-        try:
-            self.pins.keep(job)
-        except EbbflowError as found:
-            error = found
-        self.scheduler.finish(sequence)
-        return [] if job.save and error is None else self._kept(job, error)
-
-    def _kept(self, job: PinJob, error: EbbflowError | None) -> list[EngineEvent]:
-        """The answer to whoever asked for a pin, if anybody did."""
-        if not job.asked:
-            return []
-        if error is not None:
-            return [failure(job.sequence.key, error)]
-        return [Pinned(id=job.sequence.key, pin=next(pin for pin in self.pin_summaries() if pin.name == job.name))]
+        return [failure(key, error)] if job or waits else []
 
     def _make_do(self, pieces: list[Piece]) -> list[EngineEvent]:
         """There was no memory for a step of these pieces, and nothing of it counts.
@@ -341,8 +313,7 @@ class Engine:
         if tokens == 1:
             short = OutOfMemory("no memory for the next step; try again, or make the model smaller")
             return self._end(pieces[0].sequence.key, short)
-        for sequence in sorted(running, key=lambda s: s.arrival)[self._most :]:
-            self.scheduler.preempt(sequence)
+        self.scheduler.shed(len(running) - self._most)
         return []
 
     def _tokens(self, request: Generate | Pin) -> list[int]:

@@ -1,8 +1,8 @@
 """Prefixes that are kept by name, in memory and, if asked for, on disk.
 
 Kept on disk means a file `pins/NAME.safetensors` in the model's folder (`pin_files`), which is read back only if it
-belongs to the model that is loaded; else it is as if it were not there. A file is written by a thread of its own, from
-blocks that do not change as long as they are pinned: a slow disk holds up nobody's step.
+belongs to the model that is loaded; else it is as if it were not there. A file is written by a thread of its own
+(`pin_writer`), from blocks that do not change as long as they are pinned: a slow disk holds up nobody's step.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -28,6 +28,7 @@ from ...formats.paths import check_name
 from ...formats.values import PinSummary
 from ...kernels.attention import BLOCK_TOKENS
 from .pin_files import VERSION, Label, open_pin, write_partial
+from .pin_writer import PinWriter
 from .prefixes import Node
 from .scheduler import Scheduler
 from .sequences import Sequence
@@ -38,8 +39,6 @@ FOLDER: Final = "pins"
 SUFFIX: Final = ".safetensors"
 PARTIAL: Final = ".partial"
 MOST_PINS: Final = 64
-RENEWAL_KEY: Final = -1  # of the one sequence that nobody asked for
-RENEWAL_PRIORITY: Final = -1000
 _NUMBERS: Final = count()  # of partial files: an engine that was closed may still be writing one
 
 
@@ -97,9 +96,8 @@ class PinStore:
         self._bytes = array.view(np.uint8).reshape(len(array), -1)
         self._room = len(array) if most_nbytes is None else most_nbytes // self._bytes.shape[1]  # blocks
         self._kept: dict[str, _Kept] = {}
-        self.jobs: dict[int, PinJob] = {}  # by the key of their sequences
         self._saving: list[_Saving] = []  # in the order in which they are written
-        self._writer = ThreadPoolExecutor(1, "pins")
+        self._writer = PinWriter()
         for left in self._folder.glob("*" + PARTIAL):
             _forget(left)
         for path in sorted(self._folder.glob("*" + SUFFIX))[:MOST_PINS]:
@@ -123,28 +121,22 @@ class PinStore:
 
     def stale(self, band: int) -> str | None:
         """A pin to compute again because the model is better now; each is tried once for a band."""
-        if RENEWAL_KEY in self.jobs:
-            return None
         written = {saving.job.name for saving in self._saving}  # and will be here instead
         old = (name for name, kept in self._kept.items() if kept.band < band and kept.tried < band)
         return next((name for name in old if name not in written), None)
 
-    def renew(self, name: str, band: int) -> PinJob:
+    def renew(self, name: str, band: int, key: int, priority: int) -> PinJob:
         """How to compute a stale pin again."""
         kept = self._kept[name]
         kept.tried = band
         tokens = list(kept.tokens)
-        sequence = Sequence(RENEWAL_KEY, tokens, len(tokens), kept.namespace, priority=RENEWAL_PRIORITY, samples=False)
+        sequence = Sequence(key, tokens, len(tokens), kept.namespace, priority=priority, samples=False)
         return PinJob(name, sequence, kept.saved, asked=False)
 
-    def postpone(self) -> Sequence | None:
-        """Somebody asks for something: what is computed again for nobody has time, and keeps what it has done."""
-        job = self.jobs.pop(RENEWAL_KEY, None)
-        if job is None:
-            return None
-        if job.name in self._kept:
-            self._kept[job.name].tried = self._kept[job.name].band
-        return job.sequence
+    def postpone(self, name: str) -> None:
+        """It is not computed again now; some other time."""
+        if name in self._kept:
+            self._kept[name].tried = self._kept[name].band
 
     @property
     def saving(self) -> bool:
@@ -198,7 +190,7 @@ class PinStore:
         """
         for saving in self._saving:
             saving.written.add_done_callback(partial(_forget, saving.partial))
-        self._writer.shutdown(wait=False, cancel_futures=True)
+        self._writer.close()
         ended, self._saving = [saving.job for saving in self._saving], []
         return ended
 
@@ -222,10 +214,8 @@ class PinStore:
         path = self._folder / f"{job.name}.{next(_NUMBERS)}{PARTIAL}"
         blocks = [self._bytes[block] for block in s.blocks]
         try:
-            written = self._writer.submit(write_partial, path, label, list(s.tokens), blocks)
-        except RuntimeError as error:  # the system gives no thread; what was submitted would wait for the next one
-            self._writer.shutdown(wait=False, cancel_futures=True)
-            self._writer = ThreadPoolExecutor(1, "pins")
+            written = self._writer.submit(partial(write_partial, path, label, list(s.tokens), blocks))
+        except RuntimeError as error:
             raise OutOfMemory(f"no memory for a thread that writes {job.name}; try again") from error
         return _Saving(job, nodes, path, written)
 

@@ -81,8 +81,7 @@ class Prefixes:
         self.unwanted = 0  # those of them that no waiting sequence will read either
         self.pinned = 0
         self.evicted = 0  # so far
-        self.version = 0  # grows whenever what matched may not match any more
-        self.news = 0  # grows whenever something changes that a waiting sequence would read
+        self.news = 0  # grows whenever what a waiting sequence would read comes or goes, or loses its leader
         self._roots: dict[str, Node] = {}
         self._holders: dict[int, int] = {}
         self._leaves: list[tuple[bool, int, int, Node]] = []  # a heap of what may go next; entries may be out of date
@@ -193,17 +192,19 @@ class Prefixes:
         if path:
             self._prune(path[-1])
 
-    def lead(self, nodes: Iterable[Node], leader: object) -> None:
-        """Say who is about to compute these nodes, where nobody is yet."""
-        for node in nodes:
-            if node.leader is None:
-                node.leader = leader
+    def lead(self, nodes: Iterable[Node], leader: object) -> list[Node]:
+        """Say who is about to compute these nodes, where nobody is yet; returns those."""
+        found = [node for node in nodes if node.leader is None]
+        for node in found:
+            node.leader = leader
+        return found
 
     def unlead(self, nodes: list[Node], leader: object) -> None:
         """Take it back."""
         for node in nodes:
             if node.leader is leader:
                 node.leader = None
+                self.news += bool(node.wanted)
         if nodes:
             self._prune(nodes[-1])
 
@@ -263,7 +264,6 @@ class Prefixes:
         block, node.block, node.lost = node.block, NO_BLOCK, True
         self.drop(block)
         self.evicted += 1
-        self.version += 1
         self.news += bool(node.wanted)
         if node.parent is not None:
             node.parent.filled -= 1
@@ -297,7 +297,6 @@ class Prefixes:
             node.parent.filled += 1
         else:
             self.drop(before)
-            self.version += 1
 
     def _count(self, node: Node, sign: int) -> None:
         """Before a node changes (-1), and after (1)."""

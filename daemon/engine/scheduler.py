@@ -125,7 +125,6 @@ class Scheduler:
             if node.users > 1 or node.pins or node.filled > (below is not None):
                 break
             node.band, node.depth, below = SPOILT, MIXED, node
-        self.prefixes.version += 1
         self.prefixes.news += 1
 
     def expired(self, now: float) -> list[Sequence]:
@@ -139,8 +138,6 @@ class Scheduler:
         if (band, depth) != (self._band, self._depth):
             self._band, self._depth = band, depth
             self._waiting.set_quality(band, depth)
-            self.prefixes.version += 1
-            self.prefixes.news += 1
 
     def set_limit(self, blocks: int) -> None:
         """Hold at most so many blocks from now on, though never fewer than one accepted sequence may need."""
@@ -233,23 +230,24 @@ class Scheduler:
             node, s.blocks[index] = self.prefixes.publish(
                 parent, s.namespace, s.tokens, index * BLOCK_TOKENS, s.blocks[index], s.band, s.depth
             )
-            if node.leader is s:
-                node.leader = None
-                self.prefixes.news += 1
+            self.prefixes.unlead([node], s)
             s.nodes.append(node)
 
     # -- admission --------------------------------------------------------------------------------------------------
 
     def _check_need(self, sequence: Sequence) -> None:
-        need, pinned = blocks_for(sequence.limit), self.prefixes.pinned
+        need, pinned, now = blocks_for(sequence.limit), self.prefixes.pinned, self._asked
         wanted = f"{sequence.limit} tokens take {need} blocks of keys and values"
         kept = f", of which pins keep {pinned}" if pinned else ""
         if need > self.pool.most - pinned:
-            raise PromptTooLong(
-                f"{wanted}; there are {self.pool.most}{kept}: ask for fewer, or raise the daemon's --kv-limit"
-            )
-        if need > min(self._asked, self.pool.limit) - pinned:
-            raise OutOfMemory(f"{wanted}; memory is short and there are {self._asked} now{kept}; try again later")
+            less = "ask for fewer, unpin something," if pinned else "ask for fewer,"
+            raise PromptTooLong(f"{wanted}; there are {self.pool.most}{kept}: {less} or raise the daemon's --kv-limit")
+        if need > now - pinned:
+            there = f"memory is short and there are {now} now{kept}"
+            if pinned > now:  # what is pinned stays, whatever the limit
+                there = f"memory is short: pins keep {pinned}, and no more than {now} are to be held now"
+            later = "try again later, or unpin something" if pinned else "try again later"
+            raise OutOfMemory(f"{wanted}; {there}; {later}")
 
     def _state(self, most: int) -> tuple[int, int, int, int, int]:
         """What decides whether something can be admitted."""
@@ -317,8 +315,7 @@ class Scheduler:
 
     def _start(self, sequence: Sequence) -> None:
         matched, rest = sequence.path[: sequence.matched], sequence.path[sequence.matched :]
-        self.prefixes.lead(rest, sequence)
-        self._waiting.remove(sequence)
+        self._waiting.start(sequence)
         sequence.nodes = matched
         more = blocks_for(len(sequence.tokens)) - len(matched)
         sequence.blocks = [node.block for node in matched] + self.prefixes.allocate(more)
@@ -331,7 +328,6 @@ class Scheduler:
             sequence.miss = self._waiting.reason(sequence, rest[0] if rest else None)
             self.totals.prompt += sequence.prompt_tokens
             self.totals.reused += sequence.computed
-        self._waiting.overtake(sequence)
         self.running.append(sequence)
         self._owners[sequence.owner] += 1
         self._ordered = False
@@ -354,6 +350,13 @@ class Scheduler:
         """Who gives up its place next: the lowest priority, then the last that came; never the very first."""
         others = sorted(self.running, key=lambda s: s.arrival)[1:]
         return min(others, key=lambda s: (s.priority, -s.arrival), default=None)
+
+    def shed(self, count: int) -> None:
+        """Have so many running sequences give up their places, but for the first of all."""
+        for _ in range(count):
+            victim = self._youngest()
+            if victim is not None:
+                self.preempt(victim)
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's place away; it waits, and goes on where it was as if nothing had been."""

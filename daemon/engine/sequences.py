@@ -34,7 +34,6 @@ class Sequence:
     overtaken: int = 0  # in parts of 1 / SIBLINGS
     path: list[Node] = field(default_factory=list)
     matched: int = 0
-    version: int = -1  # of the prefixes, when that was counted
     prompt_tokens: int = 0
     reused: int | None = None  # tokens of the prompt that were there when it first ran
     shareable: int = 0

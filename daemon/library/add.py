@@ -94,7 +94,8 @@ def _add(
     levels = given.levels if given else levels
     plan = EncodePlan(checkpoint, request.codec, levels, request.rank, request.seed, estimate, reporter, sparse)
     most = expected_nbytes(checkpoint.architecture, request.codec, levels, request.rank, sparse)
-    check_room({library: most, cache: most - leftover_nbytes(cache)})
+    there = given.linkable_nbytes if given else 0  # the cache holds masks until then, too
+    check_room({library: most - there, cache: most - leftover_nbytes(cache)})
     with making(place, commit) as folder:
         checksum = checkpoint.checksum()
         texts = _texts(request, plan, checksum, cache)

@@ -22,7 +22,7 @@ from ...formats.manifest import MANIFEST, STACK, read_manifest
 from ...formats.masks import digest
 from ...formats.paths import check_name
 from ...formats.pruning import CODEC, PATTERNS, Pruning
-from ...formats.stack import BlockReader, check_manifest, filled_before, read_stack
+from ...formats.stack import BlockReader, check_manifest, filled_before, padded, read_stack
 from .prune import Inputs, Pruned, least_squares
 
 ROUNDS: Final = 4  # of least squares: it begins at the weights, which are farther from it than what ADMM leaves
@@ -31,6 +31,7 @@ ROUNDS: Final = 4  # of least squares: it begins at the weights, which are farth
 class GivenMasks:
     """The masks of the model `name`, whose files are kept open: it may be removed meanwhile. A context manager.
 
+    `linkable_nbytes` of a model with just these masks are on the disk already, in a file that it can share.
     Raises `InvalidName`, `UnknownModel`, `InvalidRequest` when it has no masks, `NotArrived`, or `CorruptFile`.
     """
 
@@ -52,6 +53,8 @@ class GivenMasks:
             raise InvalidRequest(f"{name} is of the codec {manifest.codec} and has no masks; name one of {CODEC}")
         self.name, self.pattern = name, str(manifest.options.get("pattern", "")) or None
         self.digest = digest([msgspec.structs.replace(entry, beside=True) for _, entry in masks])
+        alone = manifest.masks == self.digest  # else they lie in a file with others, or inside the stack
+        self.linkable_nbytes = sum(padded(entry.nbytes) for _, entry in masks) if alone else 0
         self._blocks, self._filled = stack.blocks, filled_before(stack.blocks)
         self._positions: dict[str, list[int]] = {}
         for position, entry in masks:

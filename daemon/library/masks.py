@@ -52,8 +52,6 @@ def find_masks(library: Path, blocks: Sequence[BlockEntry]) -> Path | None:
 def is_whole(path: Path, blocks: Sequence[BlockEntry]) -> bool:
     """Whether that is the masks file of these blocks, no link to one elsewhere, and every mask matches its hash."""
     try:
-        if path.is_symlink():
-            return False
         check_masks(path, blocks)
         _, offsets = mask_offsets(blocks)
         with os.fdopen(open_plain(path), "rb") as file:

@@ -107,8 +107,11 @@ class Library:
         size = sum(found.st_size for found in (self._file(name, STACK), self._file(name, MASKS)) if found)
         return msgspec.structs.replace(line, arrived_nbytes=min(size, line.nbytes))
 
-    def detail(self, id: int, name: str) -> ModelDetail:  # noqa: A002 - the wire's own word
-        """Everything a manifest says, and the model's line, as `ebb show` wants it. Raises `UnknownModel`."""
+    def detail(self, id: int, name: str, damage: str = "") -> ModelDetail:  # noqa: A002 - the wire's own word
+        """Everything a manifest says, and the model's line, as `ebb show` wants it; `damage` is passed on.
+
+        Raises `UnknownModel`.
+        """
         manifest = self.get(name)
         return ModelDetail(
             id=id,
@@ -119,6 +122,7 @@ class Library:
             options=manifest.options,
             blocks=manifest.blocks,
             curve=manifest.curve,
+            damage=damage,
         )
 
     def _shared(self, name: str) -> tuple[tuple[str, ...], int]:

@@ -235,7 +235,8 @@ class Server:
             case ListModels():
                 self._clients.send(client, ModelList(id=request.id, models=self._library.summaries()))
             case ShowModel():
-                self._clients.send(client, self._library.detail(request.id, request.model))
+                damage = self.worker.damage(request.model)
+                self._clients.send(client, self._library.detail(request.id, request.model, damage))
             case RemoveModel():
                 self._remove(request.model)
                 self._clients.send(client, Done(id=request.id))

@@ -46,7 +46,7 @@ from ...formats.messages import (
     Started,
     Unpin,
 )
-from ...formats.units import format_seconds
+from ...formats.units import format_seconds, format_size
 from ...formats.values import Residency
 from ...formats.wire import Message
 from .books import Common, Holding
@@ -167,6 +167,11 @@ class Worker:
     def residencies(self) -> tuple[Residency, ...]:
         """What the worker last reported, with the wish and the reason that it does not know."""
         return tuple(self._explain(residency) for residency in self._loaded.residencies)
+
+    def damage(self, model: str) -> str:
+        """What the worker found to be wrong with a model, if it is loaded and something is."""
+        residency = self._loaded.get(model)
+        return residency.damage if residency else ""
 
     # -- what the worker says ---------------------------------------------------------------------------------------
 
@@ -372,6 +377,9 @@ class Worker:
         terms, reason = self._budget.demand.of(residency.model), self._budget.reason(residency.model)
         if residency.arrived_nbytes is not None:
             reason = f"{residency.arrived_nbytes / residency.total_nbytes:.0%} of it has arrived; {reason}"
+        if residency.damaged_at_nbytes is not None:
+            damage = f"damaged beyond {format_size(residency.damaged_at_nbytes)}: add or import it again"
+            reason = damage if residency.nbytes >= residency.damaged_at_nbytes else f"{reason}; {damage}"
         return msgspec.structs.replace(
             residency,
             wish=terms.size,

@@ -23,7 +23,7 @@ from ...formats.child_messages import (
     Trim,
     UnloadModel,
 )
-from ...formats.errors import EbbflowError, OutOfMemory, UnknownModel
+from ...formats.errors import CorruptStack, EbbflowError, OutOfMemory, UnknownModel
 from ...formats.messages import (
     Cancel,
     Failed,
@@ -166,6 +166,8 @@ class Loop:
                 self._shared,
             )
         except (EbbflowError, MemoryError) as error:
+            if isinstance(error, CorruptStack):
+                error = type(error)(f"{error}; add or import {message.model} again")
             known = (
                 error if isinstance(error, EbbflowError) else OutOfMemory(f"no room for the base of {message.model}")
             )

@@ -27,7 +27,7 @@ from ...formats.files import open_plain
 from ...formats.kinds import SHARED_LEVELS
 from ...formats.stack import BlockEntry, Place, Stack, content_hash, filled_before, mark_of, padded
 from ...kernels.rows import CODES, MASK, PLANE, SHARED_PLANE, SIGNS, VALUES_CODES
-from .shared import Block, Ground, SharedBlocks, Span, Use, key_of
+from .shared import Arena, Block, SharedBlocks, Span, Use, key_of
 
 READ_NBYTES: Final = 8_000_000  # read at once: a shrink that arrives meanwhile waits for one such read, a few ms
 _EMPTY: Final = np.zeros((0, 3), np.int64)
@@ -60,9 +60,9 @@ class Resident:
         self._filled = filled_before(stack.blocks)
         self._shared = SharedBlocks() if shared is None else shared
         self._uses: dict[int, Use] = {}  # by position; of blocks that others may have in common with this model
-        self._ground = Ground(stack.nbytes)
-        self._mapping = self._ground.mapping
-        self._grounds: set[Ground] = set()  # where the blocks are, the own one among them
+        self._arena = Arena(stack.nbytes)
+        self._mapping = self._arena.mapping
+        self._arenas: set[Arena] = set()  # where the blocks are, the own one among them
         self._start, self._stored = 0, np.zeros(0, np.uint16)
         self._tables: dict[str, NDArray[np.int64]] = {}
         self._rows: dict[str, list[tuple[int, int, int]]] = {}  # with addresses
@@ -115,7 +115,7 @@ class Resident:
         """Move the edge towards `blocks` by about `nbytes`; at least one block.
 
         Raises `TruncatedStack`, `BadBlock`, `CorruptStack`, or `NotArrived` when the next block is not there yet; the
-        edge then stays where it was.
+        edge is then before the block that is damaged, or where it was.
         """
         if self.blocks < blocks and self.present == self.blocks:
             raise NotArrived(
@@ -127,6 +127,16 @@ class Resident:
             stop += 1
         if stop == self.blocks:
             return
+        try:
+            self._extend(stop)
+        except CorruptStack:
+            if stop == self.blocks + 1:
+                raise
+            for position in range(self.blocks, stop):  # as far as they are whole
+                self._extend(position + 1)
+
+    def _extend(self, stop: int) -> None:
+        """Have the blocks up to `stop` in memory, or none of them, as `grow` says."""
         found = self._find(self.blocks, stop)
         own = [position for position in range(self.blocks, stop) if position not in found]
         try:
@@ -136,12 +146,12 @@ class Resident:
             for position in own:
                 check_finite(self.stack.blocks[position], self._slice(position), self._filled[position])
         except BaseException:
-            self._ground.move(self.nbytes)
+            self._arena.move(self.nbytes)
             raise
         for position in range(self.blocks, stop):
             self._admit(position, found.get(position))
         self.blocks = stop
-        self._ground.edge = self.nbytes
+        self._arena.edge = self.nbytes
         self.version += 1
         if found:
             self._span()
@@ -157,7 +167,7 @@ class Resident:
             self._tables.pop(tensor, None)
             self._leave(position)
         self.blocks = blocks
-        self._ground.move(self.nbytes)
+        self._arena.move(self.nbytes)
         self.version += 1
         self._span()
 
@@ -190,10 +200,10 @@ class Resident:
         _close(self._files)
         for position in list(self._uses):
             self._leave(position)
-        self._ground.move(0)
+        self._arena.move(0)
 
     def _is_held(self, address: int) -> bool:
-        own = self._ground.address <= address < self._ground.address + self.nbytes
+        own = self._arena.address <= address < self._arena.address + self.nbytes
         return own or any(use.address == address for use in self._uses.values())
 
     def _find(self, start: int, stop: int) -> dict[int, Block]:
@@ -228,13 +238,13 @@ class Resident:
 
     def _admit(self, position: int, found: Block | None) -> None:
         entry, start, stop = self.stack.blocks[position], self.stack.edges[position], self.stack.edges[position + 1]
-        address, base = self._ground.address + start, position < self.stack.base
+        address, base = self._arena.address + start, position < self.stack.base
         if found is not None:
             use = self._uses[position] = self._shared.use(found, base)
             address = use.address
         elif self._may_share(position):
             key = key_of(entry, self._filled[position])
-            self._uses[position] = self._shared.add(key, self._ground, start, stop, base)
+            self._uses[position] = self._shared.add(key, self._arena, start, stop, base)
         self._rows.setdefault(entry.tensor, []).append((_code(entry), address, entry.rank))
         self._tables.pop(entry.tensor, None)
 
@@ -245,9 +255,9 @@ class Resident:
 
     def _span(self) -> None:
         """Let `stored` reach from the first to the last of the mappings in which the blocks are."""
-        grounds = {self._ground, *(use.block.ground for use in self._uses.values())}
-        if grounds != self._grounds:
-            self._grounds, span = grounds, Span(grounds)
+        arenas = {self._arena, *(use.block.arena for use in self._uses.values())}
+        if arenas != self._arenas:
+            self._arenas, span = arenas, Span(arenas)
             self._start, self._stored = span.start, np.asarray(span)
             self._tables.clear()
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Final
 
 from ...formats.architecture import Architecture, weight_shapes
-from ...formats.errors import BadBlock, NotArrived
+from ...formats.errors import BadBlock, CorruptStack, NotArrived, OutOfMemory
 from ...formats.manifest import STACK, read_manifest
 from ...formats.stack import Stack, check_manifest, read_stack
+from ...formats.units import format_size
 from ...formats.values import Residency
 from ..engine.engine import Engine
 from ..mapping import private_nbytes
@@ -28,6 +29,14 @@ class Waiting:
     id: int
     began: float
     private_nbytes: int
+
+
+@dataclass(frozen=True)
+class Damage:
+    """So many blocks are whole; what is wrong with the next, and what to do."""
+
+    blocks: int
+    text: str
 
 
 class Served:
@@ -63,10 +72,14 @@ class Served:
             self.resident.close()
             raise
         self.waiting: Waiting | None = None
+        self.damage: Damage | None = None
         self.aim(target_nbytes)
 
     def aim(self, target_nbytes: int) -> None:
-        """Set where the edge shall be: as many whole blocks as fit and are there, never fewer than the base."""
+        """Set where the edge shall be: as many whole blocks as fit and are there, never fewer than the base.
+
+        What was found damaged is tried once more: somebody may have mended it.
+        """
         self.target_nbytes = target_nbytes
         self.target = min(self.resident.stack.blocks_within(target_nbytes), self.resident.present)
 
@@ -78,7 +91,8 @@ class Served:
     def move(self, seconds: float) -> bool:
         """Shrink at once, or grow for about `seconds`; whether the edge moved.
 
-        Raises what `Resident.grow` raises; the edge then stays, and so does the target.
+        Raises `CorruptStack` or one of its kind, of which `damage` tells from then on, or `OutOfMemory`; the edge then
+        stays where it got to until `aim` is called again.
         """
         news = self._look()
         if self.arrived:
@@ -92,9 +106,16 @@ class Served:
                 self.resident.grow(self.target)
             except NotArrived:
                 self.aim(self.target_nbytes)  # as far as is there
-            except BaseException:
-                self.aim(self.resident.nbytes)
-                raise
+            except CorruptStack as error:
+                self.target = self.resident.blocks
+                whole = f"{self.manifest.name} is whole up to {format_size(self.resident.nbytes)}"
+                self.damage = Damage(self.target, f"{error}; {whole}: add or import it again")
+                raise type(error)(self.damage.text) from error
+            except MemoryError as error:
+                self.target = self.resident.blocks
+                raise OutOfMemory("no memory to check what was read; try again") from error
+            if self.damage and self.resident.blocks > self.damage.blocks:
+                self.damage = None
         return True
 
     def _look(self) -> bool:
@@ -135,6 +156,8 @@ class Served:
             prompt_tokens=scheduler.totals.prompt,
             reused_tokens=scheduler.totals.reused,
             preemptions=scheduler.totals.preemptions,
+            damage=self.damage.text if self.damage else "",
+            damaged_at_nbytes=self.resident.stack.edges[self.damage.blocks] if self.damage else None,
             tokens_per_second=round(self.engine.tokens_per_second, 1) if scheduler.running else 0.0,
         )
 

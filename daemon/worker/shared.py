@@ -47,7 +47,7 @@ def key_of(entry: BlockEntry, filled: int) -> Key:
     return Key(entry.hash, entry.nbytes, entry.kind, entry.shape, entry.level, entry.rank, entry.dtype, filled)
 
 
-class Ground:
+class Arena:
     """Where one stack's blocks lie: a mapping, of which bytes before `edge` are its model's prefix.
 
     Beyond the edge there are only blocks that other models use.
@@ -85,10 +85,10 @@ class Ground:
 
 @dataclass(eq=False)
 class Block:
-    """Bytes `[start, stop)` of a ground, padding included."""
+    """Bytes `[start, stop)` of an arena, padding included."""
 
     key: Key
-    ground: Ground
+    arena: Arena
     start: int
     stop: int
     verified: bool = False
@@ -97,7 +97,7 @@ class Block:
     @property
     def bytes(self) -> NDArray[np.uint8]:
         """What is there."""
-        return self.ground.mapping.bytes[self.start : self.stop]
+        return self.arena.mapping.bytes[self.start : self.stop]
 
 
 @dataclass(eq=False)
@@ -110,7 +110,7 @@ class Use:
     @property
     def address(self) -> int:
         """Where the block begins."""
-        return self.block.ground.address + self.block.start
+        return self.block.arena.address + self.block.start
 
     @property
     def counted_elsewhere(self) -> int:
@@ -144,11 +144,11 @@ class SharedBlocks:
         block.uses.insert(sum(other.base for other in block.uses) if base else len(block.uses), use)
         return use
 
-    def add(self, key: Key, ground: Ground, start: int, stop: int, base: bool) -> Use:
-        """A block that was read into `ground` by its own model, the first user."""
-        block = Block(key, ground, start, stop)
+    def add(self, key: Key, arena: Arena, start: int, stop: int, base: bool) -> Use:
+        """A block that was read into `arena` by its own model, the first user."""
+        block = Block(key, arena, start, stop)
         self._blocks.setdefault(key, block)
-        ground.add(block)
+        arena.add(block)
         return self.use(block, base)
 
     def leave(self, use: Use) -> None:
@@ -158,19 +158,19 @@ class SharedBlocks:
         if not block.uses:
             if self._blocks.get(block.key) is block:
                 del self._blocks[block.key]
-            block.ground.remove(block)
+            block.arena.remove(block)
 
 
 class Span:
-    """Memory from the first of some grounds to the end of the last, with whatever lies between, as one array.
+    """Memory from the first of some arenas to the end of the last, with whatever lies between, as one array.
 
     Kernels address blocks by their distance from one beginning. What is between must not be touched.
     """
 
-    def __init__(self, grounds: set[Ground]) -> None:
-        self._grounds = grounds  # as long as the array lives
-        self.start = min(ground.address for ground in grounds)
-        stop = max(ground.address + ground.nbytes for ground in grounds)
+    def __init__(self, arenas: set[Arena]) -> None:
+        self._arenas = arenas  # as long as the array lives
+        self.start = min(arena.address for arena in arenas)
+        stop = max(arena.address + arena.nbytes for arena in arenas)
         self.__array_interface__ = {
             "version": 3,
             "typestr": "<u2",

@@ -384,6 +384,24 @@ def test_ps_shows_sizes_reasons_and_what_the_kernel_counts(daemon: FakeDaemon):
     assert "held by the worker: 12.7 MB: stacks 12.3 MB, keys and values 400 kB, work space 0 B, runtime 0 B" in output
 
 
+def test_ps_and_show_tell_of_damage(daemon: FakeDaemon):
+    damaged = msgspec.structs.replace(RESIDENCY, damage="block 7 \x1bis bad", damaged_at_nbytes=12_300_000)
+
+    def script(request: Request) -> Iterable[Item]:
+        if isinstance(request, GetStatus):
+            yield msgspec.structs.replace(status(request.id), models=(damaged,))
+        else:
+            (shown,) = working(request)
+            yield msgspec.structs.replace(shown, damage=damaged.damage)
+
+    assert "damaged" not in ebb("show", "tiny").stdout
+    daemon.script = script
+    assert "tiny: block 7 \ufffdis bad" in ebb("ps").stdout.splitlines()
+    assert ["damaged", "block", "7", "\ufffdis", "bad"] in [
+        line.split() for line in ebb("show", "tiny").stdout.splitlines()
+    ]
+
+
 def test_ps_shows_terms_and_what_was_yielded(daemon: FakeDaemon):
     terms = msgspec.structs.replace(
         RESIDENCY, wish=AUTO, floor_nbytes=5_000_000, cap_nbytes=20_000_000, priority=2.0, work_nbytes=3_000_000

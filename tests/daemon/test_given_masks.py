@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ebbflow.daemon.library import add, texts
+from ebbflow.daemon.library import add, place, texts
 from ebbflow.daemon.library.add import add_model
 from ebbflow.daemon.library.encode import expected_nbytes, layer_linears
 from ebbflow.daemon.library.encode_sparse import SparsePlan
@@ -23,10 +24,12 @@ from ebbflow.daemon.supervisor.library import Library, delete
 from ebbflow.formats.architecture import Architecture
 from ebbflow.formats.blocks import sum_blocks
 from ebbflow.formats.checkpoint import open_checkpoint
+from ebbflow.formats.container import ALIGNMENT
 from ebbflow.formats.errors import (
     BadBlock,
     Cancelled,
     CorruptManifest,
+    DiskFull,
     InvalidName,
     InvalidRequest,
     NotArrived,
@@ -34,6 +37,7 @@ from ebbflow.formats.errors import (
     UnknownModel,
 )
 from ebbflow.formats.manifest import MASKS, STACK, Manifest, read_manifest, write_manifest
+from ebbflow.formats.masks import mask_offsets
 from ebbflow.formats.messages import AddModel, Progress
 from ebbflow.formats.pruning import Pruning
 from ebbflow.formats.stack import Stack, StackIndex, mark_of, read_blocks, read_stack, write_stack
@@ -132,6 +136,22 @@ def test_the_masks_are_shared_and_the_values_are_its_own(home: Path, method: str
         assert two.nbytes <= expected_nbytes(SHAPE, "sparse", 3, None, plan) < 1.05 * two.nbytes
 
 
+def test_room_is_wanted_only_for_what_is_not_there_yet(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with GivenMasks(home / "library", "one") as given:
+        most = expected_nbytes(SHAPE, "sparse", 3, None, SparsePlan(Pruning(values="i4"), None, given))
+        masks = given.linkable_nbytes
+    there = mask_offsets(read_stack(home / "library" / "one" / STACK).blocks)[0]
+    assert 0 < masks < there < masks + 2 * ALIGNMENT
+    wanted = 2 * most - masks
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(place.shutil, "disk_usage", lambda path: usage(wanted - 1))
+    with pytest.raises(DiskFull, match="are free"):
+        add_to(home, "two", masks_of="one", values="i4")
+    monkeypatch.setattr(place.shutil, "disk_usage", lambda path: usage(wanted))
+    add_to(home, "two", masks_of="one", values="i4")
+    assert same_file(home, "one", "two")
+
+
 def test_another_checkpoint_of_the_same_shapes(home: Path) -> None:
     two = add_to(home, "two", source="finetuned", masks_of="one", method="magnitude", values="f16")
     assert same_file(home, "one", "two")
@@ -220,6 +240,8 @@ def test_masks_that_lie_inside_the_other_are_taken_too(home: Path) -> None:
     write_stack(folder / STACK, StackIndex(base, inside), lambda i: blocks[i][1])
     (folder / MASKS).unlink()
     write_manifest(folder, msgspec.structs.replace(read_manifest(folder), masks=""))
+    with GivenMasks(home / "library", "one") as given:
+        assert not given.linkable_nbytes
     two = add_to(home, "two", masks_of="one", method="wanda")
     assert masks_of(two) == masks_of(read_stack(folder / STACK))
     assert (home / "library" / "two" / MASKS).stat().st_nlink == 1

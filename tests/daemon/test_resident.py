@@ -194,7 +194,7 @@ def test_a_factor_that_is_no_number_stops_the_edge(folder: Path, tmp_path: Path,
         move(resident, 33)
     with pytest.raises(BadBlock, match="NaN"):
         resident.grow(49, slice_nbytes)
-    assert resident.blocks == (33 if slice_nbytes == 1 else 30)
+    assert resident.blocks == 33  # what is whole before it is there, however much was read at once
     check(resident)
     resident.shrink(30)
     assert all((resident.table(tensor) == table).all() for tensor, table in before.items())
@@ -219,9 +219,8 @@ def test_a_file_cut_under_us_stops_the_edge(folder: Path, tmp_path: Path) -> Non
     os.truncate(stack.path, stack.data_start + stack.edges[40] + 10)
     with pytest.raises(TruncatedStack, match=str(stack.nbytes)):
         resident.grow(49)
-    assert resident.blocks == 30
+    assert resident.blocks == 40
     check(resident)
-    move(resident, 40)
     with pytest.raises(TruncatedStack):
         resident.grow(41)
     assert resident.blocks == 40

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -11,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ebbflow.daemon.engine.kv import MAX_SEQUENCES, blocks_for
-from ebbflow.daemon.engine.prefixes import MIXED
+from ebbflow.daemon.engine.prefixes import MIXED, Node
 from ebbflow.daemon.engine.scheduler import AHEAD_TOKENS, MAX_WAITING, Scheduler
 from ebbflow.daemon.engine.sequences import Sequence
-from ebbflow.daemon.engine.waiting import OVERTAKEN_MOST, SIBLINGS, Policy
+from ebbflow.daemon.engine.waiting import OVERTAKEN_MOST, SIBLINGS, Policy, Waiting
 from ebbflow.formats.errors import OutOfMemory, PromptTooLong, TooBusy
 
 from support.scheduling import Memory, World, alone, band_of, prompt_of
@@ -49,6 +50,7 @@ actions = st.one_of(
     st.tuples(st.just("fail"), st.sampled_from([1, 50, 1000])),
     st.tuples(st.just("cancel"), picks),
     st.tuples(st.just("preempt"), picks),
+    st.tuples(st.just("shed"), st.integers(-1, 3)),
     st.tuples(st.just("unpin"), picks),
     st.tuples(st.just("trim"), st.integers(0, 24)),
     st.tuples(st.just("limit"), st.sampled_from([0, 3, 6, 10, 24])),
@@ -76,6 +78,8 @@ def act(world: World, what: str, value: object) -> None:
             world.check()
         case "preempt", int(pick) if scheduler.running:
             world.preempt(scheduler.running[pick % len(scheduler.running)])
+        case "shed", int(count):
+            world.shed(count)
         case "unpin", int(pick) if world.pins:
             world.unpin(pick % len(world.pins))
         case "trim", int(blocks):
@@ -407,6 +411,22 @@ def test_a_higher_priority_gets_the_blocks_of_those_that_yield() -> None:
     world.drain()
 
 
+def test_the_lowest_priority_and_then_the_youngest_give_up_their_places_first() -> None:
+    world = World(100)
+    low, first, second, third, high = (
+        world.submit([at] * 40, 20, priority=priority) for at, priority in enumerate((-1, 0, 0, 0, 1))
+    )
+    world.step()
+    world.shed(2)
+    assert set(map(id, world.scheduler.running)) == {*map(id, (low, first, high))}  # the oldest stays, whatever it is
+    assert (second.preemptions, third.preemptions) == (1, 1)
+    world.shed(9)
+    assert world.scheduler.running == [low]
+    world.drain()
+    assert second.reused == 0  # when it first ran
+    assert world.scheduler.totals.computed < 5 * 60 + 2 * 2 * 32  # what it had computed was there when it went on
+
+
 def test_clients_take_turns() -> None:
     world = World(100)
     for at in range(8):
@@ -432,6 +452,24 @@ def test_earlier_deadlines_first_and_passed_ones_are_listed() -> None:
     assert world.ended[never.key] == "done"
 
 
+def test_a_thousand_that_wait_are_not_all_looked_at_for_each_that_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, looks, usable = World(400, checked=False), Counter[int](), Waiting._usable
+
+    def count(waiting: Waiting, node: Node, sequence: Sequence) -> bool:
+        looks[sequence.key] += 1
+        return usable(waiting, node, sequence)
+
+    monkeypatch.setattr(Waiting, "_usable", count)
+    for at in range(1000):
+        world.submit([at] * 40, 2)
+    assert len(world.scheduler.admit()) == MAX_SEQUENCES
+    assert sum(looks.values()) <= 2 * 1000
+    looks.clear()
+    world.end(world.scheduler.running[0])
+    assert len(world.scheduler.admit()) == 1
+    assert not looks
+
+
 # -- memory ---------------------------------------------------------------------------------------------------------
 
 
@@ -445,7 +483,7 @@ def test_what_cannot_be_held_is_refused_with_numbers() -> None:
     world.limit(12)
     world.submit([1] * 96, samples=False)
     world.drain()
-    with pytest.raises(PromptTooLong, match=r"320 tokens take 10 blocks .* are 12, of which pins keep 3: ask"):
+    with pytest.raises(PromptTooLong, match=r"320 tokens take 10 .*, of which pins keep 3: ask for fewer, unpin s"):
         world.submit([1] * 319, 1)
     world.submit([1] * 287, 1)
     with pytest.raises(OutOfMemory, match=r"1 blocks .* more cannot be pinned: 3 of 12 are"):
@@ -454,6 +492,32 @@ def test_what_cannot_be_held_is_refused_with_numbers() -> None:
             world.scheduler.admit()
             world.scheduler.complete(world.scheduler.plan(1000))
         world.scheduler.pin(other.nodes)
+
+
+def test_a_limit_below_what_is_pinned() -> None:
+    """Pins stay; of what runs one goes on beside them, what waits does later, and what comes is told why not."""
+    world = World(20)
+    world.submit([1] * 160, samples=False)
+    world.drain()
+    running = [world.submit([at] * 170, 40) for at in (2, 3)]
+    world.step()
+    waiting = world.submit([4] * 40, 20)
+    world.limit(3)
+    assert world.scheduler.running == running[:1]
+    assert world.memory.held <= 5 + blocks_for(210)
+    assert world.scheduler.prefixes.pinned == 5
+    with pytest.raises(OutOfMemory, match=r"40 tokens take 2 .*: pins keep 5, and no more than 3 are .* or unpin some"):
+        world.submit([5] * 39, 1)
+    world.limit(6)
+    with pytest.raises(OutOfMemory, match=r"40 tokens take 2 .* there are 6 now, of which pins keep 5; .* or unpin"):
+        world.submit([5] * 39, 1)
+    world.submit([5] * 31, 1)
+    world.unpin(0)
+    world.limit(3)
+    world.submit([5] * 39, 1)
+    world.drain()
+    assert world.ended[waiting.key] == "done"
+    world.empty()
 
 
 def test_a_full_queue_is_said_so() -> None:

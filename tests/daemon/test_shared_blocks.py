@@ -26,7 +26,7 @@ from ebbflow.daemon.mapping import PAGE, Mapping
 from ebbflow.daemon.worker import shared as shared_module
 from ebbflow.daemon.worker.loop import Loop
 from ebbflow.daemon.worker.resident import READ_NBYTES, Resident
-from ebbflow.daemon.worker.shared import LEAST_NBYTES, Ground, SharedBlocks
+from ebbflow.daemon.worker.shared import LEAST_NBYTES, Arena, SharedBlocks
 from ebbflow.formats.child_messages import LoadModel, Report, SetTarget, ToWorker, UnloadModel
 from ebbflow.formats.errors import CorruptStack, TruncatedStack
 from ebbflow.formats.manifest import STACK
@@ -92,14 +92,14 @@ def held(resident: Resident) -> set[tuple[int, int]]:
     return found
 
 
-def check_pages(grounds: set[Ground], residents: list[Resident]) -> None:
+def check_pages(arenas: set[Arena], residents: list[Resident]) -> None:
     """Whole pages that nobody uses are gone."""
     used = {page for r in residents for at, n in held(r) for page in range(at // PAGE, (at + n - 1) // PAGE + 1)}
-    for ground in grounds:
-        first = ground.address // PAGE
-        for page in range(-(-ground.nbytes // PAGE)):
+    for arena in arenas:
+        first = arena.address // PAGE
+        for page in range(-(-arena.nbytes // PAGE)):
             if first + page not in used:
-                assert not ground.mapping.bytes[page * PAGE : (page + 1) * PAGE].any()
+                assert not arena.mapping.bytes[page * PAGE : (page + 1) * PAGE].any()
 
 
 class Machine(RuleBasedStateMachine):
@@ -113,7 +113,7 @@ class Machine(RuleBasedStateMachine):
         self.stacks = {name: read_stack(folder / STACK) for name, folder in self.folders.items()}
         self.payloads = {name: payloads_of(stack) for name, stack in self.stacks.items()}
         self.loaded: dict[str, Resident] = {}
-        self.grounds: set[Ground] = set()
+        self.arenas: set[Arena] = set()
 
     name = st.sampled_from(["one", "variant", "again"])
 
@@ -121,7 +121,7 @@ class Machine(RuleBasedStateMachine):
     def load(self, name: str) -> None:
         if name not in self.loaded:
             self.loaded[name] = Resident(self.stacks[name], self.shared)
-            self.grounds.add(self.loaded[name]._ground)
+            self.arenas.add(self.loaded[name]._arena)
             move(self.loaded[name], self.stacks[name].base)
 
     @rule(name=name, blocks=st.integers(0, 50), nbytes=st.sampled_from([1, 50_000, READ_NBYTES]))
@@ -167,7 +167,7 @@ class Machine(RuleBasedStateMachine):
             return
         for name, resident in self.loaded.items():
             check(resident, self.payloads[name])
-        check_pages(self.grounds, list(self.loaded.values()))
+        check_pages(self.arenas, list(self.loaded.values()))
 
     @invariant()
     def the_books_agree(self) -> None:
@@ -185,7 +185,7 @@ class Machine(RuleBasedStateMachine):
         for resident in getattr(self, "loaded", {}).values():
             resident.close()
         assert not len(getattr(self, "shared", ()))
-        check_pages(getattr(self, "grounds", set()), [])
+        check_pages(getattr(self, "arenas", set()), [])
 
 
 def test_any_order_of_coming_and_going(folders: dict[str, Path]) -> None:

@@ -33,6 +33,7 @@ from ebbflow.formats.messages import (
     Resize,
     Resized,
     Resume,
+    ShowModel,
     Shutdown,
     YieldMemory,
 )
@@ -404,6 +405,21 @@ def test_a_loaded_model_is_resized_by_the_worker_and_the_answer_says_why(house, 
     [resized] = client.hear()
     assert (resized.id, resized.released_nbytes, resized.seconds) == (2, GB // 2, 0.1)
     assert (resized.residency.wish, resized.residency.reason) == (SizeWish(fraction=0.5), "asked for 50%")
+
+
+def test_whoever_asks_about_a_damaged_model_is_told(house, client):
+    worker, load, _ = begin(house, client)
+    for nbytes in (GB // 2, GB // 4):
+        (residency,) = holds(load).models
+        damaged = msgspec.structs.replace(residency, nbytes=nbytes, damage="block 7 is bad", damaged_at_nbytes=GB // 2)
+        worker.say(Report(models=(damaged,)))
+        house.turn()
+        client.say(GetStatus(id=2), ShowModel(id=3, model="demo"))
+        house.turn()
+        status, detail = client.hear()
+        words = "damaged beyond 500 MB: add or import it again"
+        assert status.models[0].reason == (words if nbytes == GB // 2 else f"all of it fits; {words}")
+        assert status.models[0].damage == detail.damage == "block 7 is bad"
 
 
 def test_a_resize_under_way_fails_with_its_worker_and_the_wish_stays(house, client):

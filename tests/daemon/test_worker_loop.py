@@ -34,6 +34,7 @@ from ebbflow.formats.child_messages import (
 from ebbflow.formats.manifest import MANIFEST, STACK, read_manifest, write_manifest
 from ebbflow.formats.messages import Cancel, Failed, Finished, Generate, Pin, Pinned, Resized
 from ebbflow.formats.stack import read_stack
+from ebbflow.formats.units import format_size
 from ebbflow.formats.values import Residency, Sampling
 
 from support.engines import Answers, engine_of, finish
@@ -242,6 +243,9 @@ def test_a_model_that_cannot_be_loaded(folder: Path, tmp_path: Path, harm: Any, 
         failed = only(LoadFailed, said)
         assert (failed.model, failed.code) == ("bad", code)
         assert failed.message
+        assert failed.message.endswith("add or import bad again") == (
+            code in {"bad_block", "truncated_stack", "corrupt_stack"}
+        )
         assert len(list(Path("/proc/self/fd").iterdir())) == files
         worker.settle()
         end = worker.answers.by_id[1].end
@@ -322,21 +326,64 @@ def test_every_resize_is_answered_though_a_later_one_overtakes_it(folder: Path) 
         assert [message.id for message in said if isinstance(message, Resized)] == [1, 2, 3]
 
 
-def test_a_file_that_breaks_while_growing_fails_the_resize_and_nothing_else(
+def test_a_damaged_block_fails_the_resize_and_nothing_else_and_is_told_of(
     folder: Path, tmp_path: Path, edges: tuple[int, ...], fresh: dict[int, str]
 ) -> None:
+    """The model serves from what is whole; whoever looks sees why it does not grow, until it can."""
     broken = copy_model(folder, tmp_path / "broken")
+    content = (broken / STACK).read_bytes()
     with worker_with(broken, 0) as worker:
+        assert (worker.residency().damage, worker.residency().damaged_at_nbytes) == ("", None)
         os.truncate(broken / STACK, read_stack(folder / STACK).data_start + edges[30])
-        worker.hear(ask(1))
-        said = worker.hear(SetTarget(model="m", target_nbytes=ALL, id=50), ask(2))
-        said += worker.settle()
+        said = worker.hear(SetTarget(model="m", target_nbytes=ALL, id=50), ask(2)) + worker.settle()
         end = worker.answers.by_id.pop(50).end
         assert isinstance(end, Failed)
         assert end.code == "truncated_stack"
-        assert worker.residency().blocks == BASE
-        assert worker.residency().target_nbytes == edges[BASE]
-        assert worker.answers.by_id[1].text == worker.answers.by_id[2].text == fresh[BASE]
+        assert end.message.endswith(f"is whole up to {format_size(edges[30])}: add or import it again")
+        assert worker.answers.by_id[2].text == fresh[30]
+        for target in (edges[25], edges[30], ALL):
+            said = worker.hear(SetTarget(model="m", target_nbytes=target)) + worker.settle()
+            told = [message for message in said if isinstance(message, Report)][-1].models[0]
+            assert (told.nbytes, told.target_nbytes) == (min(target, edges[30]), target)
+            assert (told.damage, told.damaged_at_nbytes) == (end.message, edges[30])
+        (broken / STACK).write_bytes(content)
+        said = worker.hear(SetTarget(model="m", target_nbytes=ALL, id=51)) + worker.settle()
+        assert only(Resized, said).residency.nbytes == edges[BLOCKS]
+        assert (worker.residency().blocks, worker.residency().damage) == (BLOCKS, "")
+        assert worker.residency().damaged_at_nbytes is None
+
+
+def test_a_flipped_bit_in_a_mask_is_told_of(tmp_path: Path) -> None:
+    broken = write_sparse_model(tmp_path / "broken")
+    stack = read_stack(broken / STACK)
+    at = next(i for i in range(stack.base, len(stack.blocks)) if stack.blocks[i].kind == "mask")
+    with stack.places[at].path.open("r+b") as file:
+        file.seek(stack.places[at].offset)
+        byte = file.read(1)[0]
+        file.seek(stack.places[at].offset)
+        file.write(bytes([byte ^ 1]))
+    with worker_with(broken) as worker:
+        assert worker.residency().nbytes == worker.residency().damaged_at_nbytes == stack.edges[at]
+        assert stack.blocks[at].tensor in worker.residency().damage
+
+
+def test_no_memory_to_grow_leaves_the_edge_where_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise MemoryError
+
+    with worker_with(folder, 0) as worker:
+        with monkeypatch.context() as patch:
+            patch.setattr(Resident, "grow", refuse)
+            worker.hear(SetTarget(model="m", target_nbytes=ALL, id=50), ask(2))
+            worker.settle()
+        end = worker.answers.by_id.pop(50).end
+        assert isinstance(end, Failed)
+        assert end.code == "out_of_memory"
+        assert isinstance(worker.answers.by_id[2].end, Finished)
+        assert (worker.residency().blocks, worker.residency().damage) == (BASE, "")
+        worker.hear(SetTarget(model="m", target_nbytes=ALL))
+        worker.settle()
+        assert worker.residency().blocks == BLOCKS
 
 
 moves = st.one_of(

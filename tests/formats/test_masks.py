@@ -343,11 +343,31 @@ def test_the_manifest_says_which_masks(tmp_path):
 
 
 @pytest.mark.parametrize("name", [MASKS, STACK, MANIFEST])
-def test_devices_and_pipes_are_no_files(tmp_path: Path, name: str) -> None:
-    """Of a pipe nobody would ever hear again; a device shows it without the wait."""
+@pytest.mark.parametrize("odd", ["pipe", "link", "link to a device", "link to nowhere"])
+def test_pipes_and_links_are_no_files(tmp_path: Path, name: str, odd: str) -> None:
+    """Of a pipe nobody would ever hear again; a link may have come after the library was looked at."""
     folder = write_sparse_model(tmp_path / "odd")
-    (folder / name).unlink()
-    (folder / name).symlink_to("/dev/zero")
-    with pytest.raises((CorruptStack, CorruptManifest), match="not a plain file"):
+    (folder / name).rename(tmp_path / "elsewhere")
+    if odd == "pipe":
+        os.mkfifo(folder / name)
+    else:
+        targets = {"link": tmp_path / "elsewhere", "link to a device": Path("/dev/zero"), "link to nowhere": Path("no")}
+        (folder / name).symlink_to(targets[odd])
+    wanted = f"{name} cannot be read: it is {'not a plain file' if odd == 'pipe' else 'a link;'}"
+    with pytest.raises((CorruptStack, CorruptManifest), match=wanted):
         read_manifest(folder)
         read_stack(folder / STACK)
+
+
+def test_hard_links_and_linked_folders_are_read(tmp_path: Path) -> None:
+    """Shared masks are hard links; and who has little room may have put the whole library on another disk."""
+    folder = write_sparse_model(tmp_path / "there" / "library" / "m")
+    wanted = [payload for _, payload in read_blocks(read_stack(folder / STACK))]
+    for name in (MASKS, STACK, MANIFEST):
+        os.link(folder / name, tmp_path / name)
+    (tmp_path / "library").symlink_to(tmp_path / "there" / "library")
+    (tmp_path / "linked").symlink_to(folder)
+    for home in (tmp_path, tmp_path / "library" / "m", tmp_path / "linked"):
+        stack = read_stack(home / STACK)
+        check_manifest(stack, read_manifest(home))
+        assert [payload for _, payload in read_blocks(stack)] == wanted

@@ -42,8 +42,8 @@ def compute_both(folders: list[Path]) -> int:
         all_pages = {
             page
             for resident in residents
-            for ground in resident._grounds
-            for page in range(ground.address // mmap.PAGESIZE, -(-(ground.address + ground.nbytes) // mmap.PAGESIZE))
+            for arena in resident._arenas
+            for page in range(arena.address // mmap.PAGESIZE, -(-(arena.address + arena.nbytes) // mmap.PAGESIZE))
         }
         for page in all_pages - used:
             protect((page * mmap.PAGESIZE, mmap.PAGESIZE), PROT_NONE)

@@ -7,6 +7,7 @@ changes some answer, or is noticed before that.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -98,6 +99,32 @@ class Memory:
         return slot
 
 
+def next_by_looking(scheduler: Scheduler, free: int, band: int, depth: int) -> Sequence | None:
+    """Who is to be admitted next, by the rule that `waiting` gives: looks at all that wait and all their blocks."""
+    policy, running = scheduler.policy, Counter(s.owner for s in scheduler.running)
+    candidates, held_back = list[tuple[Any, ...]](), Counter[tuple[int, int]]()
+    for s in scheduler.waiting.values():
+        there = 0
+        for node in s.path:
+            if node.block == NO_BLOCK or (node.depth != depth if s.exact else node.band < band):
+                break
+            there += 1
+        following = s.path[there] if there < len(s.path) else None
+        waits = policy.gate and following is not None and following.leader is not None
+        late = s.overtaken >= OVERTAKEN_MOST * SIBLINGS
+        held_back[s.priority, s.owner] += waits
+        if late or not waits:
+            here = (running[s.owner], s.deadline, -there) if policy.longest_first and not late else ()
+            leads = following is not None and following.wanted > 1
+            candidates.append((-s.priority, not late, *here, s.arrival, s, waits, leads))
+    if not candidates:
+        return None
+    lowest, not_late, *_, s, waits, leads = min(candidates, key=lambda c: c[:-3])
+    if not not_late:
+        return None if waits else s
+    return None if leads and held_back[-lowest, s.owner] >= max(free, 1) else s
+
+
 @dataclass
 class World:
     """The engine around a scheduler: computes what is planned, samples, ends what is done, and checks all the time."""
@@ -120,6 +147,22 @@ class World:
         self.scheduler = Scheduler(self.memory, self.policy, self.cached)
         self._views: dict[int, list[Slot]] = {}  # what each running sequence has read or written so far
         self.scheduler.set_quality(band_of(self.depth), self.depth)
+        if self.checked:
+            self._check_order()
+
+    def _check_order(self) -> None:
+        """From now on whoever is next is compared with whom looking at all would find."""
+        scheduler, waiting = self.scheduler, self.scheduler._waiting
+        quick = waiting.next
+
+        def following(free: int, owners: Any) -> Sequence | None:
+            wanted = next_by_looking(scheduler, free, band_of(self.depth), self.depth)
+            found = quick(free, owners)
+            assert found is wanted, "somebody else is next"
+            waiting.check_integrity()
+            return found
+
+        waiting.next = following  # type: ignore[method-assign]
 
     # -- what may happen --------------------------------------------------------------------------------------------
 
@@ -185,6 +228,12 @@ class World:
     def preempt(self, s: Sequence) -> None:
         self.scheduler.preempt(s)
         self.check()
+
+    def shed(self, count: int) -> None:
+        running, first = len(self.scheduler.running), self._oldest()
+        self.scheduler.shed(count)
+        assert len(self.scheduler.running) == max(min(running, 1), running - max(count, 0))
+        self.check(first)
 
     def trim(self, blocks: int) -> None:
         before, unused = self.memory.held, self.scheduler.prefixes.evictable
