@@ -60,9 +60,9 @@ def compile_once(folder: Path, module: str = "ebbflow.kernels.compile", *, toget
         for part in PARTS:
             running.append(subprocess.Popen([*command, part], stdin=subprocess.DEVNULL))
             if not together:
-                _finish(running.pop())
+                _finish(running)
         while running:
-            _finish(running.pop(0))
+            _finish(running)
     finally:
         for process in running:
             process.kill()
@@ -70,6 +70,9 @@ def compile_once(folder: Path, module: str = "ebbflow.kernels.compile", *, toget
     (folder / _COMPLETE).touch()
 
 
-def _finish(process: subprocess.Popen[bytes]) -> None:
-    if code := process.wait():
+def _finish(running: list[subprocess.Popen[bytes]]) -> None:
+    """Wait for the first of them, which leaves the list once it has ended: whoever interrupts a wait ends the rest."""
+    code = running[0].wait()
+    process = running.pop(0)
+    if code:
         raise subprocess.CalledProcessError(code, process.args)

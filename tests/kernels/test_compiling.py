@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from ebbflow.kernels.cache import compile_once, compiled, use_cache
+from ebbflow.kernels.cache import PARTS, compile_once, compiled, use_cache
 from ebbflow.kernels.instructions import available
 from ebbflow.kernels.rows import JIT_OFF
 
@@ -56,6 +57,39 @@ def test_a_compiler_that_fails_is_told_of_and_leaves_nobody_behind(tmp_path: Pat
         patch.setenv("NUMBA_DISABLE_JIT", "0")
         with pytest.raises(subprocess.CalledProcessError):
             compile_once(tmp_path, "failing_compiler", together=together)
+    assert not compiled(tmp_path)
+
+
+class InterruptedCompiler:
+    """A process whose first wait is cut short, as by Ctrl-C."""
+
+    started: ClassVar[list[InterruptedCompiler]] = []
+
+    def __init__(self, args: list[str], **_: object) -> None:
+        self.args, self.waits, self.killed = args, 0, False
+        self.started.append(self)
+
+    def wait(self) -> int:
+        self.waits += 1
+        if self.waits == 1:
+            raise KeyboardInterrupt
+        return -9 if self.killed else 0
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_an_interrupted_wait_leaves_no_compiler_behind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, together: bool
+) -> None:
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "0")
+    monkeypatch.setattr(InterruptedCompiler, "started", [])
+    monkeypatch.setattr(subprocess, "Popen", InterruptedCompiler)
+    with pytest.raises(KeyboardInterrupt):
+        compile_once(tmp_path, together=together)
+    assert len(InterruptedCompiler.started) == (len(PARTS) if together else 1)
+    assert all(process.killed for process in InterruptedCompiler.started)
     assert not compiled(tmp_path)
 
 
