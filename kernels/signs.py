@@ -42,7 +42,6 @@ from .planes import (
     VECTORS,
     column_order,
     dot,
-    indices,
     padded,
     portable_dot,
 )
@@ -270,8 +269,8 @@ def emit_decode_signs(
         blocks = b.sdiv(b.add(words, number(VECTORS - 1)), number(VECTORS))
         block = b.add(b.mul(group, blocks), b.sdiv(word, number(VECTORS)))
         sizes_at = b.gep(magnitudes, [b.add(b.mul(block, number(block_nbytes)), number(LANE * start))])
-        for v, index in enumerate(indices(of, planes)):
-            factors = [of.look_up([part], index, 4) for part in signed]
+        for v, index in enumerate(of.indices(planes)):
+            factors = [of.look_up(part, index) for part in signed]
             for pair in range(2):
                 for half in range(2):
                     size = load(b, of.kind, b.gep(sizes_at, [number(64 * (2 * (8 * pair + v) + half))]))
