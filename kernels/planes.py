@@ -3,10 +3,15 @@
 Method: the levels of four rows of W are decoded into bytes, then multiplied with the tokens' bytes (`quantize`) and
 added up exactly. So decoding is paid once for all tokens, and no dense copy of W exists beyond those rows.
 
-Decoding takes 512 columns of one row at a time, 64 bytes of each plane. The planes' bytes are interleaved until every
-64 bits hold 8 x 8 bits, columns by planes; transposed, each byte is an index, and a table look-up makes it a level.
-Where fewer than eight planes are there the 64 bits hold two or four groups of columns. Columns come out in an order
-that `column_order` gives and the tokens' bytes follow; it is the same for any number of planes.
+Decoding takes 512 columns of one row at a time, 64 bytes of each plane, and columns come out in an order that
+`column_order` gives and the tokens' bytes follow; it is the same for any number of planes. How it is done is up to the
+instruction set (`vectors`). With AVX-512 the planes' bytes are interleaved until every 64 bits hold 8 x 8 bits, columns
+by planes; transposed, each byte is an index, and a table look-up makes it a level. Without its instructions for both,
+bits of four planes change places until every half of a byte is an index, and one vector holds those of one bit of the
+planes' bytes; further planes choose among the levels that several tables give for it.
+
+There, putting columns in order is a good part of the work, so a single token is multiplied with levels where they are
+(`emit_single`): its own bytes are put in their order instead, once for all rows.
 
 Determinism: the products of 4 neighbouring bytes, in all 8 vectors of 512 columns, make one of 16 exact integer sums;
 each is turned into a float, multiplied with the scale of its 256 columns and added to one of 16 partials, in the order
@@ -284,7 +289,9 @@ def emit_single(
                 place = b.add(j, number(of.nbytes * (VECTORS * part + bit)))
                 bytes_, size = (load(b, of.kind, b.gep(some, [place])) for some in (x, sizes))
                 wholes[bit // 4] = of.dot_sized(wholes[bit // 4], level, bytes_, size)
-            low, high = (b.bitcast(of.pick(*wholes, order), sums) for order in ((0, 4, 2, 6), (1, 5, 3, 7)))
+            low, high = (
+                b.bitcast(of.pick(wholes[0], wholes[1], order), sums) for order in ((0, 4, 2, 6), (1, 5, 3, 7))
+            )
             group = b.add(b.sdiv(j, number(COLUMNS // SUMS)), number(width * part))
             return [(b.add(low, high), load(b, partial, b.gep(scales, [group]), 4))]
 

@@ -1,8 +1,8 @@
 """LLVM IR for byte vectors: what the integer kernels need and numba does not write by itself.
 
 A vector has `lanes` lanes of 128 bits, because the x86 instructions that interleave bytes work within such lanes: code
-written for lanes is the same for AVX-512 (4), AVX2 (2) and NEON (1), and only three things differ: how a matrix of
-8 x 8 bits is transposed, how bytes are looked up, and how bytes are multiplied and added up.
+written for lanes is the same for AVX-512 (4), AVX2 (2) and NEON (1), and only this differs: how bytes are looked up,
+how they are multiplied and added up, and that AVX-512 has an instruction that transposes 8 x 8 bits.
 """
 
 from __future__ import annotations
