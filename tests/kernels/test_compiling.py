@@ -40,6 +40,19 @@ def test_the_threads_are_those_that_a_step_needs_whatever_other_programs_want(
     assert os.environ["NUMBA_THREADING_LAYER"] == "workqueue"
 
 
+@pytest.mark.parametrize("variable", ["EBBFLOW_INSTRUCTIONS", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"])
+def test_kernels_for_other_instructions_are_kept_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str
+) -> None:
+    """Else those of one choice would be thought complete, and the worker compile them itself."""
+    for name in ("NUMBA_CACHE_DIR", "NUMBA_THREADING_LAYER", variable):
+        monkeypatch.setenv(name, "")
+    folder = use_cache(tmp_path)
+    assert use_cache(tmp_path) == folder
+    monkeypatch.setenv(variable, "+sse2")
+    assert use_cache(tmp_path) != folder
+
+
 def test_a_run_without_the_compiler_does_not_make_the_cache_complete(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
