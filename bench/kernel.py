@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 
 from ebbflow.kernels.instructions import NAMES, compiled
 from ebbflow.kernels.planes import level_stride, multiply_planes, padded
+from ebbflow.kernels.rounding import round_inputs
 from ebbflow.kernels.rows import PLANE, ROWS, SHARED_PLANE, SIGNS
-from ebbflow.kernels.signs import integral, multiply_sum, prepare, round_inputs
+from ebbflow.kernels.signs import integral, multiply_sum, prepare
 
 from places import restart_with_kernels
 from report import Report

@@ -19,6 +19,7 @@ from ebbflow.formats.messages import AddModel
 from ebbflow.formats.paths import default_paths, home_paths
 from ebbflow.formats.stack import VERSION
 from ebbflow.kernels.cache import use_cache
+from ebbflow.kernels.instructions import VARIABLE, processor_features
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))  # for `support`: cgroups and the hog
@@ -27,11 +28,25 @@ CACHE = default_paths().cache / "bench"
 LIBRARY = CACHE / f"library-{VERSION}"  # models in another version of the format cannot be opened
 
 
+def keep_to_wished_instructions() -> None:
+    """With EBBFLOW_INSTRUCTIONS=avx2, this process and its children compile as for a processor without AVX-512.
+
+    Else LLVM would use it all the same: three logical operations in one, 32 registers.
+    """
+    if os.environ.get(VARIABLE) == "avx2":
+        features = processor_features()
+        os.environ["NUMBA_CPU_FEATURES"] = ",".join(
+            f"{'-' if name.startswith(('avx512', 'avx10')) or not here else '+'}{name}"
+            for name, here in features.items()
+        )
+
+
 def restart_with_kernels() -> None:
     """Begin this bench anew where kernels are kept by what all their files say.
 
     numba reads where when it is first imported, and beside its sources it keeps code that later changes do not reach.
     """
+    keep_to_wished_instructions()
     if not os.environ.get("NUMBA_CACHE_DIR"):
         use_cache(CACHE / "kernels")
         os.execv(sys.executable, [sys.executable, *sys.argv])

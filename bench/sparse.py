@@ -28,8 +28,9 @@ from ebbflow.formats.kinds import values_row_nbytes, words_per_row
 from ebbflow.kernels.instructions import NAMES, compiled
 from ebbflow.kernels.matmul import matmul, row_stride
 from ebbflow.kernels.planes import level_stride, multiply_planes, padded
+from ebbflow.kernels.rounding import round_inputs
 from ebbflow.kernels.rows import CODES, MASK, PLANE, ROWS, SHARED_PLANE, VALUES_CODES
-from ebbflow.kernels.signs import multiply_sum, round_inputs
+from ebbflow.kernels.signs import multiply_sum
 
 from places import restart_with_kernels
 from report import Report

@@ -5,7 +5,7 @@ both sides. Rounds alternate between the two; medians are compared. Ours are sec
 the first token); theirs are `llama-bench`'s own, of the same number of threads. Both models are random, of one shape.
 
 Needs the `bench` extra, and builds llama.cpp the first time. EBBFLOW_BENCH_TYPES names other file types. With
-EBBFLOW_INSTRUCTIONS=avx2 our kernels do without AVX-512, llama.cpp is built without it, and no bar is set.
+EBBFLOW_INSTRUCTIONS=avx2 both our kernels and llama.cpp are compiled without AVX-512, and no bar is set.
 
 Run: .venv/bin/python bench/speed.py [--json FILE] [--check]
 """
@@ -25,7 +25,7 @@ from llama_speed import full_gguf, tensor_nbytes, tokens_per_second
 from ebbflow.client import Client
 from ebbflow.formats.messages import Finished
 
-from places import daemon, demo_model, full_shape
+from places import daemon, demo_model, full_shape, keep_to_wished_instructions
 from report import Report
 
 TYPES = os.environ.get("EBBFLOW_BENCH_TYPES", "Q2_K Q3_K_S Q4_K_S").split()
@@ -152,6 +152,7 @@ def by_size(report: Report, client: Client, plain: float) -> None:
 
 def main() -> int:
     """Measure and report."""
+    keep_to_wished_instructions()
     report = Report("Speed through the daemon, and against llama.cpp")
     threads = len(os.sched_getaffinity(0))
     plain = read_gigabytes_per_second()

@@ -2,7 +2,7 @@
 
 numba looks only at the file of the function it caches: a change in a function called from another file silently runs
 stale code. So the folder's name is a hash over all of `kernels/`, Python's and numba's versions, and the choice of
-instructions, which is made when kernels are compiled.
+instructions, which is made when kernels are compiled (and which is also what numba is kept from).
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Final
 
 PARTS: Final = ("step", "others")  # of `compile`
+_CHOICES: Final = ("EBBFLOW_INSTRUCTIONS", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")
 _COMPLETE: Final = "complete"  # written when every kernel is there
 
 
 def use_cache(root: Path) -> Path:
     """Make numba keep compiled code below `root`, and remove what older kernels left there; returns the folder."""
-    chosen = os.environ.get("EBBFLOW_INSTRUCTIONS", "")
+    chosen = " ".join(os.environ.get(name, "") for name in _CHOICES)
     digest = hashlib.blake2b(f"{sys.version} numba {version('numba')} {chosen}".encode(), digest_size=8)
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
@@ -60,9 +61,9 @@ def compile_once(folder: Path, module: str = "ebbflow.kernels.compile", *, toget
         for part in PARTS:
             running.append(subprocess.Popen([*command, part], stdin=subprocess.DEVNULL))
             if not together:
-                _finish(running.pop())
+                _finish(running)
         while running:
-            _finish(running.pop(0))
+            _finish(running)
     finally:
         for process in running:
             process.kill()
@@ -70,6 +71,9 @@ def compile_once(folder: Path, module: str = "ebbflow.kernels.compile", *, toget
     (folder / _COMPLETE).touch()
 
 
-def _finish(process: subprocess.Popen[bytes]) -> None:
-    if code := process.wait():
+def _finish(running: list[subprocess.Popen[bytes]]) -> None:
+    """Wait for the first of them, which leaves the list once it has ended: whoever interrupts a wait ends the rest."""
+    code = running[0].wait()
+    process = running.pop(0)
+    if code:
         raise subprocess.CalledProcessError(code, process.args)

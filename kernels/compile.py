@@ -18,7 +18,7 @@ def compile_step() -> None:
 
 def compile_others() -> None:
     """Everything else: kernels that work op by op, or for few models."""
-    from . import attention, elementwise, hadamard, matmul, planes, quantize, signs  # noqa: F401
+    from . import attention, elementwise, hadamard, matmul, planes, quantize, rounding, signs  # noqa: F401
     from .later import LATER
 
     for kernel in LATER:

@@ -3,10 +3,15 @@
 Method: the levels of four rows of W are decoded into bytes, then multiplied with the tokens' bytes (`quantize`) and
 added up exactly. So decoding is paid once for all tokens, and no dense copy of W exists beyond those rows.
 
-Decoding takes 512 columns of one row at a time, 64 bytes of each plane. The planes' bytes are interleaved until every
-64 bits hold 8 x 8 bits, columns by planes; transposed, each byte is an index, and a table look-up makes it a level.
-Where fewer than eight planes are there the 64 bits hold two or four groups of columns. Columns come out in an order
-that `column_order` gives and the tokens' bytes follow; it is the same for any number of planes.
+Decoding takes 512 columns of one row at a time, 64 bytes of each plane, and columns come out in an order that
+`column_order` gives and the tokens' bytes follow; it is the same for any number of planes. How it is done is up to the
+instruction set (`vectors`). With AVX-512 the planes' bytes are interleaved until every 64 bits hold 8 x 8 bits, columns
+by planes; transposed, each byte is an index, and a table look-up makes it a level. Without its instructions for both,
+bits of four planes change places until every half of a byte is an index, and one vector holds those of one bit of the
+planes' bytes; further planes choose among the levels that several tables give for it.
+
+There, putting columns in order is a good part of the work, so a single token is multiplied with levels where they are
+(`emit_single`): its own bytes are put in their order instead, once for all rows.
 
 Determinism: the products of 4 neighbouring bytes, in all 8 vectors of 512 columns, make one of 16 exact integer sums;
 each is turned into a float, multiplied with the scale of its 256 columns and added to one of 16 partials, in the order
@@ -63,6 +68,11 @@ DEPTHS: Final = tuple(range(BASE_PLANES, 9))
 SETS: Final[dict[int, type[Bytes]]] = {AVX512: Avx512, AVX2: Avx2, NEON: Neon}
 TILE_SIZES: Final = {AVX512: 4, AVX2: 2, NEON: 2, PORTABLE: 1}  # tokens multiplied together with ROWS rows
 USABLE: Final = tuple(NAMES[name] for name in compiled() if NAMES[name] in SETS)
+SINGLE: Final = tuple(code for code in USABLE if SETS[code].single)
+_IS_SINGLE: Final = np.array([code in SINGLE for code in range(len(TILE_SIZES))])
+# Of a lane's bytes, whose places are numbered by bits 6 to 3 of a column: in the order of bits 4, 6, 5, 3.
+_SINGLE: Final = tuple(2 * (k // 8) + 8 * (k // 4 % 2) + 4 * (k // 2 % 2) + k % 2 for k in range(LANE))
+_TURNED: Final = tuple(8 * (k % 2) + k // 2 for k in range(LANE))  # bits 2, 1, 0, 4 of a column, from 4, 2, 1, 0
 MOST_TOKENS: Final = max(TILE_SIZES.values())
 FLOATS: Final = 2 * MOST_TOKENS * ROWS + SUMS  # scratch of one thread: results of a tile twice, partials
 INTEGERS: Final = 16 + SUMS // 2  # places of planes or rows, sums
@@ -93,42 +103,6 @@ def column_order() -> I64:
     return np.asarray(128 * lane + 32 * (v // 2) + 16 * half + 8 * (v % 2) + bit)
 
 
-def indices(of: Bytes, planes: list[Any]) -> list[Any]:
-    """Vectors of `d` planes -> 8 vectors of indices of depth d.
-
-    Bits above the index are garbage from depth 2 to 4, within the low 6 too, and zero beyond.
-    """
-    d = len(planes)
-    if d == 2:
-        found = []
-        for high in (False, True):
-            pairs = of.unpack(planes[0], planes[1], 1, high)
-            mixed = of.transpose(of.pick(pairs, pairs, (0, 2, 1, 3)))
-            found += [of.right(mixed, bits) for bits in (6, 4, 2, 0)]
-        return found
-    if d <= 4:
-        found = []
-        for mixed in _fours(of, [of.zero] * (4 - d) + planes):
-            turned = of.transpose(mixed)
-            found += [of.right(turned, 4), turned]
-        return found
-    eight = [of.zero] * (8 - d) + planes
-    return [
-        of.transpose(of.pick(top, low, order))
-        for top, low in zip(_fours(of, eight[:4]), _fours(of, eight[4:]), strict=True)
-        for order in ((0, 4, 2, 6), (1, 5, 3, 7))
-    ]
-
-
-def _fours(of: Bytes, p: list[Any]) -> list[Any]:
-    """Bytes of four planes interleaved: four vectors."""
-    return [
-        of.unpack(of.unpack(p[0], p[1], 1, low), of.unpack(p[2], p[3], 1, low), 2, high)
-        for low in (False, True)
-        for high in (False, True)
-    ]
-
-
 def emit_decode(
     of: Bytes, base: Any, planes: Any, depth: int, rows: Any, strides: tuple[Any, Any, Any], levels: Any, out: Any
 ) -> None:
@@ -151,9 +125,9 @@ def emit_decode(
             if start == 0:
                 prefetch(b, b.gep(at, [number(AHEAD)]))
             found.append(of.masked(at, b.sub(words, b.add(word, number(2 * start)))))
-        for v, index in enumerate(indices(of, found)):
+        for v, found_levels in enumerate(of.levels(table, found)):
             place = b.add(b.mul(word, number(64)), number(64 * v + LANE * start))
-            store(b, of.look_up(table, index, depth), b.gep(there, [place]))
+            store(b, found_levels, b.gep(there, [place]))
     next_word()
     end_word()
     next_row()
@@ -188,34 +162,54 @@ def emit_dot(
 
     `rows(j)(i, offset)` is the vector of row i at column `j + offset`, j being a multiple of COLUMNS.
     """
-    b, parts = of.builder, 4 // of.lanes
-    width = 4 * of.lanes
+    b, width = of.builder, 4 * of.lanes
     sums, partial = vector(i32, width), vector(f32, width)
     group_step = b.sdiv(x_step, number(COLUMNS // SUMS))
-    count = tokens * ROWS
+
+    def block(j: Any) -> Products:
+        fetch = rows(j)
+
+        def products(part: int) -> list[tuple[Any, Any]]:
+            group = b.add(b.sdiv(j, number(COLUMNS // SUMS)), number(width * part))
+            places = [b.add(b.mul(group_step, number(t)), group) for t in range(tokens)]
+            first = [
+                load(b, sums, b.gep(corrections, [place]), 4) if of.flip else ir.Constant(sums, [0] * width)
+                for place in places
+            ]
+            found = [first[t] for t in range(tokens) for _ in range(ROWS)]
+            for v in range(VECTORS):
+                offset = 64 * v + of.nbytes * part
+                at = b.add(j, number(offset))
+                xs = [load(b, of.kind, b.gep(x, [b.add(b.mul(x_step, number(t)), at)])) for t in range(tokens)]
+                ws = [fetch(i, offset) for i in range(ROWS)]
+                found = [of.dot(found[t * ROWS + i], ws[i], xs[t]) for t in range(tokens) for i in range(ROWS)]
+            scale = [load(b, partial, b.gep(scales, [place]), 4) for place in places]
+            return [(whole, scale[k // ROWS]) for k, whole in enumerate(found)]
+
+        return products
+
+    _emit_totals(of, x_step, tokens * ROWS, block, out)
+
+
+Products = Callable[[int], list[tuple[Any, Any]]]
+
+
+def _emit_totals(of: Bytes, columns: Any, count: int, block: Callable[[Any], Products], out: Any) -> None:
+    """Code that adds up `count` results over all columns, into `out [count]` floats.
+
+    `block(j)(part)` gives, for each, the integer sums of a part of the COLUMNS columns from j, and their scales.
+    """
+    b, parts, width = of.builder, 4 // of.lanes, 4 * of.lanes
+    partial = vector(f32, width)
     totals = [alloca_once(b, partial) for _ in range(count * parts)]
     for total in totals:
         b.store(ir.Constant(partial, [0.0] * width), total)
-    j, following, end = loop(b, x_step, COLUMNS)
-    fetch = rows(j)
+    j, following, end = loop(b, columns, COLUMNS)
+    products = block(j)
     for part in range(parts):
-        group = b.add(b.sdiv(j, number(COLUMNS // SUMS)), number(width * part))
-        places = [b.add(b.mul(group_step, number(t)), group) for t in range(tokens)]
-        first = [
-            load(b, sums, b.gep(corrections, [place]), 4) if of.flip else ir.Constant(sums, [0] * width)
-            for place in places
-        ]
-        found = [first[t] for t in range(tokens) for _ in range(ROWS)]
-        for v in range(VECTORS):
-            offset = 64 * v + of.nbytes * part
-            at = b.add(j, number(offset))
-            xs = [load(b, of.kind, b.gep(x, [b.add(b.mul(x_step, number(t)), at)])) for t in range(tokens)]
-            ws = [fetch(i, offset) for i in range(ROWS)]
-            found = [of.dot(found[t * ROWS + i], ws[i], xs[t]) for t in range(tokens) for i in range(ROWS)]
-        scale = [load(b, partial, b.gep(scales, [place]), 4) for place in places]
-        for k, whole in enumerate(found):
+        for k, (whole, scale) in enumerate(products(part)):
             total = totals[k * parts + part]
-            b.store(b.fadd(b.load(total), b.fmul(b.sitofp(whole, partial), scale[k // ROWS])), total)
+            b.store(b.fadd(b.load(total), b.fmul(b.sitofp(whole, partial), scale)), total)
     following()
     end()
     for k in range(count):
@@ -234,6 +228,78 @@ def emit_dot(
 
 def _halves(size: int) -> tuple[range, range]:
     return range(size), range(size, 2 * size)
+
+
+def emit_turn(of: Bytes, x: Any, columns: Any, out: Any, sizes: Any) -> None:
+    """Code that puts a token's bytes, and their absolute values, in the order that `emit_single` wants."""
+    b = of.builder
+    j, following, end = loop(b, columns, COLUMNS)
+    for part in range(4 // of.lanes):
+        found = [load(b, of.kind, b.gep(x, [b.add(j, number(64 * v + of.nbytes * part))])) for v in range(VECTORS)]
+        for bit, turned in enumerate(of.rotate([of.arrange(value, _TURNED) for value in found])):
+            place = b.add(j, number(of.nbytes * (VECTORS * part + bit)))
+            store(b, turned, b.gep(out, [place]))
+            store(b, of.size(turned), b.gep(sizes, [place]))
+    following()
+    end()
+
+
+def emit_single(
+    of: Bytes,
+    base: Any,
+    planes: Any,
+    depth: int,
+    rows: Any,
+    strides: tuple[Any, Any],
+    levels: Any,
+    token: tuple[Any, Any, Any, Any],
+    out: Any,
+) -> None:
+    """Code that multiplies `rows` rows with one token as they are decoded, into `out [rows]` floats.
+
+    `strides` are words of a row and bytes of its levels, `token` its bytes and sizes by `emit_turn`, their number and
+    its scales. Levels stay where their bits were, one vector for each bit of a byte; four of these meet in one sum of
+    products, of which neighbours are added up, to the same sums as elsewhere.
+    """
+    b, width = of.builder, 4 * of.lanes
+    sums, partial = vector(i32, width), vector(f32, width)
+    words, level_step = strides
+    x, sizes, columns, scales = token
+    offsets = [b.load(b.gep(planes, [number(p)])) for p in range(depth)]
+    row, next_row, end_row = loop(b, rows, unroll=False)
+    table = of.table(b.gep(levels, [b.mul(row, level_step)]), depth)
+    here = b.gep(base, [b.mul(b.mul(row, words), number(8))])
+
+    def block(j: Any) -> Products:
+        starts = [b.gep(here, [b.add(offset, b.sdiv(j, number(8)))]) for offset in offsets]
+        left = b.sub(words, b.sdiv(j, number(64)))
+        for start in starts:
+            prefetch(b, b.gep(start, [number(AHEAD)]))
+
+        def products(part: int) -> list[tuple[Any, Any]]:
+            found = [
+                of.arrange(
+                    of.masked(b.gep(start, [number(of.nbytes * part)]), b.sub(left, number(of.nbytes // 8 * part))),
+                    _SINGLE,
+                )
+                for start in starts
+            ]
+            wholes = [ir.Constant(sums, [0] * width) for _ in range(2)]
+            for bit, level in enumerate(of.levels_by_bit(table, found)):
+                place = b.add(j, number(of.nbytes * (VECTORS * part + bit)))
+                bytes_, size = (load(b, of.kind, b.gep(some, [place])) for some in (x, sizes))
+                wholes[bit // 4] = of.dot_sized(wholes[bit // 4], level, bytes_, size)
+            low, high = (
+                b.bitcast(of.pick(wholes[0], wholes[1], order), sums) for order in ((0, 4, 2, 6), (1, 5, 3, 7))
+            )
+            group = b.add(b.sdiv(j, number(COLUMNS // SUMS)), number(width * part))
+            return [(b.add(low, high), load(b, partial, b.gep(scales, [group]), 4))]
+
+        return products
+
+    _emit_totals(of, columns, 1, block, b.gep(out, [row]))
+    next_row()
+    end_row()
 
 
 def _typed_decode(
@@ -327,6 +393,73 @@ def _typed_dot(
     return signature, codegen
 
 
+def _typed_turn(typing: Any, instructions: Any, x: Any, w: Any) -> Any:
+    """The first token of `x` as `_typed_single` wants it, into the first two rows of `w`."""
+    signature = types.void(types.int64, x, w)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        instructions, x, w = args
+        source, out = (pointer(context, builder, sig.args[k], value) for k, value in ((1, x), (2, w)))
+        columns, sizes = (
+            width(context, builder, sig.args[1], x),
+            builder.gep(out, [width(context, builder, sig.args[2], w)]),
+        )
+
+        def for_set(kind: type[Bytes]) -> None:
+            emit_turn(kind(builder), source, columns, out, sizes)
+
+        cases(builder, instructions, {code: lambda code=code: for_set(SETS[code]) for code in SINGLE})
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _typed_single(
+    typing: Any,
+    instructions: Any,
+    stored: Any,
+    planes: Any,
+    depth: Any,
+    words: Any,
+    levels: Any,
+    step: Any,
+    rows: Any,
+    w: Any,
+    scales: Any,
+    out: Any,
+) -> Any:
+    """`rows` rows times the token that `_typed_turn` put into `w`, into `out [rows]`; else as `_typed_decode`."""
+    signature = types.void(types.int64, stored, planes, *[types.int64] * 5, w, scales, out)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        instructions, stored, planes, depth, words, levels, step, rows, w, scales, out = args
+        base, x = (pointer(context, builder, sig.args[k], value) for k, value in ((1, stored), (8, w)))
+        offsets, scale, results = (
+            context.make_array(sig.args[k])(context, builder, value).data
+            for k, value in ((2, planes), (9, scales), (10, out))
+        )
+        columns = builder.mul(width(context, builder, sig.args[9], scales), number(COLUMNS // SUMS))
+
+        def for_set(kind: type[Bytes]) -> None:
+            of, at = kind(builder), builder.gep(base, [levels])
+            token = (x, builder.gep(x, [width(context, builder, sig.args[8], w)]), columns, scale)
+            cases(
+                builder,
+                depth,
+                {
+                    d: lambda d=d: emit_single(of, base, offsets, d, rows, (words, step), at, token, results)
+                    for d in DEPTHS
+                },
+            )
+
+        cases(builder, instructions, {code: lambda code=code: for_set(SETS[code]) for code in SINGLE})
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+_turn: Any = plain if JIT_OFF else intrinsic(_typed_turn)
+_single: Any = plain if JIT_OFF else intrinsic(_typed_single)
 _decode: Any = plain if JIT_OFF else intrinsic(_typed_decode)
 dot: Any = plain if JIT_OFF else intrinsic(_typed_dot)
 
@@ -410,12 +543,17 @@ def multiply_rows(
     step = (1 << depth) if kind == PLANE else 0
     out, partials = floats[: MOST_TOKENS * ROWS], floats[FLOATS - SUMS :]
     planes, sums, bits = integers[:depth], integers[16:].view(np.int32), integers[8:9].view(np.uint8)
+    single = x.shape[0] == 1 and _IS_SINGLE[instructions]
+    if single:
+        _turn(instructions, x, w)
     for begin in range(first, stop, ROWS):
         rows = min(ROWS, stop - begin)
         for p in range(depth):
             planes[p] = blocks[max(0, p - 1), 1] + 8 * words * (begin + (m if p == 1 else 0))
         levels = last + 2 * m + begin * step
-        if instructions == PORTABLE:
+        if single:
+            _single(instructions, stored, planes, depth, words, levels, step, rows, w, scales, out)
+        elif instructions == PORTABLE:
             _portable_decode(stored, planes, words, levels, step, rows, w, bits)
         else:
             _decode(instructions, stored, planes, depth, words, levels, step, rows, w)
@@ -424,7 +562,7 @@ def multiply_rows(
             count = tile if t + tile <= x.shape[0] else 1
             if instructions == PORTABLE:
                 portable_dot(w, x, t, scales, sums, partials, out)
-            else:
+            elif not single:
                 dot(instructions, count, w, x, t, scales, corrections, out)
             for i in range(rows):
                 scale = bf16_to_float(halves[last // 2 + begin + i])

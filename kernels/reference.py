@@ -96,7 +96,7 @@ def reference_multiply_sparse(
 def reference_sum_inputs(
     blocks: NDArray[np.int64], made: NDArray[np.uint8], n: int, x: NDArray[np.int8], scales: NDArray[np.float32]
 ) -> F64:
-    """The values that bytes `x [T, p]` of `signs.round_inputs` stand for, divided by c again, `[T, n]`."""
+    """The values that bytes `x [T, p]` of `rounding.round_inputs` stand for, divided by c again, `[T, n]`."""
     tokens, count = len(x), x.shape[1] // COLUMNS
     scale = scales.astype(np.float64).reshape(tokens, count, 1, SUMS, 1)
     grouped = x.reshape(tokens, count, COLUMNS // SUMS // 4, SUMS, 4) * scale

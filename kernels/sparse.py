@@ -27,11 +27,10 @@ from .instructions import AVX512
 from .planes import SETS
 from .quantize import LARGEST, LEAST
 from .rows import JIT_OFF, VALUES_F16, VALUES_I8, WORD, half_to_float
-from .tiers import ABLE, CAN, EACH, emit_columns, past_columns, tier_width, values_place
+from .tiers import CAN, EACH, emit_tier, past_columns, tier_width, values_place
 from .vectors import (
     AHEAD,
     call,
-    cases,
     constant,
     f32,
     i8,
@@ -131,27 +130,15 @@ def _typed_expand(
         raw = b.gep(base, [mask])
         stream = b.bitcast(raw, i64.as_pointer())
         target = b.gep(out, [b.mul(row, width(context, b, sig.args[11], w))])
-        bit, place = alloca_once(b, i64), alloca_once(b, i64)
 
-        def tier(code: int, initial: bool) -> None:
-            b.store(number(0), bit)
-            b.store(at, place)
-            word, following, end = loop(b, words, unroll=False)
-            columns = emit_columns(b, word, stream, length, bit, marks, initial)
-            here = b.load(place)
+        def emit(code: int, initial: bool, word: Any, columns: Any, here: Any) -> None:
             prefetch(b, b.gep(raw, [b.add(b.mul(word, number(8)), number(AHEAD))]))
             prefetch(b, b.gep(source, [b.add(here, number(AHEAD))]))
-            emit = _emit_by_vector if code == AVX512 else _emit_by_words
+            expand = _emit_by_vector if code == AVX512 else _emit_by_words
             there = b.gep(target, [b.mul(word, number(WORD))])
-            emit(b, columns, source, here, stop, there, SETS[code].flip, initial)
-            b.store(b.add(here, emit_count(b, columns)), place)
-            following()
-            end()
+            expand(b, columns, source, here, stop, there, SETS[code].flip, initial)
 
-        def for_set(code: int) -> None:
-            cases(b, first, {1: lambda: tier(code, True), 0: lambda: tier(code, False)})
-
-        cases(b, instructions, {code: lambda code=code: for_set(code) for code in ABLE})
+        emit_tier(b, instructions, first, words, (stream, length), marks, at, emit)
         return context.get_dummy_value()
 
     return signature, codegen

@@ -14,7 +14,20 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from . import attention, elementwise, hadamard, instructions, matmul, nested, planes, quantize, reference, rows, signs
+from . import (
+    attention,
+    elementwise,
+    hadamard,
+    instructions,
+    matmul,
+    nested,
+    planes,
+    quantize,
+    reference,
+    rounding,
+    rows,
+    signs,
+)
 from .attention import BLOCK_TOKENS
 
 Array = NDArray[Any]
@@ -221,7 +234,7 @@ def multiply_sum_arguments(
     p, c = planes.padded(n), made[: 4 * n].view(np.float32)
     q = np.zeros((tokens, p), np.int8)
     scales, corrections = np.zeros((tokens, p // 32), np.float32), np.zeros((tokens, p // 32), np.int32)
-    signs.round_inputs(draw.singles(tokens, n), c, q, scales, corrections)
+    rounding.round_inputs(draw.singles(tokens, n), c, q, scales, corrections)
     scratch = np.zeros((chunks, rows.ROWS, planes.level_stride(n)), np.uint8)
     singles, y = np.zeros((chunks, rows.ROWS, n), np.float32), np.full((tokens, m), np.nan, np.float32)
     code = _INSTRUCTIONS[instructions]
@@ -432,8 +445,8 @@ TABLE: Final = (
     # where two values lie beside a half, the bytes may differ by one
     Entry(
         "round_inputs",
-        signs.round_inputs,
-        signs.reference_round_inputs,
+        rounding.round_inputs,
+        rounding.reference_round_inputs,
         _round_inputs,
         lambda *_: 2.0**24,
         1,

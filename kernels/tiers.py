@@ -11,6 +11,7 @@ offsets arithmetic.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -91,6 +92,41 @@ def emit_columns(b: Any, word: Any, stream: Any, length: Any, at: Any, filled: A
     return columns
 
 
+def emit_tier(
+    b: Any,
+    instructions: Any,
+    first: Any,
+    words: Any,
+    mask: tuple[Any, Any],
+    filled: Any,
+    begins: Any,
+    emit: Callable[[int, bool, Any, Any, Any], None],
+) -> None:
+    """Code that runs `emit(code, whether first, word, columns, place)` for every word of a tier's row, with sets that
+    are ABLE: the values of these columns begin at `place`, those of the first word at `begins`.
+
+    `mask` is the stream of columns and its words. `filled` says which columns tiers before this one have, and gets this
+    one's; `first` is 1 for tier 0, which overwrites it.
+    """
+    bit, place = alloca_once(b, i64), alloca_once(b, i64)
+
+    def tier(code: int, initial: bool) -> None:
+        b.store(number(0), bit)
+        b.store(begins, place)
+        word, following, end = loop(b, words, unroll=False)
+        columns = emit_columns(b, word, *mask, bit, filled, initial)
+        here = b.load(place)
+        emit(code, initial, word, columns, here)
+        b.store(b.add(here, emit_count(b, columns)), place)
+        following()
+        end()
+
+    def for_set(code: int) -> None:
+        cases(b, first, {1: lambda: tier(code, True), 0: lambda: tier(code, False)})
+
+    cases(b, instructions, {code: lambda code=code: for_set(code) for code in ABLE})
+
+
 def _emit_by_vector(b: Any, columns: Any, values: Any, out: Any, first: bool) -> None:
     """Expand 64 floats with AVX-512."""
     kind = vector(f32, LANES)
@@ -152,26 +188,14 @@ def _typed_place(
         aside = b.gep(source, [b.sub(width(context, b, sig.args[4], values), number(WORD))])
         marks = context.make_array(sig.args[5])(context, b, filled).data
         target = b.gep(out, [b.mul(row, width(context, b, sig.args[9], w))])
-        bit, place = alloca_once(b, i64), alloca_once(b, i64)
 
-        def tier(code: int, initial: bool) -> None:
-            b.store(number(0), bit)
-            b.store(number(0), place)
-            word, following, end = loop(b, words, unroll=False)
-            columns = emit_columns(b, word, stream, length, bit, marks, initial)
-            here = b.load(place)
+        def emit(code: int, initial: bool, word: Any, columns: Any, here: Any) -> None:
             inside = b.icmp_signed("<", word, whole)
             there = b.select(inside, b.gep(target, [b.mul(word, number(WORD))]), aside)
-            emit = _emit_by_vector if code == AVX512 else _emit_by_eight
-            emit(b, columns, b.gep(source, [here]), there, initial)
-            b.store(b.add(here, emit_count(b, columns)), place)
-            following()
-            end()
+            expand = _emit_by_vector if code == AVX512 else _emit_by_eight
+            expand(b, columns, b.gep(source, [here]), there, initial)
 
-        def for_set(code: int) -> None:
-            cases(b, first, {1: lambda: tier(code, True), 0: lambda: tier(code, False)})
-
-        cases(b, instructions, {code: lambda code=code: for_set(code) for code in ABLE})
+        emit_tier(b, instructions, first, words, (stream, length), marks, number(0), emit)
         return context.get_dummy_value()
 
     return signature, codegen

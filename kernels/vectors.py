@@ -1,8 +1,8 @@
 """LLVM IR for byte vectors: what the integer kernels need and numba does not write by itself.
 
 A vector has `lanes` lanes of 128 bits, because the x86 instructions that interleave bytes work within such lanes: code
-written for lanes is the same for AVX-512 (4), AVX2 (2) and NEON (1), and only three things differ: how a matrix of
-8 x 8 bits is transposed, how bytes are looked up, and how bytes are multiplied and added up.
+written for lanes is the same for AVX-512 (4), AVX2 (2) and NEON (1), and only this differs: how bytes are looked up,
+how they are multiplied and added up, and that AVX-512 has an instruction that transposes 8 x 8 bits.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ LANE: Final = 16  # bytes
 AHEAD: Final = (
     4096  # bytes asked for ahead of time in each stream: took planes on one core from 10 to 34 GB/s (AMD EPYC)
 )
+_BEFORE: Final = tuple(8 * (k // 8) + 4 * (k // 4 % 2) + 2 * (k % 2) + k // 2 % 2 for k in range(LANE))  # `rotate`
 i8, i16, i32, i64, f32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_TRANSPOSE: Final = ((7, 0x00AA00AA00AA00AA), (14, 0x0000CCCC0000CCCC), (28, 0x00000000F0F0F0F0))
 
 
 def vector(element: Any, count: int) -> Any:
@@ -129,6 +129,8 @@ class Bytes:
     lanes = 1
     # xor on stored levels, because some multiply-adds take one factor unsigned; `planes` has the correction.
     flip = 0
+    # Whether planes are multiplied with a single token as they are decoded (`planes.emit_single`).
+    single = True
 
     def __init__(self, builder: Any) -> None:
         self.builder = builder
@@ -187,28 +189,96 @@ class Bytes:
         shifted = self.builder.shl(self.builder.bitcast(x, unit), constant(i16, [bits] * (self.nbytes // 2)))
         return self.builder.bitcast(shifted, self.kind)
 
-    def transpose(self, x: Any) -> Any:
-        """Of every 8 bytes: byte j gets bit j of each, the first byte's as its top bit."""
-        b, count = self.builder, 2 * self.lanes
-        places = [8 * word + 7 - byte for word in range(count) for byte in range(8)]
-        words = b.bitcast(shuffle(b, x, x, places), vector(i64, count))
-        for shift, mask in _TRANSPOSE:
-            by = constant(i64, [shift] * count)
-            moved = b.and_(b.xor(words, b.lshr(words, by)), constant(i64, [mask] * count))
-            words = b.xor(words, b.xor(moved, b.shl(moved, by)))
-        return b.bitcast(words, self.kind)
+    def size(self, x: Any) -> Any:
+        """Absolute values."""
+        b = self.builder
+        return b.select(b.icmp_signed("<", x, self.zero), b.sub(self.zero, x), x)
+
+    def arrange(self, x: Any, order: tuple[int, ...]) -> Any:
+        """In each lane its bytes in this order."""
+        places = [LANE * lane + place for lane in range(self.lanes) for place in order]
+        return shuffle(self.builder, x, x, places)
+
+    def _gather(self, x: Any, y: Any, bits: int) -> tuple[Any, Any]:
+        """Of `2 * bits` bits each, the upper half of `x` and the lower of `y` change places; None is all zeros, and `x`
+        only where `y` is.
+        """
+        if x is None:
+            return None, None
+        b, low = self.builder, self.all(255 // ((1 << bits) + 1))
+        if y is None:
+            return b.and_(x, low), b.and_(self.right(x, bits), low)
+        moved = b.and_(b.xor(self.right(x, bits), y), low)
+        return b.xor(x, self.left(moved, bits)), b.xor(y, moved)
+
+    def rotate(self, vectors: list[Any]) -> list[Any]:
+        """Eight vectors: the three bits of a vector's number and the upper three of a byte's place in its lane change
+        places, and the place's lowest bit becomes its top one.
+        """
+        found = list(vectors)
+        for step in (4, 2, 1):
+            for k in (k for k in range(8) if not k & step):
+                pair = found[k], found[k + step]
+                found[k], found[k + step] = (self.unpack(*pair, 1, high) for high in (False, True))
+        return found
+
+    def by_bit(self, planes: list[Any]) -> list[Any]:
+        """Vectors of 3 or 4 planes -> 8 vectors of indices, one for each bit of a byte, as `look_up` wants them."""
+        low, *more = reversed(planes)
+        found = [low, *more, *[None] * (4 - len(planes))]
+        for step in (1, 2):
+            for k in (k for k in range(4) if not k & step):
+                found[k], found[k + step] = self._gather(found[k], found[k + step], step)
+        nibbles = [self.right(found[k], bits) for bits in (0, 4) for k in range(4)]  # of bits k and k + 4
+        return nibbles if len(planes) == 3 else [self.builder.and_(nibble, self.all(15)) for nibble in nibbles]
+
+    def levels_by_bit(self, table: list[Any], planes: list[Any]) -> list[Any]:
+        """Vectors of planes -> 8 vectors of levels, one for each bit of a byte."""
+        if len(planes) == 2:
+            both = self._gather(planes[1], planes[0], 1)  # four indices in each byte, of every second bit
+            nibbles = [self.builder.and_(self.right(some, bits), self.all(15)) for bits in (0, 4) for some in both]
+            return [self.look_up(part, nibbles[k + odd]) for k in (0, 2) for part in table for odd in (0, 1)]
+        upper, lower = planes[:-4], planes[-4:]
+        found = []
+        for bit, index in enumerate(self.by_bit(lower)):
+            parts = [self.look_up(part, index) for part in table]
+            for plane in reversed(upper):
+                odd = self.builder.icmp_signed("<", self.left(plane, 7 - bit), self.zero)
+                parts = [self.builder.select(odd, parts[k + 1], parts[k]) for k in range(0, len(parts), 2)]
+            found += parts
+        return found
+
+    def indices(self, planes: list[Any]) -> list[Any]:
+        """Vectors of four planes -> 8 vectors of indices in the order of `planes.column_order`, as `look_up` wants
+        them.
+        """
+        return self.rotate(self.by_bit([self.arrange(plane, _BEFORE) for plane in planes]))
+
+    def levels(self, table: list[Any], planes: list[Any]) -> list[Any]:
+        """Vectors of 2 to 8 planes -> 8 vectors of levels in the order of `planes.column_order`."""
+        return self.rotate(self.levels_by_bit(table, [self.arrange(plane, _BEFORE) for plane in planes]))
 
     def table(self, pointer: Any, depth: int) -> list[Any]:
-        """2^depth levels from memory, as `look_up` wants them."""
-        raise NotImplementedError
+        """2^depth levels from memory in vectors of 16, the same in all lanes. Of two planes, of which four bits are the
+        indices of two columns: the levels of the lower, and of the upper.
+        """
+        count = min(LANE, 1 << depth)
+        parts = [self.repeated(pointer, start, count) for start in range(0, 1 << depth, count)]
+        return parts if depth > 2 else [*parts, self.arrange(parts[0], tuple(k // 4 for k in range(LANE)))]
 
-    def look_up(self, table: list[Any], index: Any, depth: int) -> Any:
-        """The levels of every index, of which only the low bits that `indices` documents count."""
+    def look_up(self, part: Any, index: Any) -> Any:
+        """The levels of indices of four bits, `part` being a vector of a table; an index's top bit is 0, others may be
+        garbage.
+        """
         raise NotImplementedError
 
     def dot(self, total: Any, w: Any, x: Any) -> Any:
         """`total` (i32) plus the products of four neighbouring bytes each."""
         raise NotImplementedError
+
+    def dot_sized(self, total: Any, w: Any, x: Any, size: Any) -> Any:
+        """The same, `size` being the absolute values of `x`."""
+        return self.dot(total, w, x)
 
     def multiply_pairs(self, x: Any, y: Any) -> Any:
         """Two neighbouring products each, added up to 16 bits: `x` in [0, 127], `y` in [-127, 127]."""
@@ -239,11 +309,45 @@ class Avx512(Bytes):
     name = "avx512"
     lanes = 4
     flip = 0x80
+    single = False
 
     def transpose(self, x: Any) -> Any:
-        """One product with the identity."""
+        """Of every 8 bytes: byte j gets bit j of each, the first byte's as its top bit."""
         identity = constant(i8, [1 << bit for bit in range(8)] * 8)
         return call(self.builder, "llvm.x86.vgf2p8affineqb.512", self.kind, [identity, x, ir.Constant(i8, 0)])
+
+    def indices(self, planes: list[Any]) -> list[Any]:
+        """Of any number of planes: interleaved until 64 bits hold 8 x 8 bits, columns by planes, or of two or four
+        planes several such groups, then transposed. Bits above the index are garbage up to depth 4, and zero beyond.
+        """
+        d = len(planes)
+        if d == 2:
+            found = []
+            for high in (False, True):
+                pairs = self.unpack(planes[0], planes[1], 1, high)
+                mixed = self.transpose(self.pick(pairs, pairs, (0, 2, 1, 3)))
+                found += [self.right(mixed, bits) for bits in (6, 4, 2, 0)]
+            return found
+        if d <= 4:
+            found = []
+            for mixed in self._fours([self.zero] * (4 - d) + planes):
+                turned = self.transpose(mixed)
+                found += [self.right(turned, 4), turned]
+            return found
+        eight = [self.zero] * (8 - d) + planes
+        return [
+            self.transpose(self.pick(top, low, order))
+            for top, low in zip(self._fours(eight[:4]), self._fours(eight[4:]), strict=True)
+            for order in ((0, 4, 2, 6), (1, 5, 3, 7))
+        ]
+
+    def _fours(self, p: list[Any]) -> list[Any]:
+        """Bytes of four planes interleaved: four vectors."""
+        return [
+            self.unpack(self.unpack(p[0], p[1], 1, low), self.unpack(p[2], p[3], 1, low), 2, high)
+            for low in (False, True)
+            for high in (False, True)
+        ]
 
     def table(self, pointer: Any, depth: int) -> list[Any]:
         """One, two or four vectors of 64, as unsigned numbers."""
@@ -251,15 +355,22 @@ class Avx512(Bytes):
         parts = [self.repeated(pointer, start, count) for start in range(0, 1 << depth, count)]
         return [self.builder.xor(part, self.all(self.flip)) for part in parts]
 
-    def look_up(self, table: list[Any], index: Any, depth: int) -> Any:
-        """`vpermb` heeds 6 bits, `vpermi2b` 7."""
+    def levels(self, table: list[Any], planes: list[Any]) -> list[Any]:
+        """`vpermb` heeds 6 bits of an index, `vpermi2b` 7."""
+        return [self._level(table, index) for index in self.indices(planes)]
+
+    def _level(self, table: list[Any], index: Any) -> Any:
         if len(table) == 1:
-            return call(self.builder, "llvm.x86.avx512.permvar.qi.512", self.kind, [table[0], index])
+            return self.look_up(table[0], index)
         low, *high = (
             call(self.builder, "llvm.x86.avx512.vpermi2var.qi.512", self.kind, [table[k], index, table[k + 1]])
             for k in range(0, len(table), 2)
         )
         return self.builder.select(self.builder.icmp_signed("<", index, self.zero), high[0], low) if high else low
+
+    def look_up(self, part: Any, index: Any) -> Any:
+        """Whatever the upper bits are, if they choose among copies."""
+        return call(self.builder, "llvm.x86.avx512.permvar.qi.512", self.kind, [part, index])
 
     def multiply_pairs(self, x: Any, y: Any) -> Any:
         """Nothing saturates."""
@@ -277,20 +388,9 @@ class Avx2(Bytes):
     name = "avx2"
     lanes = 2
 
-    def table(self, pointer: Any, depth: int) -> list[Any]:
-        """Vectors of 16 levels, the same in both lanes."""
-        count = min(LANE, 1 << depth)
-        return [self.repeated(pointer, start, count) for start in range(0, 1 << depth, count)]
-
-    def look_up(self, table: list[Any], index: Any, depth: int) -> Any:
-        """`vpshufb` heeds 4 bits, and wants the top one clear."""
-        b = self.builder
-        low = b.and_(index, self.all(15))
-        found = [call(b, "llvm.x86.avx2.pshuf.b", self.kind, [part, low]) for part in table]
-        for bit in range(4, depth):
-            odd = b.icmp_signed("<", self.left(index, 7 - bit), self.zero)
-            found = [b.select(odd, found[k + 1], found[k]) for k in range(0, len(found), 2)]
-        return found[0]
+    def look_up(self, part: Any, index: Any) -> Any:
+        """`vpshufb`."""
+        return call(self.builder, "llvm.x86.avx2.pshuf.b", self.kind, [part, index])
 
     def multiply_pairs(self, x: Any, y: Any) -> Any:
         """Nothing saturates."""
@@ -298,9 +398,12 @@ class Avx2(Bytes):
 
     def dot(self, total: Any, w: Any, x: Any) -> Any:
         """Exact: a pair of products is at most 2 * 127 * 127."""
+        return self.dot_sized(total, x, w, self.size(w))
+
+    def dot_sized(self, total: Any, w: Any, x: Any, size: Any) -> Any:
+        """The sign of `x` moves into `w`."""
         b, halves = self.builder, vector(i16, self.nbytes // 2)
-        size = b.select(b.icmp_signed("<", w, self.zero), b.sub(self.zero, w), w)
-        signed = call(b, "llvm.x86.avx2.psign.b", self.kind, [x, w])
+        signed = call(b, "llvm.x86.avx2.psign.b", self.kind, [w, x])
         pairs = call(b, "llvm.x86.avx2.pmadd.ub.sw", halves, [size, signed])
         ones = constant(i16, [1] * (self.nbytes // 2))
         return b.add(total, call(b, "llvm.x86.avx2.pmadd.wd", total.type, [pairs, ones]))
@@ -312,24 +415,10 @@ class Neon(Bytes):
     name = "neon"
     lanes = 1
 
-    def table(self, pointer: Any, depth: int) -> list[Any]:
-        """Vectors of 16 levels."""
-        count = min(LANE, 1 << depth)
-        return [self.repeated(pointer, start, count) for start in range(0, 1 << depth, count)]
-
-    def look_up(self, table: list[Any], index: Any, depth: int) -> Any:
-        """`tbl` gives 0 for an index beyond its (at most four) vectors, so parts of the table add up."""
-        b = self.builder
-        if depth < 4:
-            index = b.and_(index, self.all((1 << depth) - 1))
-        elif depth == 4:
-            index = b.and_(index, self.all(15))
-        found = self.zero
-        for start in range(0, len(table), 4):
-            part = table[start : start + 4]
-            moved = b.sub(index, self.all(LANE * start)) if start else index
-            found = b.or_(found, call(b, f"llvm.aarch64.neon.tbl{len(part)}.v16i8", self.kind, [*part, moved]))
-        return found
+    def look_up(self, part: Any, index: Any) -> Any:
+        """`tbl` heeds all bits."""
+        index = self.builder.and_(index, self.all(15))
+        return call(self.builder, "llvm.aarch64.neon.tbl1.v16i8", self.kind, [part, index])
 
     def multiply_pairs(self, x: Any, y: Any) -> Any:
         """Both signed, half by half."""

@@ -22,8 +22,9 @@ from ...kernels.matmul import matmul, row_stride, take_rows
 from ...kernels.planes import level_stride, multiply_planes
 from ...kernels.planes import padded as padded_bytes
 from ...kernels.quantize import quantize_inputs
+from ...kernels.rounding import round_inputs
 from ...kernels.rows import I8, MASK, PLANE, ROWS, SIGNS
-from ...kernels.signs import integral, multiply_sum, prepare, round_inputs
+from ...kernels.signs import integral, multiply_sum, prepare
 from .batch import CHUNKS_PER_THREAD, Batch
 from .network import Linear, Network, build_layer
 from .program import build_program
@@ -112,7 +113,7 @@ class Inputs:
         return self._as
 
     def rounded(self, x: F32, c: F32) -> Quantized:
-        """`x [T, n]` in bytes, as `signs.round_inputs` does it."""
+        """`x [T, n]` in bytes, as `rounding.round_inputs` does it."""
         t = self._space(x)
         round_inputs(x, c, t.q, t.scales, t.corrections)
         return t

@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from ebbflow.kernels.cache import compile_once, compiled, use_cache
+from ebbflow.kernels.cache import PARTS, compile_once, compiled, use_cache
 from ebbflow.kernels.instructions import available
 from ebbflow.kernels.rows import JIT_OFF
 
@@ -39,6 +40,19 @@ def test_the_threads_are_those_that_a_step_needs_whatever_other_programs_want(
     assert os.environ["NUMBA_THREADING_LAYER"] == "workqueue"
 
 
+@pytest.mark.parametrize("variable", ["EBBFLOW_INSTRUCTIONS", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"])
+def test_kernels_for_other_instructions_are_kept_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str
+) -> None:
+    """Else those of one choice would be thought complete, and the worker compile them itself."""
+    for name in ("NUMBA_CACHE_DIR", "NUMBA_THREADING_LAYER", variable):
+        monkeypatch.setenv(name, "")
+    folder = use_cache(tmp_path)
+    assert use_cache(tmp_path) == folder
+    monkeypatch.setenv(variable, "+sse2")
+    assert use_cache(tmp_path) != folder
+
+
 def test_a_run_without_the_compiler_does_not_make_the_cache_complete(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -56,6 +70,39 @@ def test_a_compiler_that_fails_is_told_of_and_leaves_nobody_behind(tmp_path: Pat
         patch.setenv("NUMBA_DISABLE_JIT", "0")
         with pytest.raises(subprocess.CalledProcessError):
             compile_once(tmp_path, "failing_compiler", together=together)
+    assert not compiled(tmp_path)
+
+
+class InterruptedCompiler:
+    """A process whose first wait is cut short, as by Ctrl-C."""
+
+    started: ClassVar[list[InterruptedCompiler]] = []
+
+    def __init__(self, args: list[str], **_: object) -> None:
+        self.args, self.waits, self.killed = args, 0, False
+        self.started.append(self)
+
+    def wait(self) -> int:
+        self.waits += 1
+        if self.waits == 1:
+            raise KeyboardInterrupt
+        return -9 if self.killed else 0
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_an_interrupted_wait_leaves_no_compiler_behind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, together: bool
+) -> None:
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "0")
+    monkeypatch.setattr(InterruptedCompiler, "started", [])
+    monkeypatch.setattr(subprocess, "Popen", InterruptedCompiler)
+    with pytest.raises(KeyboardInterrupt):
+        compile_once(tmp_path, together=together)
+    assert len(InterruptedCompiler.started) == (len(PARTS) if together else 1)
+    assert all(process.killed for process in InterruptedCompiler.started)
     assert not compiled(tmp_path)
 
 

@@ -14,7 +14,16 @@ from numpy.typing import NDArray
 
 from ebbflow.kernels import instructions, planes, quantize
 from ebbflow.kernels.instructions import NAMES, available
-from ebbflow.kernels.planes import column_order, emit_decode, emit_dot, multiply_planes, padded, stored_bytes
+from ebbflow.kernels.planes import (
+    column_order,
+    emit_decode,
+    emit_dot,
+    emit_single,
+    emit_turn,
+    multiply_planes,
+    padded,
+    stored_bytes,
+)
 from ebbflow.kernels.table import Draw, multiply_planes_arguments
 from ebbflow.kernels.vectors import Neon, number
 
@@ -29,11 +38,12 @@ def result(arguments: list[Any]) -> NDArray[np.uint32]:
     return arguments[-1].view(np.uint32).copy()
 
 
+@pytest.mark.parametrize("tokens", [1, 6])
 @pytest.mark.parametrize("n", [1, 65, 300, 576, 1024])
 @pytest.mark.parametrize("levels", DEPTHS, ids=len)
-def test_every_instruction_set_gives_the_same_bits(levels: tuple[str, ...], n: int) -> None:
+def test_every_instruction_set_gives_the_same_bits(levels: tuple[str, ...], n: int, tokens: int) -> None:
     found = [
-        result(multiply_planes_arguments(Draw(n), m=9, n=n, tokens=6, levels=levels, instructions=name))
+        result(multiply_planes_arguments(Draw(n), m=9, n=n, tokens=tokens, levels=levels, instructions=name))
         for name in available()
     ]
     for other in found[1:]:
@@ -133,6 +143,9 @@ def test_the_arm_kernel_is_made_of_the_instructions_it_is_meant_for() -> None:
         builder = ir.IRBuilder(function.append_basic_block())
         base, offsets, rows, words, out = function.args
         emit_decode(Neon(builder), base, offsets, depth, rows, (words, number(0), words), base, out)
+        scales = builder.bitcast(out, ir.FloatType().as_pointer())
+        emit_single(Neon(builder), base, offsets, depth, rows, (words, words), base, (out, out, words, scales), scales)
+        emit_turn(Neon(builder), out, words, out, out)
         builder.ret_void()
     floats, sums = ir.FloatType().as_pointer(), ir.IntType(32).as_pointer()
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [pointer, pointer, whole, floats, sums]), "dot")

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from ebbflow.kernels import signs
 from ebbflow.kernels.instructions import available
 from ebbflow.kernels.reference import reference_levels
+from ebbflow.kernels.rounding import round_inputs
 from ebbflow.kernels.rows import JIT_OFF
-from ebbflow.kernels.signs import emit_decode_signs, integral, multiply_sum, prepare, round_inputs
+from ebbflow.kernels.signs import emit_decode_signs, integral, multiply_sum, prepare
 from ebbflow.kernels.table import Draw, multiply_sum_arguments, store_levels
 from ebbflow.kernels.vectors import Neon
 
