@@ -71,7 +71,7 @@ class Encoder:
         same = (_nearest(found)[:, :, None] == self._nearest[:, None]).any(2)
         return 1 - (found * self._reference).sum(1), float(same.float().mean())
 
-    def moments(self) -> tuple[dict[str, LinearMoments], dict[str, LinearMoments]]:
+    def moments(self, gradients: bool = True) -> tuple[dict[str, LinearMoments], dict[str, LinearMoments]]:
         """Every linear's, on the calibration texts: by token, and by text.
 
         With e the normalised embedding, `1 - cos = ½ |δe|²` to second order, and `|δe|² = E[(u · δe)²]` over standard
@@ -83,6 +83,8 @@ class Encoder:
                        `H = E[x xᵀ]`, `G_r = T E[g_r²]`, T the mean tokens of a text.
             by text    `H = E[Γᵀ Γ] / E|Γ|²`, `G_r = E|Γ_r|²`: tokens weigh what their gradients do, and the errors of
                        a text's tokens, which the model averages, add up.
+
+        Without `gradients`, which take nearly all of the time, G is 0, and nothing is there by text.
         """
         generator = torch.Generator().manual_seed(0)
         sums = {name: _Sums(linear.weight) for name, linear in self._linears.items()}
@@ -91,7 +93,7 @@ class Encoder:
             with torch.enable_grad():
                 x = self._model.embeddings(ids).requires_grad_()
                 embedding = self._pooled(x)
-            for _ in range(PROJECTIONS):
+            for _ in range(PROJECTIONS if gradients else 0):
                 projected = torch.randn(embedding.shape, generator=generator)
                 torch.autograd.grad(embedding, x, projected, retain_graph=True)
             for total in sums.values():
@@ -102,7 +104,7 @@ class Encoder:
         shared: dict[tuple[float, ...], Tensor] = {}  # linears that read the same activations share one tensor
         return (
             {name: total.by_token(tokens, shared) for name, total in sums.items()},
-            {name: total.by_text() for name, total in sums.items()},
+            {name: total.by_text() for name, total in sums.items()} if gradients else {},
         )
 
     def _embed(self, texts: list[list[int]]) -> Tensor:

@@ -44,8 +44,8 @@ def main() -> int:
         sys.exit(f"EBBFLOW_BENCH_ROWS names {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     judge = judge_of(encoder)
     linears, by_text = (
-        linears_of((name, weight, moments[name]) for name, weight in encoder.weights.items())
-        for moments in encoder.moments()
+        linears_of((name, weight, moments[name]) for name, weight in encoder.weights.items() if name in moments)
+        for moments in encoder.moments(gradients="by-text" in rows)
     )
     compare_methods(report, "cosine", judge, linears, rows)
     for method in METHODS[1:] if "by-text" in rows else ():  # magnitude asks no moments

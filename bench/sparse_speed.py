@@ -1,8 +1,8 @@
 """Tokens per second of whole sparse models of the 1.1B shape, through the real daemon, against dense ones and planes.
 
 Half of all linears' weights are there, as fp16, int8 or int4, in one tier or in the three of `ebb add`. The peers are
-of the same shape: every weight in the same precision, dense (int4 has int8's: no dense block is smaller), and `nested`, 8
-planes, cut to the sparse model's bytes, or whole where that is less. Embedding and head are int8 in all but `nested`.
+of the same shape: every weight in the same precision, dense (int4 has int8's: no dense block is smaller), and `nested`,
+8 planes, cut to the sparse model's bytes, or whole where that is less. Embedding and head are int8 in all but `nested`.
 Three tasks: decoding for one request and for four at once, prefilling a prompt; what is compared runs in turn, round by
 round, and the best of each counts. Nothing is reused of the answers before.
 
