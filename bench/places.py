@@ -56,11 +56,18 @@ FULL = {
     "full": (),
     "full-sparse": ("--codec", "sparse", "--levels", "3"),
     "full-sparse-i4": ("--codec", "sparse", "--levels", "3", "--values", "i4"),
+    "full-sparse-f16": ("--codec", "sparse", "--levels", "3", "--values", "f16"),
+    "full-tier": ("--codec", "sparse", "--levels", "1"),
+    "full-tier-i4": ("--codec", "sparse", "--levels", "1", "--values", "i4"),
+    "full-tier-f16": ("--codec", "sparse", "--levels", "1", "--values", "f16"),
+    "full-dense": ("--codec", "dense"),
+    "full-dense-f16": ("--codec", "dense", "--values", "f16"),
+    "full-8": ("--levels", "7"),
 }
 
 
 def full_shape(name: str = "full") -> Path:
-    """A random stack of the 1.1B shape, one of FULL, 680 to 920 MB; seeded. Sparse ones have the same masks."""
+    """A random stack of the 1.1B shape, one of FULL, 0.5 to 2.1 GB; seeded. Those of as many tiers share masks."""
     if not (LIBRARY / name).exists():
         (LIBRARY).mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "ebbflow.daemon.library.synthetic", "tinyllama-1.1b", *FULL[name]]

@@ -17,13 +17,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from itertools import count
 
 import numpy as np
+from asking import Ours, held
 from llama_speed import full_gguf, tensor_nbytes, tokens_per_second
 
 from ebbflow.client import Client
-from ebbflow.formats.messages import Finished
 
 from places import daemon, demo_model, full_shape, keep_to_wished_instructions
 from report import Report
@@ -32,7 +31,6 @@ TYPES = os.environ.get("EBBFLOW_BENCH_TYPES", "Q2_K Q3_K_S Q4_K_S").split()
 CONTEXTS, PROMPTS = (128, 1024), (128, 512)
 TOKENS, ROUNDS = 48, 3
 AVX512 = os.environ.get("EBBFLOW_INSTRUCTIONS") != "avx2"
-NAMESPACES = count()
 SIZES = (350, 450, 550, 650, 750)  # MB
 
 
@@ -45,51 +43,6 @@ def read_gigabytes_per_second() -> float:
         data.sum()
         times.append(time.perf_counter() - began)
     return data.nbytes / min(times) / 1e9
-
-
-def held(client: Client, model: str, size: str) -> int:
-    """Resize; the bytes that are resident then."""
-    residency = client.resize(model, size).residency
-    assert residency is not None
-    return residency.nbytes
-
-
-class Ours:
-    """One model behind a daemon, asked with prompts of so many tokens."""
-
-    def __init__(self, client: Client, model: str) -> None:
-        self._client, self._model = client, model
-        self._prompts: dict[int, str] = {}
-
-    def decode(self, context: int, tokens: int = TOKENS) -> float:
-        """Tokens per second after the first."""
-        done = self._ask(self._prompt(context), tokens)
-        return (done.tokens - 1) / (done.seconds - done.seconds_to_first)
-
-    def prefill(self, prompt: int) -> float:
-        """Prompt tokens per second until the first token is there."""
-        done = self._ask(self._prompt(prompt), 1)
-        return done.prompt_tokens / done.seconds_to_first
-
-    def _ask(self, prompt: str, tokens: int) -> Finished:
-        """One answer, for which nothing is reused of the answers before."""
-        with self._client.generate(self._model, prompt, max_tokens=tokens, namespace=f"{next(NAMESPACES)}") as stream:
-            stream.text()
-        assert stream.result is not None
-        return stream.result
-
-    def _prompt(self, tokens: int) -> str:
-        """Text of just so many tokens, or one more: found by asking."""
-        if tokens not in self._prompts:
-            line, count = "x = 1\n", tokens
-            for _ in range(6):
-                text = (line * tokens)[:count]
-                found = self._ask(text, 1).prompt_tokens
-                if 0 <= found - tokens <= 1:
-                    break
-                count += tokens - found
-            self._prompts[tokens] = text
-        return self._prompts[tokens]
 
 
 def compare(report: Report, what: str, ours: Callable[[], float], theirs: Callable[[], float]) -> float:
@@ -117,7 +70,7 @@ def against_llama(report: Report, client: Client, threads: int) -> None:
             ratio = compare(
                 report,
                 f"{kind}: decode at context {context}",
-                lambda context=context: ours.decode(context),
+                lambda context=context: ours.decode(context, TOKENS),
                 lambda context=context, path=path: tokens_per_second(
                     path, threads, generate=TOKENS, depth=context, avx512=AVX512
                 ),
@@ -141,7 +94,7 @@ def by_size(report: Report, client: Client, plain: float) -> None:
     ours, sizes, costs = Ours(client, model), [], []
     for size in SIZES:
         sizes.append(held(client, model, f"{size}MB"))
-        speeds = sorted(ours.decode(128) for _ in range(ROUNDS))
+        speeds = sorted(ours.decode(128, TOKENS) for _ in range(ROUNDS))
         costs.append(1e3 / speeds[ROUNDS // 2])
         share = sizes[-1] / costs[-1] / 1e6 / plain
         text = f"{speeds[ROUNDS // 2]:.1f} tok/s, {costs[-1]:.1f} ms a token, {share:.2f} of a plain read of one thread"

@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--levels", type=int, help="as many as the codec's default, if not given")
     parser.add_argument("--rank", type=int, help="rank of every block of bitstack (by shape, if not given)")
     parser.add_argument("--sparsity", type=float, help="share of the linears' weights that are zero (sparse; 0.5)")
-    parser.add_argument("--values", choices=VALUES_DTYPES, default="i8", help="what the others are stored as (sparse)")
+    parser.add_argument("--values", choices=VALUES_DTYPES, default="i8", help="what is stored (sparse, dense)")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 

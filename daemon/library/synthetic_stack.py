@@ -2,7 +2,8 @@
 
 Weights are about 0.02 in size, like a fresh network's. Planes are random bits with the codebook's levels; signs are
 random bits too, with factors positive and near each other, level l being about `+-0.02 / 2^l`. Tiers of a sparse one
-are cut like real ones; rows of a mask are a few random ones, turned. Each block is a function of (seed, tensor, level,
+are cut like real ones; rows of a mask are a few random ones, turned. `dense` stores what it is, in one block a tensor:
+no codec makes such models, they are what others are compared with. Each block is a function of (seed, tensor, level,
 kind), made once for its hash and again for the file; so sparse models of one seed and sparsity have the same masks, and
 share the file, whatever their values are stored as.
 """
@@ -46,7 +47,8 @@ from .place import check_room, free_place, making
 from .prune import Groups
 from .synthetic_tokenizer import BOS, EOS, write_tokenizer
 
-LEVELS: Final = {"nested": 5, "bitstack": 4, "sparse": 2}  # 850, 661 and 920 MB for TinyLlama's shape
+LEVELS: Final = {"nested": 5, "bitstack": 4, "sparse": 2, "dense": 1}  # 850, 661, 920, 1100 MB for TinyLlama's shape
+DENSE_DTYPES: Final = ("f16", "i8")
 SPARSITY: Final = 0.5
 WEIGHT: Final = 0.02
 INT8_DEVIATION: Final = 73.3  # of uniform numbers in [-127, 127]
@@ -66,8 +68,8 @@ def write_random_stack(
     sparsity: float | None = None,
     values: str = "i8",
 ) -> Manifest:
-    """Put a random model of shape `a` into the library; `rank` is for `bitstack`, `sparsity` and the dtype of `values`
-    for `sparse`.
+    """Put a random model of shape `a` into the library; `rank` is for `bitstack`, `sparsity` for `sparse`, the dtype of
+    `values` for that and `dense`.
 
     Raises `InvalidName`, `InvalidRequest` (codec, levels, rank, sparsity, values), `ModelExists` or `DiskFull`.
     """
@@ -79,6 +81,8 @@ def write_random_stack(
             plain = list(_planes(a, choose_planes(levels)))
         case "bitstack":
             plain = list(_signs(a, choose_levels(levels), rank))
+        case "dense":
+            plain = list(_whole(a, levels, values))
         case _:
             plain = list(_tiers(a, levels, SPARSITY if sparsity is None else sparsity, values))
     check_room({library: prefix_edges(plain)[-1]})
@@ -97,6 +101,8 @@ def write_random_stack(
             options["rank"] = rank or "by shape"
         if codec == "sparse":
             options |= {"sparsity": SPARSITY if sparsity is None else sparsity, "values": values}
+        if codec == "dense":
+            options["values"] = values
         manifest = _manifest(a, name, codec, index, options)
         write_manifest(folder, manifest)
     return manifest
@@ -126,6 +132,16 @@ def _signs(a: Architecture, levels: int, rank: int | None) -> Iterator[BlockEntr
         chosen = choose_rank(*linears[name], rank)
         for level in range(levels):
             yield _entry(a, "signs", name, level, shape, prod(shape) / total / 4**level, rank=chosen)
+
+
+def _whole(a: Architecture, levels: int, values: str) -> Iterator[BlockEntry]:
+    """Every tensor as it is; embedding and head are int8."""
+    if values not in DENSE_DTYPES or levels != 1:
+        raise InvalidRequest(f"values {values!r}, {levels} levels of dense; want {' or '.join(DENSE_DTYPES)}, and one")
+    linears = layer_linears(a)
+    for name, shape in weight_shapes(a).items():
+        dtype = values if name in linears else "i8" if len(shape) > 1 else "bf16"
+        yield _entry(a, "dense", name, 0, shape, 0.0, dtype=dtype)
 
 
 def _tiers(a: Architecture, levels: int, sparsity: float, values: str) -> Iterator[BlockEntry]:
@@ -192,6 +208,8 @@ def _payload(entry: BlockEntry, seed: int, filled: int) -> bytes:
     if entry.dtype == "i8":
         scales = np.full(entry.shape[0], WEIGHT / INT8_DEVIATION, "<f4")
         return scales.tobytes() + generator.integers(-127, 128, entry.shape, np.int8).tobytes()
+    if entry.dtype == "f16":
+        return (generator.standard_normal(entry.shape, np.float32) * np.float32(WEIGHT)).astype("<f2").tobytes()
     value = 0.0 if entry.tensor.endswith(".bias") else 1.0
     return bytes((np.full(entry.shape, value, "<f4").view("<u4") >> 16).astype("<u2").tobytes())
 

@@ -149,6 +149,22 @@ def test_a_sparse_stack_that_makes_no_sense(tmp_path, wrong):
         write_random_stack(TINY, tmp_path, "m", codec="sparse", **wrong)
 
 
+@pytest.mark.parametrize("values", ["f16", "i8"])
+def test_dense_stacks_are_one_block_a_tensor(tmp_path, values):
+    write_random_stack(TINY, tmp_path, "m", codec="dense", values=values)
+    blocks = list(read_blocks(read_stack(tmp_path / "m" / STACK)))
+    dtypes = {entry.tensor: entry.dtype for entry, _ in blocks}
+    assert set(dtypes) == set(weight_shapes(TINY))
+    assert (dtypes["layers.0.q"], dtypes["embed"], dtypes["final_norm"]) == (values, "i8", "bf16")
+    assert sum_blocks(blocks)["layers.0.q"].std() == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize("wrong", [{"values": "i4"}, {"levels": 2}])
+def test_a_dense_stack_that_makes_no_sense(tmp_path, wrong):
+    with pytest.raises(InvalidRequest):
+        write_random_stack(TINY, tmp_path, "m", codec="dense", **wrong)
+
+
 def test_biases_are_zero(tmp_path):
     biased = msgspec.structs.replace(TINY, qkv_bias=True)
     write_random_stack(biased, tmp_path, "m", levels=1)
