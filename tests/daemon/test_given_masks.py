@@ -239,7 +239,7 @@ def test_masks_that_lie_inside_the_other_are_taken_too(home: Path) -> None:
     base = read_stack(folder / STACK).base
     write_stack(folder / STACK, StackIndex(base, inside), lambda i: blocks[i][1])
     (folder / MASKS).unlink()
-    write_manifest(folder, msgspec.structs.replace(read_manifest(folder), masks=""))
+    write_manifest(folder, msgspec.structs.replace(read_manifest(folder), masks="", base_masks_nbytes=0))
     with GivenMasks(home / "library", "one") as given:
         assert not given.linkable_nbytes
     two = add_to(home, "two", masks_of="one", method="wanda")
