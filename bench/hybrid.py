@@ -24,9 +24,9 @@ by that of planes in as many bytes (between two depths by its logarithm); `direc
 part along H's first eigenvector out, a number for each row.
 
 The KL is of all linears; gains and orders are of those of the layers that EBBFLOW_BENCH_LAYERS numbers, from 0 (2, if
-nothing does: the layer in the middle). Each layer more takes two minutes.
+nothing does: the layer in the middle).
 
-Run: .venv/bin/python bench/hybrid.py [--json FILE] [--check]                                        (seven minutes)
+Run: .venv/bin/python bench/hybrid.py [--json FILE] [--check]      (six minutes of a core, by pieces)
 """
 
 from __future__ import annotations

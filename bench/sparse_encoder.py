@@ -7,7 +7,7 @@ the H that was pruned for. Embeddings, norms and biases are the original's.
 
 EBBFLOW_BENCH_ROWS names what is done, of: 50% 60% 70% 2:4 4:8 by-text.
 
-Needs the extra `bench`. Run: .venv/bin/python bench/sparse_encoder.py [--json FILE] [--check]      (ten minutes)
+Needs the extra `bench`. Run: .venv/bin/python bench/sparse_encoder.py [--json FILE] [--check]
 """
 
 from __future__ import annotations

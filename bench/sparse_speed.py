@@ -11,7 +11,7 @@ operation by operation, as it is when served: nothing was done for its speed, si
 and values are random, of as many ones a row, which speed does not depend on.
 
 EBBFLOW_BENCH_ROWS names what is done, of: f16 f16-tiers i8 i8-tiers i4 i4-tiers. All want 9 GB of disk the first time,
-3 to 6 GB of memory, and take eight minutes, or half with EBBFLOW_BENCH_ROUNDS=1.
+3 to 6 GB of memory, and take ten to twenty minutes, or half with EBBFLOW_BENCH_ROUNDS=1.
 
 Run: .venv/bin/python bench/sparse_speed.py [--json FILE] [--check]
 """
