@@ -1,10 +1,12 @@
 """Tiers of masks and values -> rows of bytes, which `signs.multiply_sum` multiplies.
 
-Method: the next tier's mask has a bit only for columns that are still zero, so `deposit` first moves its bits to their
-columns. A row's values are bytes one after the other (int8 as they are stored, halves of bytes unpacked, fp16 rounded
-with the row's own scale, which all its tiers share), and those of 64 columns are put in their places at once: by
-`vpexpandb` with AVX-512, by eight deposits of bytes with BMI2 (code AVX2), else one by one. Tier after tier writes into
-the same row. What fp16 becomes is what `signs` makes of rows decoded to floats, without the floats of all columns.
+Method: a row's values are bytes one after the other (int8 as they are stored, halves of bytes unpacked, fp16 rounded
+with the row's own scale, which all its tiers share). The next tier's mask has a bit only for columns that are still
+zero. With AVX-512 the last tier comes first: its values expanded by its mask (`vpexpandb`, 64 at once) are all that the
+columns left by the tier before it hold, so that one merges them with its own, and no mask's bits have to be moved to
+their columns. Elsewhere the first tier comes first and `deposit` moves them: values are put in their places by eight
+deposits of bytes with BMI2 (code AVX2), else one by one, tier after tier into the same row. What fp16 becomes is what
+`signs` makes of rows decoded to floats, without the floats of all columns.
 
 Nothing here is rounded but fp16, value by value, and nothing is added up: no order matters. Layouts are those of
 `formats/kinds`, whose promise that every row of a mask has the same number of ones makes all offsets arithmetic.
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 
 from .bits import count, deposit, emit_count, emit_deposit, taken
 from .floats import LANES, emit_floats
-from .instructions import AVX512
+from .instructions import AVX2, AVX512
 from .planes import SETS
 from .quantize import LARGEST, LEAST
 from .rows import JIT_OFF, VALUES_F16, VALUES_I8, WORD, half_to_float
@@ -31,6 +33,7 @@ from .tiers import CAN, EACH, emit_tier, past_columns, tier_width, values_place
 from .vectors import (
     AHEAD,
     call,
+    cases,
     constant,
     f32,
     i8,
@@ -63,20 +66,90 @@ def _line(nbytes: int) -> int:
 
 
 @register_jitable
+def _left_nbytes(n: int) -> int:
+    """What a tier and those after it put into the columns that the tiers before have left, and what is read past it."""
+    return _line(n) + 2 * WORD
+
+
+@register_jitable
 def expansion_nbytes(n: int) -> int:
-    """Scratch of `expand_rows`: which columns are filled, and a tier's values of one row in bytes."""
-    return _line(8 * -(-n // WORD)) + _line(n + 1)
+    """Scratch of `expand_rows`: which columns are filled, a tier's values of one row in bytes, and what two tiers leave
+    to those before.
+    """
+    return _line(8 * -(-n // WORD)) + _line(n + 1) + 2 * _left_nbytes(n)
 
 
-def _emit_by_vector(b: Any, columns: Any, values: Any, at: Any, stop: Any, out: Any, flip: int, first: bool) -> None:
-    """Expand 64 bytes with AVX-512; no byte beyond the word's own is touched."""
-    kind, mask = vector(i8, WORD), vector(ir.IntType(1), WORD)
-    ones = call(b, "llvm.x86.bmi.bzhi.64", i64, [number(-1), emit_count(b, columns)])
-    arguments = [b.gep(values, [at]), ir.Constant(ir.IntType(32), 1), b.bitcast(ones, mask), constant(i8, [0] * WORD)]
-    found = b.xor(call(b, "llvm.masked.load.v64i8.p0", kind, arguments), constant(i8, [flip] * WORD))
-    under = constant(i8, [flip] * WORD) if first else load(b, kind, out)
-    where = b.bitcast(columns, mask)
-    store(b, call(b, "llvm.x86.avx512.mask.expand.v64i8", kind, [found, under, where]), out)
+def _typed_merge(
+    typing: Any,
+    stored: Any,
+    mask: Any,
+    words: Any,
+    unpacked: Any,
+    aside: Any,
+    at: Any,
+    left: Any,
+    behind: Any,
+    out: Any,
+    row: Any,
+    form: Any,
+) -> Any:
+    """With AVX-512: a tier's bytes and those of the tiers after it, for the columns that its mask has, into row `row`
+    of `out [.., stride]`.
+
+    The mask's row is `words` words of `stored` from byte `mask`; the tier's own bytes begin at `at` of `unpacked` if
+    `aside`, else of `stored`, of which nothing is read past them; those of later tiers are row `behind` of `left [2,
+    ..]`. `form` is 2 for the first tier, whose bytes are flipped, with 1 added if there are later ones. Bytes of the
+    columns past the last are as if they were zero, with 128 more of those for any but the first tier.
+    """
+    whole = types.int64
+    signature = types.void(stored, whole, whole, unpacked, whole, whole, left, whole, out, whole, whole)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        b = builder
+        stored, mask, words, unpacked, aside, at, left, behind, out, row, form = args
+        base, own, below, above = (
+            pointer(context, b, sig.args[k], x) for k, x in ((0, stored), (3, unpacked), (6, left), (8, out))
+        )
+        source = b.select(b.icmp_signed("!=", aside, number(0)), own, base)
+        raw = b.gep(base, [mask])
+        stream = b.bitcast(raw, i64.as_pointer())
+        rest = b.gep(below, [b.mul(behind, width(context, b, sig.args[6], left))])
+        target = b.gep(above, [b.mul(row, width(context, b, sig.args[8], out))])
+        kind, bits, zeros = vector(i8, WORD), vector(ir.IntType(1), WORD), constant(i8, [0] * WORD)
+        place, taken_at = alloca_once(b, i64), alloca_once(b, i64)
+
+        def merge(first: bool, more: bool) -> None:
+            b.store(at, place)
+            b.store(number(0), taken_at)
+            word, following, end = loop(b, words, unroll=False)
+            columns, here = b.load(b.gep(stream, [word])), b.load(place)
+            prefetch(b, b.gep(raw, [b.add(b.mul(word, number(8)), number(AHEAD))]))
+            prefetch(b, b.gep(source, [b.add(here, number(AHEAD))]))
+            ones = emit_count(b, columns)
+            valid = b.bitcast(call(b, "llvm.x86.bmi.bzhi.64", i64, [number(-1), ones]), bits)
+            arguments = [b.gep(source, [here]), ir.Constant(ir.IntType(32), 1), valid, zeros]
+            found, under = call(b, "llvm.masked.load.v64i8.p0", kind, arguments), zeros
+            if more:
+                begins = b.load(taken_at)
+                others = b.bitcast(b.not_(columns), bits)
+                later = load(b, kind, b.gep(rest, [begins]))
+                under = call(b, "llvm.x86.avx512.mask.expand.v64i8", kind, [later, zeros, others])
+                b.store(b.add(begins, b.sub(number(WORD), ones)), taken_at)
+            merged = call(b, "llvm.x86.avx512.mask.expand.v64i8", kind, [found, under, b.bitcast(columns, bits)])
+            if first:
+                merged = b.xor(merged, constant(i8, [SETS[AVX512].flip] * WORD))
+            store(b, merged, b.gep(target, [b.mul(word, number(WORD))]))
+            b.store(b.add(here, ones), place)
+            following()
+            end()
+            if not first:
+                for past in range(2):
+                    store(b, zeros, b.gep(target, [b.mul(b.add(words, number(past)), number(WORD))]))
+
+        cases(b, form, {2 * first + more: lambda f=first, m=more: merge(f, m) for first in (0, 1) for more in (0, 1)})
+        return context.get_dummy_value()
+
+    return signature, codegen
 
 
 def _emit_by_words(b: Any, columns: Any, values: Any, at: Any, stop: Any, out: Any, flip: int, first: bool) -> None:
@@ -98,7 +171,6 @@ def _emit_by_words(b: Any, columns: Any, values: Any, at: Any, stop: Any, out: A
 
 def _typed_expand(
     typing: Any,
-    instructions: Any,
     stored: Any,
     mask: Any,
     length: Any,
@@ -112,39 +184,39 @@ def _typed_expand(
     w: Any,
     row: Any,
 ) -> Any:
-    """A tier's bytes into row `row` of `w [ROWS, stride]`, xor the set's flip: `[at, stop)` of `unpacked` if `aside`,
-    else of `stored`.
+    """With AVX2: a tier's bytes into row `row` of `w [ROWS, stride]`, xor the set's flip: `[at, stop)` of `unpacked` if
+    `aside`, else of `stored`.
 
     The mask's row is `length` words of `stored` from byte `mask`; `filled [words]` says which columns tiers before this
     one have, and gets this one's. `first` is 1 for tier 0, which overwrites both.
     """
     whole = types.int64
-    signature = types.void(whole, stored, *[whole] * 2, unpacked, *[whole] * 3, filled, whole, whole, w, whole)
+    signature = types.void(stored, *[whole] * 2, unpacked, *[whole] * 3, filled, whole, whole, w, whole)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         b = builder
-        instructions, stored, mask, length, unpacked, aside, at, stop, filled, words, first, w, row = args
-        base, own, out = (pointer(context, b, sig.args[k], x) for k, x in ((1, stored), (4, unpacked), (11, w)))
+        stored, mask, length, unpacked, aside, at, stop, filled, words, first, w, row = args
+        base, own, out = (pointer(context, b, sig.args[k], x) for k, x in ((0, stored), (3, unpacked), (10, w)))
         source = b.select(b.icmp_signed("!=", aside, number(0)), own, base)
-        marks = context.make_array(sig.args[8])(context, b, filled).data
+        marks = context.make_array(sig.args[7])(context, b, filled).data
         raw = b.gep(base, [mask])
         stream = b.bitcast(raw, i64.as_pointer())
-        target = b.gep(out, [b.mul(row, width(context, b, sig.args[11], w))])
+        target = b.gep(out, [b.mul(row, width(context, b, sig.args[10], w))])
 
-        def emit(code: int, initial: bool, word: Any, columns: Any, here: Any) -> None:
+        def emit(initial: bool, word: Any, columns: Any, here: Any) -> None:
             prefetch(b, b.gep(raw, [b.add(b.mul(word, number(8)), number(AHEAD))]))
             prefetch(b, b.gep(source, [b.add(here, number(AHEAD))]))
-            expand = _emit_by_vector if code == AVX512 else _emit_by_words
             there = b.gep(target, [b.mul(word, number(WORD))])
-            expand(b, columns, source, here, stop, there, SETS[code].flip, initial)
+            _emit_by_words(b, columns, source, here, stop, there, SETS[AVX2].flip, initial)
 
-        emit_tier(b, instructions, first, words, (stream, length), marks, at, emit)
+        emit_tier(b, first, words, (stream, length), marks, at, emit)
         return context.get_dummy_value()
 
     return signature, codegen
 
 
 _expand: Any = plain if JIT_OFF else intrinsic(_typed_expand)
+_merge: Any = plain if JIT_OFF else intrinsic(_typed_merge)
 
 
 @njit(nogil=True)
@@ -269,7 +341,9 @@ def expand_rows(
     `scratch [>= expansion_nbytes(n)]` begins at a multiple of 8. A mask without its values counts for nothing.
     """
     words, tiers = -(-n // WORD), blocks.shape[0] // 2
-    filled, unpacked = scratch[: 8 * words].view(np.uint64), scratch[_line(8 * words) :]
+    filled, unpacked, left_at = scratch[: 8 * words].view(np.uint64), scratch[_line(8 * words) :], _line(n + 1)
+    left = unpacked[left_at : left_at + 2 * _left_nbytes(n)].reshape(2, _left_nbytes(n))
+    merges = instructions == AVX512 and CAN[AVX512]
     halves, numbers = stored.view(np.uint16), stored.view(np.float32)  # a view for each row would count references
     for i in range(rows):
         row, by = first + i, np.float32(0)
@@ -288,7 +362,8 @@ def expand_rows(
                 scales[i] = 0
         else:
             scales[i] = numbers[blocks[1, 1] // 4 + row]
-        for tier in range(tiers):
+        for step in range(tiers):
+            tier = tiers - 1 - step if merges else step
             kind, rank, length = blocks[2 * tier + 1, 0], blocks[2 * tier, 2], tier_width(blocks, tier, n)
             mask, at = blocks[2 * tier, 1] + 8 * length * row, values_place(blocks, tier, m, row)
             stop, aside = values_place(blocks, tier, m, m), kind != VALUES_I8
@@ -297,23 +372,16 @@ def expand_rows(
                     _round_halves(halves, at, rank, by, unpacked)
                 else:
                     _unpack_nibbles(stored[at : at - (-rank // 2)], unpacked)
-                at, stop = 0, unpacked.shape[0]
-            if CAN[instructions]:
-                _expand(
-                    instructions,
-                    stored,
-                    mask,
-                    length,
-                    unpacked,
-                    int(aside),
-                    at,
-                    stop,
-                    filled,
-                    words,
-                    int(tier == 0),
-                    w,
-                    i,
-                )
+                at, stop = 0, left_at
+            if merges:
+                form = 2 * int(tier == 0) + int(step > 0)
+                if tier == 0:
+                    _merge(stored, mask, length, unpacked, int(aside), at, left, step & 1, w, i, form)
+                else:
+                    _merge(stored, mask, length, unpacked, int(aside), at, left, step & 1, left, 1 - (step & 1), form)
+            elif CAN[instructions]:
+                first_tier = int(tier == 0)
+                _expand(stored, mask, length, unpacked, int(aside), at, stop, filled, words, first_tier, w, i)
             else:
                 stream = stored[mask : mask + 8 * length].view(np.uint64)
                 _portable_expand(stream, unpacked if aside else stored, at, filled, words, tier == 0, flip, w, i)

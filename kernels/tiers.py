@@ -94,37 +94,33 @@ def emit_columns(b: Any, word: Any, stream: Any, length: Any, at: Any, filled: A
 
 def emit_tier(
     b: Any,
-    instructions: Any,
     first: Any,
     words: Any,
     mask: tuple[Any, Any],
     filled: Any,
     begins: Any,
-    emit: Callable[[int, bool, Any, Any, Any], None],
+    emit: Callable[[bool, Any, Any, Any], None],
 ) -> None:
-    """Code that runs `emit(code, whether first, word, columns, place)` for every word of a tier's row, with sets that
-    are ABLE: the values of these columns begin at `place`, those of the first word at `begins`.
+    """Code that runs `emit(whether first, word, columns, place)` for every word of a tier's row: the values of these
+    columns begin at `place`, those of the first word at `begins`.
 
     `mask` is the stream of columns and its words. `filled` says which columns tiers before this one have, and gets this
     one's; `first` is 1 for tier 0, which overwrites it.
     """
     bit, place = alloca_once(b, i64), alloca_once(b, i64)
 
-    def tier(code: int, initial: bool) -> None:
+    def tier(initial: bool) -> None:
         b.store(number(0), bit)
         b.store(begins, place)
         word, following, end = loop(b, words, unroll=False)
         columns = emit_columns(b, word, *mask, bit, filled, initial)
         here = b.load(place)
-        emit(code, initial, word, columns, here)
+        emit(initial, word, columns, here)
         b.store(b.add(here, emit_count(b, columns)), place)
         following()
         end()
 
-    def for_set(code: int) -> None:
-        cases(b, first, {1: lambda: tier(code, True), 0: lambda: tier(code, False)})
-
-    cases(b, instructions, {code: lambda code=code: for_set(code) for code in ABLE})
+    cases(b, first, {1: lambda: tier(True), 0: lambda: tier(False)})
 
 
 def _emit_by_vector(b: Any, columns: Any, values: Any, out: Any, first: bool) -> None:
@@ -189,13 +185,17 @@ def _typed_place(
         marks = context.make_array(sig.args[5])(context, b, filled).data
         target = b.gep(out, [b.mul(row, width(context, b, sig.args[9], w))])
 
-        def emit(code: int, initial: bool, word: Any, columns: Any, here: Any) -> None:
-            inside = b.icmp_signed("<", word, whole)
-            there = b.select(inside, b.gep(target, [b.mul(word, number(WORD))]), aside)
+        def for_set(code: int) -> None:
             expand = _emit_by_vector if code == AVX512 else _emit_by_eight
-            expand(b, columns, b.gep(source, [here]), there, initial)
 
-        emit_tier(b, instructions, first, words, (stream, length), marks, number(0), emit)
+            def emit(initial: bool, word: Any, columns: Any, here: Any) -> None:
+                inside = b.icmp_signed("<", word, whole)
+                there = b.select(inside, b.gep(target, [b.mul(word, number(WORD))]), aside)
+                expand(b, columns, b.gep(source, [here]), there, initial)
+
+            emit_tier(b, first, words, (stream, length), marks, number(0), emit)
+
+        cases(b, instructions, {code: lambda code=code: for_set(code) for code in ABLE})
         return context.get_dummy_value()
 
     return signature, codegen
