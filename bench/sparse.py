@@ -24,6 +24,8 @@ import torch
 from kernel import lines, plain_reads
 from numpy.typing import NDArray
 
+from ebbflow.daemon.library.encode_sparse import DEFAULT_LEVELS, tier_counts
+from ebbflow.daemon.library.prune import Groups
 from ebbflow.formats.kinds import values_row_nbytes, words_per_row
 from ebbflow.kernels.instructions import NAMES, compiled
 from ebbflow.kernels.matmul import matmul, row_stride
@@ -43,6 +45,8 @@ except ImportError:  # nothing of ours needs it
 LAYERS = {"4096 x 4096": (4096, 4096, 8), "2048 x 5632": (2048, 5632, 12)}  # rows, columns, how many
 SPARSITIES = (0.0, 0.2, 0.5, 0.6, 0.7)
 SHOWN = SPARSITIES[2:]
+TIERS = DEFAULT_LEVELS
+VALUES = ("f16", "i8", "i4")
 TOKENS = (1, 8)
 CSR_SHARE = 8  # of the rows
 ROUNDS = 11
@@ -111,20 +115,25 @@ def random_mask(m: int, n: int, rank: int, rng: np.random.Generator) -> NDArray[
     return found.reshape(-1)
 
 
-def sparse_weight(m: int, n: int, dtype: str, sparsity: float, rng: np.random.Generator) -> Weight:
-    """One tier."""
-    rank = round(n * (1 - sparsity))
-    count = m * values_row_nbytes(dtype, rank)
-    if dtype == "f16":
-        values = halves(m * rank, rng)
-    else:
-        if dtype == "i4":
+def sparse_weight(m: int, n: int, dtype: str, sparsity: float, rng: np.random.Generator, tiers: int = 1) -> Weight:
+    """So many tiers, cut as `ebb add` cuts them."""
+    parts, filled = [], 0
+    for kept in tier_counts(n, Groups(n, round(n * (1 - sparsity))), tiers):
+        rank = kept - filled
+        count = m * values_row_nbytes(dtype, rank)
+        if dtype == "f16":
+            values = halves(m * rank, rng)
+        elif dtype == "i4":
             low, high = (rng.integers(-7, 8, count, np.int8).view(np.uint8) for _ in range(2))
-            raw = low & 15 | high << 4
+            values = low & 15 | high << 4
         else:
-            raw = rng.integers(-127, 128, count, np.int8).view(np.uint8)
-        values = np.concatenate([scales(m), raw])
-    return Weight(m, n, [(MASK, rank, random_mask(m, n, rank, rng)), (VALUES_CODES[dtype], rank, values)])
+            values = rng.integers(-127, 128, count, np.int8).view(np.uint8)
+        if dtype != "f16" and not filled:
+            values = np.concatenate([scales(m), values])
+        parts.append((MASK, rank, random_mask(m, n - filled, rank, rng)))
+        parts.append((VALUES_CODES[dtype], rank, values))
+        filled = kept
+    return Weight(m, n, parts)
 
 
 def planes_weight(m: int, n: int, depth: int, rng: np.random.Generator) -> Weight:
@@ -234,10 +243,11 @@ def compare(report: Report, name: str, tokens: int, threads: int, plain: float, 
     weights = {f"dense {dtype}": dense_weight(m, n, dtype, rng) for dtype in ("f16", "i8")}
     weights |= {
         f"sparse {dtype} {sparsity:.0%}": sparse_weight(m, n, dtype, sparsity, rng)
-        for dtype in ("f16", "i8", "i4")
+        for dtype in VALUES
         for sparsity in SPARSITIES
         if dtype != "i4" or sparsity in SHOWN
     }
+    weights |= {f"sparse {dtype} 50% in {TIERS} tiers": sparse_weight(m, n, dtype, 0.5, rng, TIERS) for dtype in VALUES}
     depths = sorted({depth_of(weight) for key, weight in weights.items() if "sparse" in key})
     weights |= {f"{depth} planes": planes_weight(m, n, depth, rng) for depth in depths}
     works = {
@@ -269,6 +279,8 @@ def compare(report: Report, name: str, tokens: int, threads: int, plain: float, 
         for dtype, target in (("f16", 1.5), ("i8", 1.3)):
             value = ratio(times[f"dense {dtype}"], times[f"sparse {dtype} 50%"])
             report.bar(f"sparse_{dtype}_50_by_dense_{dtype}_{n}", value, ">=", target)
+            value = ratio(times[f"dense {dtype}"], times[f"sparse {dtype} 50% in {TIERS} tiers"])
+            report.bar(f"sparse_{dtype}_50_in_tiers_by_dense_{dtype}_{n}", value, ">=", target)
     mine = {key: m * n / min(some) for key, some in times.items()}
     for key, some in in_turn(peers(n, m // CSR_SHARE, tokens, rng)).items():
         rate = m // CSR_SHARE * n / min(some)

@@ -14,6 +14,7 @@ Nothing here is rounded but fp16, value by value, and nothing is added up: no or
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any, Final
 
 import numpy as np
@@ -97,9 +98,9 @@ def _typed_merge(
     of `out [.., stride]`.
 
     The mask's row is `words` words of `stored` from byte `mask`; the tier's own bytes begin at `at` of `unpacked` if
-    `aside`, else of `stored`, of which nothing is read past them; those of later tiers are row `behind` of `left [2,
-    ..]`. `form` is 2 for the first tier, whose bytes are flipped, with 1 added if there are later ones. Bytes of the
-    columns past the last are as if they were zero, with 128 more of those for any but the first tier.
+    `aside`, else of `stored`; those of later tiers are row `behind` of `left [2, ..]`. `form` is the sum of 1 if there
+    are later tiers, 2 for the first, whose bytes are flipped, and 4 to read nothing past the tier's own bytes (else 64
+    more). Bytes of the columns past the last are as if they were zero, with 128 more of those for any but the first.
     """
     whole = types.int64
     signature = types.void(stored, whole, whole, unpacked, whole, whole, left, whole, out, whole, whole)
@@ -118,7 +119,15 @@ def _typed_merge(
         kind, bits, zeros = vector(i8, WORD), vector(ir.IntType(1), WORD), constant(i8, [0] * WORD)
         place, taken_at = alloca_once(b, i64), alloca_once(b, i64)
 
-        def merge(first: bool, more: bool) -> None:
+        def taken_from(values: Any, ones: Any, careful: bool) -> Any:
+            if careful:
+                valid = call(b, "llvm.x86.bmi.bzhi.64", i64, [number(-1), ones])
+                arguments = [values, ir.Constant(ir.IntType(32), 1), b.bitcast(valid, bits), zeros]
+                return call(b, "llvm.masked.load.v64i8.p0", kind, arguments)
+            # Through a register: `vpexpandb` from memory takes three times as long on Zen 4.
+            return b.asm(ir.FunctionType(kind, [kind]), "", "=v,0", [load(b, kind, values)], side_effect=False)
+
+        def merge(careful: bool, first: bool, more: bool) -> None:
             b.store(at, place)
             b.store(number(0), taken_at)
             word, following, end = loop(b, words, unroll=False)
@@ -126,13 +135,11 @@ def _typed_merge(
             prefetch(b, b.gep(raw, [b.add(b.mul(word, number(8)), number(AHEAD))]))
             prefetch(b, b.gep(source, [b.add(here, number(AHEAD))]))
             ones = emit_count(b, columns)
-            valid = b.bitcast(call(b, "llvm.x86.bmi.bzhi.64", i64, [number(-1), ones]), bits)
-            arguments = [b.gep(source, [here]), ir.Constant(ir.IntType(32), 1), valid, zeros]
-            found, under = call(b, "llvm.masked.load.v64i8.p0", kind, arguments), zeros
+            found, under = taken_from(b.gep(source, [here]), ones, careful), zeros
             if more:
                 begins = b.load(taken_at)
                 others = b.bitcast(b.not_(columns), bits)
-                later = load(b, kind, b.gep(rest, [begins]))
+                later = taken_from(b.gep(rest, [begins]), ones, careful=False)
                 under = call(b, "llvm.x86.avx512.mask.expand.v64i8", kind, [later, zeros, others])
                 b.store(b.add(begins, b.sub(number(WORD), ones)), taken_at)
             merged = call(b, "llvm.x86.avx512.mask.expand.v64i8", kind, [found, under, b.bitcast(columns, bits)])
@@ -146,7 +153,9 @@ def _typed_merge(
                 for past in range(2):
                     store(b, zeros, b.gep(target, [b.mul(b.add(words, number(past)), number(WORD))]))
 
-        cases(b, form, {2 * first + more: lambda f=first, m=more: merge(f, m) for first in (0, 1) for more in (0, 1)})
+        forms = product((False, True), repeat=3)
+        with b.if_then(b.icmp_signed(">", words, number(0))):
+            cases(b, form, {4 * c + 2 * f + m: lambda c=c, f=f, m=m: merge(c, f, m) for c, f, m in forms})
         return context.get_dummy_value()
 
     return signature, codegen
@@ -341,8 +350,8 @@ def expand_rows(
     `scratch [>= expansion_nbytes(n)]` begins at a multiple of 8. A mask without its values counts for nothing.
     """
     words, tiers = -(-n // WORD), blocks.shape[0] // 2
-    filled, unpacked, left_at = scratch[: 8 * words].view(np.uint64), scratch[_line(8 * words) :], _line(n + 1)
-    left = unpacked[left_at : left_at + 2 * _left_nbytes(n)].reshape(2, _left_nbytes(n))
+    filled, unpacked = scratch[: 8 * words].view(np.uint64), scratch[_line(8 * words) :]
+    left = unpacked[_line(n + 1) :][: 2 * _left_nbytes(n)].reshape(2, _left_nbytes(n))
     merges = instructions == AVX512 and CAN[AVX512]
     halves, numbers = stored.view(np.uint16), stored.view(np.float32)  # a view for each row would count references
     for i in range(rows):
@@ -372,9 +381,9 @@ def expand_rows(
                     _round_halves(halves, at, rank, by, unpacked)
                 else:
                     _unpack_nibbles(stored[at : at - (-rank // 2)], unpacked)
-                at, stop = 0, left_at
+                at, stop = 0, unpacked.shape[0]
             if merges:
-                form = 2 * int(tier == 0) + int(step > 0)
+                form = int(step > 0) + 2 * int(tier == 0) + 4 * int(at + rank + WORD > stop)
                 if tier == 0:
                     _merge(stored, mask, length, unpacked, int(aside), at, left, step & 1, w, i, form)
                 else:
