@@ -47,12 +47,14 @@ from .vectors import (
     plain,
     pointer,
     prefetch,
+    shuffle,
     splat,
     store,
     vector,
     width,
 )
 
+_NIBBLES: Final = 32  # bytes of them that are unpacked at once
 _ROUND: Final = np.float32(12582912.0)  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits
 
 F32 = NDArray[np.float32]
@@ -293,7 +295,31 @@ def _typed_round_halves(typing: Any, stored: Any, at: Any, count: Any, by: Any, 
     return signature, codegen
 
 
+def _typed_unpack(typing: Any, stored: Any, at: Any, count: Any, out: Any) -> Any:
+    """The halves of `count // _NIBBLES * _NIBBLES` bytes from byte `at`, low ones first, as signed bytes into `out`."""
+    signature = types.void(stored, types.int64, types.int64, out)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        b, kind = builder, vector(i8, _NIBBLES)
+        base, target = (pointer(context, b, sig.args[k], args[k]) for k in (0, 3))
+        with b.if_then(b.icmp_signed(">=", args[2], number(_NIBBLES))):
+            place, following, end = loop(b, b.and_(args[2], number(-_NIBBLES)), _NIBBLES)
+            here = b.gep(base, [b.add(args[1], place)])
+            prefetch(b, b.gep(here, [number(AHEAD)]))
+            pairs = load(b, kind, here)
+            low, high = b.and_(pairs, constant(i8, [15] * _NIBBLES)), b.lshr(pairs, constant(i8, [4] * _NIBBLES))
+            order = [k // 2 + _NIBBLES * (k % 2) for k in range(2 * _NIBBLES)]
+            found, eights = shuffle(b, low, high, order), constant(i8, [8] * (2 * _NIBBLES))
+            store(b, b.sub(b.xor(found, eights), eights), b.gep(target, [b.mul(place, number(2))]))
+            following()
+            end()
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
 _largest: Any = plain if JIT_OFF else intrinsic(_typed_largest)
+_unpack_vectors: Any = plain if JIT_OFF else intrinsic(_typed_unpack)
 _round_vectors: Any = plain if JIT_OFF else intrinsic(_typed_round_halves)
 
 
@@ -322,12 +348,16 @@ def _round_halves(halves: NDArray[np.uint16], at: int, count: int, by: np.float3
 
 
 @njit(nogil=True)
-def _unpack_nibbles(stored: U8, bytes_: U8) -> None:
-    for k in range(stored.shape[0]):
-        low, high = stored[k] & np.uint8(15), stored[k] >> np.uint8(4)
-        # the sign, bit 3, into the four bits above
-        bytes_[2 * k] = np.uint8(low | np.uint8((low & np.uint8(8)) * np.uint8(30)))
-        bytes_[2 * k + 1] = np.uint8(high | np.uint8((high & np.uint8(8)) * np.uint8(30)))
+def _unpack_nibbles(stored: U8, at: int, count: int, bytes_: U8) -> None:
+    """The signed halves of `count` bytes from byte `at`, low ones first."""
+    done = 0
+    if not JIT_OFF:
+        _unpack_vectors(stored, at, count, bytes_)
+        done = count // _NIBBLES * _NIBBLES
+    for k in range(done, count):
+        pair = int(stored[at + k])
+        bytes_[2 * k] = np.uint8(((pair & 15 ^ 8) - 8) & 0xFF)
+        bytes_[2 * k + 1] = np.uint8(((pair >> 4 ^ 8) - 8) & 0xFF)
 
 
 @njit(nogil=True)
@@ -380,7 +410,7 @@ def expand_rows(
                 if kind == VALUES_F16:
                     _round_halves(halves, at, rank, by, unpacked)
                 else:
-                    _unpack_nibbles(stored[at : at - (-rank // 2)], unpacked)
+                    _unpack_nibbles(stored, at, -(-rank // 2), unpacked)
                 at, stop = 0, unpacked.shape[0]
             if merges:
                 form = int(step > 0) + 2 * int(tier == 0) + 4 * int(at + rank + WORD > stop)
