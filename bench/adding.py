@@ -34,9 +34,10 @@ from ebbflow.daemon.library.synthetic import write_checkpoint
 from ebbflow.daemon.process import MEMORY_VARIABLE
 from ebbflow.formats.child_messages import from_child_decoder
 from ebbflow.formats.errors import Cancelled
+from ebbflow.formats.index import BlockEntry
 from ebbflow.formats.manifest import STACK
 from ebbflow.formats.messages import AddModel, Failed, Progress
-from ebbflow.formats.stack import BlockEntry, Stack, read_stack, write_stack
+from ebbflow.formats.stack import Stack, read_stack, write_stack
 
 from places import full_source
 from report import Report

@@ -51,8 +51,8 @@ from ebbflow.daemon.library.order import Candidate, stack_order
 from ebbflow.daemon.library.prune import Groups, Inputs, objective
 from ebbflow.formats.blocks import GrowingWeight, rotate_rows, unrotate_rows
 from ebbflow.formats.checkpoint import open_checkpoint
+from ebbflow.formats.container import padded
 from ebbflow.formats.kinds import BASE_PLANES, VALUES_LIMIT, mask_nbytes, values_nbytes
-from ebbflow.formats.stack import padded
 
 from places import DEMO
 from report import Report

@@ -40,9 +40,10 @@ from ebbflow.daemon.library.progress import Reporter
 from ebbflow.daemon.library.texts import sampled_texts
 from ebbflow.formats.architecture import weight_shapes
 from ebbflow.formats.checkpoint import Checkpoint, open_checkpoint
+from ebbflow.formats.container import padded
 from ebbflow.formats.manifest import STACK
 from ebbflow.formats.messages import AddModel
-from ebbflow.formats.stack import Stack, padded, read_blocks, read_stack, write_stack
+from ebbflow.formats.stack import Stack, read_blocks, read_stack, write_stack
 
 from places import CACHE, DEMO
 from report import Report

@@ -34,7 +34,7 @@ from ebbflow.daemon.library.encode_nested import encode_planes, input_metric
 from ebbflow.daemon.library.gain import second_order_gain
 from ebbflow.daemon.library.order import RULES, Candidate, stack_order
 from ebbflow.formats.blocks import GrowingWeight
-from ebbflow.formats.stack import padded
+from ebbflow.formats.container import padded
 
 from minilm import Encoder
 from report import Report

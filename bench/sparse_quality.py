@@ -40,9 +40,9 @@ from ebbflow.daemon.library.prune import Groups, Inputs, inputs_of, objective, p
 from ebbflow.daemon.library.shapes import SHAPES
 from ebbflow.daemon.library.texts import sampled_texts
 from ebbflow.formats.checkpoint import Checkpoint, open_checkpoint
+from ebbflow.formats.container import padded
 from ebbflow.formats.kinds import VALUES_LIMIT
 from ebbflow.formats.pruning import METHODS, PATTERNS, VALUES, Pruning
-from ebbflow.formats.stack import padded
 
 from places import CACHE, DEMO
 from report import Report

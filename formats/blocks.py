@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import BadBlock
+from .index import BlockEntry
 from .kinds import (
     SHARED_LEVELS,
     VALUES_LIMIT,
@@ -26,7 +27,6 @@ from .kinds import (
     values_row_nbytes,
     words_per_row,
 )
-from .stack import BlockEntry
 
 F32 = NDArray[np.float32]
 F16 = NDArray[np.float16]

@@ -57,11 +57,9 @@ import msgspec
 
 from .container import (
     ALIGNMENT,
-    BLOCK_ALIGNMENT,
     MAX_HEADER,
     Tensor,
     content_hash,
-    content_hash_of,
     header_bytes,
     padded,
     replacing,
@@ -78,31 +76,9 @@ from .errors import (
     UnsupportedVersion,
 )
 from .files import open_plain
-from .index import BlockEntry, StackIndex, check_blocks, filled_before, prefix_edges
+from .index import BlockEntry, StackIndex, check_blocks, prefix_edges
 from .manifest import MANIFEST, MASKS, Manifest
 from .masks import check_masks, digest, mask_offsets, masks_nbytes, write_mask, write_masks
-
-__all__ = [
-    "ALIGNMENT",
-    "BLOCK_ALIGNMENT",
-    "MAX_HEADER",
-    "BlockEntry",
-    "BlockReader",
-    "Place",
-    "Stack",
-    "StackIndex",
-    "check_manifest",
-    "content_hash",
-    "content_hash_of",
-    "encode_header",
-    "filled_before",
-    "mark_of",
-    "padded",
-    "prefix_edges",
-    "read_blocks",
-    "read_stack",
-    "write_stack",
-]
 
 FORMAT: Final = "ebbflow-stack"
 VERSION: Final = 2

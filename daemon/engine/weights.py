@@ -8,7 +8,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ...formats.stack import BlockEntry
+from ...formats.index import BlockEntry
 
 I64 = NDArray[np.int64]
 _LINE: Final = 64  # bytes of a cache line, and of the widest vector

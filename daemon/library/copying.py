@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from ...formats.container import content_hash_of, padded
 from ...formats.errors import TruncatedStack
-from ...formats.stack import BlockEntry, content_hash_of, padded
+from ...formats.index import BlockEntry
 
 PIECE_NBYTES: Final = 4_000_000  # held at once: a copy is not stopped when memory is short
 

@@ -20,9 +20,10 @@ from torch import Tensor
 from ...formats.architecture import Architecture, linear_shapes, weight_shapes, weight_uses
 from ...formats.blocks import F32, pack_dense, unpack_dense
 from ...formats.checkpoint import Checkpoint
+from ...formats.container import content_hash, padded
 from ...formats.errors import InvalidRequest, Unsupported
+from ...formats.index import BlockEntry
 from ...formats.kinds import payload_nbytes, plane_nbytes, signs_nbytes
-from ...formats.stack import BlockEntry, content_hash, padded
 from . import encode_bitstack, encode_nested, encode_sparse
 from .calibrate import Gradients, LinearMoments, layer_moments, output_gradients
 from .encode_bitstack import Level, choose_rank, encode_matrix, square_root

@@ -31,9 +31,10 @@ import torch
 from torch import Tensor
 
 from ...formats.blocks import pack_signs
+from ...formats.container import content_hash
 from ...formats.errors import CorruptCheckpoint, InvalidRequest
+from ...formats.index import BlockEntry
 from ...formats.kinds import signs_nbytes
-from ...formats.stack import BlockEntry, content_hash
 
 DEFAULT_LEVELS: Final = 14
 MAX_LEVELS: Final = 32

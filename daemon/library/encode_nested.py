@@ -32,9 +32,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...formats.blocks import pack_plane, rotate_rows
+from ...formats.container import content_hash
 from ...formats.errors import CorruptCheckpoint, InvalidRequest
+from ...formats.index import BlockEntry
 from ...formats.kinds import BASE_PLANES, MAX_DEPTH, ROW_LEVELS, SHARED_LEVELS, payload_nbytes, plane_depth
-from ...formats.stack import BlockEntry, content_hash
 from ...kernels.nested import descend, feedback, gather_moments
 from .encode_bitstack import Level, checked_weight
 

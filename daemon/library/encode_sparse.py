@@ -30,10 +30,11 @@ from torch import Tensor
 
 from ...formats.blocks import pack_mask, pack_values
 from ...formats.checkpoint import Checkpoint
+from ...formats.container import content_hash
 from ...formats.errors import InvalidRequest
+from ...formats.index import BlockEntry
 from ...formats.kinds import VALUES_LIMIT, mask_nbytes, values_nbytes
 from ...formats.pruning import Pruning
-from ...formats.stack import BlockEntry, content_hash
 from .encode_bitstack import Level, checked_weight
 from .given import GivenMasks, on_positions
 from .prune import Groups, Inputs, Pruned, objective, prune

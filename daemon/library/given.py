@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from ...formats.blocks import check_finite, unpack_mask
+from ...formats.container import padded
 from ...formats.errors import InvalidRequest, NotArrived, UnknownModel
+from ...formats.index import filled_before
 from ...formats.kinds import mask_nbytes, values_nbytes
 from ...formats.manifest import MANIFEST, STACK, read_manifest
 from ...formats.masks import digest
 from ...formats.paths import check_name
 from ...formats.pruning import CODEC, PATTERNS, Pruning
-from ...formats.stack import BlockReader, check_manifest, filled_before, padded, read_stack
+from ...formats.stack import BlockReader, check_manifest, read_stack
 from .prune import Inputs, Pruned, least_squares
 
 ROUNDS: Final = 4  # of least squares: it begins at the weights, which are farther from it than what ADMM leaves

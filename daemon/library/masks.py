@@ -14,9 +14,10 @@ from typing import BinaryIO
 
 from ...formats.errors import BadBlock, CorruptFile, UnsupportedVersion
 from ...formats.files import open_plain
+from ...formats.index import BlockEntry
 from ...formats.manifest import MASKS, read_manifest
 from ...formats.masks import check_masks, digest, mask_offsets, masks_beside, write_masks
-from ...formats.stack import BlockEntry, Stack
+from ...formats.stack import Stack
 from .copying import holds
 
 

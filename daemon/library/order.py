@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from ...formats.architecture import Architecture, weight_shapes
+from ...formats.container import padded
 from ...formats.errors import Unsupported
-from ...formats.stack import BlockEntry, StackIndex, padded
+from ...formats.index import BlockEntry, StackIndex
 
 RULES: Final = ("gain", "paper")
 

@@ -19,7 +19,7 @@ from typing import IO, Final
 
 import msgspec
 
-from ...formats.stack import BlockEntry
+from ...formats.index import BlockEntry
 
 DIGEST_NBYTES: Final = 16
 CHUNK_NBYTES: Final = 2**20

@@ -23,7 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...formats.architecture import Architecture, weight_shapes, weight_uses
+from ...formats.container import content_hash
 from ...formats.errors import InvalidRequest
+from ...formats.index import BlockEntry, StackIndex, filled_before, prefix_edges
 from ...formats.kinds import (
     ROW_LEVELS,
     VALUES_DTYPES,
@@ -35,7 +37,7 @@ from ...formats.kinds import (
 )
 from ...formats.manifest import STACK, Manifest, Source, write_manifest
 from ...formats.masks import digest, masks_nbytes
-from ...formats.stack import BlockEntry, StackIndex, content_hash, filled_before, prefix_edges, write_stack
+from ...formats.stack import write_stack
 from .encode import layer_linears
 from .encode_bitstack import choose_levels, choose_rank
 from .encode_nested import choose_levels as choose_planes

@@ -22,10 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...formats.blocks import check_finite
+from ...formats.container import content_hash, padded
 from ...formats.errors import BadBlock, CorruptStack, NotArrived, TruncatedStack
 from ...formats.files import open_plain
+from ...formats.index import BlockEntry, filled_before
 from ...formats.kinds import SHARED_LEVELS
-from ...formats.stack import BlockEntry, Place, Stack, content_hash, filled_before, mark_of, padded
+from ...formats.stack import Place, Stack, mark_of
 from ...kernels.rows import CODES, MASK, PLANE, SHARED_PLANE, SIGNS, VALUES_CODES
 from .shared import Arena, Block, SharedBlocks, Span, Use, key_of
 

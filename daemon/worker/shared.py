@@ -23,7 +23,8 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...formats.stack import BlockEntry, content_hash
+from ...formats.container import content_hash
+from ...formats.index import BlockEntry
 from ..mapping import Mapping
 
 LEAST_NBYTES: Final = 65536  # smaller ones are not worth the pages that stay at both ends

@@ -20,6 +20,7 @@ from ebbflow.daemon.library.synthetic import write_checkpoint
 from ebbflow.formats.architecture import Architecture, weight_shapes
 from ebbflow.formats.blocks import sum_blocks
 from ebbflow.formats.checkpoint import open_checkpoint
+from ebbflow.formats.container import padded
 from ebbflow.formats.errors import (
     Cancelled,
     CorruptCheckpoint,
@@ -35,7 +36,7 @@ from ebbflow.formats.errors import (
 )
 from ebbflow.formats.manifest import STACK, read_manifest
 from ebbflow.formats.messages import AddModel, Progress
-from ebbflow.formats.stack import padded, read_blocks, read_stack
+from ebbflow.formats.stack import read_blocks, read_stack
 from ebbflow.formats.summary import summary
 
 from support.tiny_models import write_tiny_model

@@ -16,9 +16,9 @@ from ebbflow.daemon.library.encode_bitstack import (
 )
 from ebbflow.daemon.library.gain import second_order_gain
 from ebbflow.formats.blocks import sum_blocks, unpack_signs
+from ebbflow.formats.container import content_hash
 from ebbflow.formats.errors import CorruptCheckpoint, InvalidRequest
 from ebbflow.formats.kinds import payload_nbytes
-from ebbflow.formats.stack import content_hash
 
 torch.set_num_threads(1)  # beside others on two cores, a second thread waits longer than it works
 

@@ -32,12 +32,13 @@ from ebbflow.daemon.library.synthetic import write_checkpoint
 from ebbflow.formats.architecture import Architecture, weight_shapes
 from ebbflow.formats.blocks import sum_blocks, unpack_mask, unpack_values
 from ebbflow.formats.checkpoint import Checkpoint, open_checkpoint, source_name
+from ebbflow.formats.container import content_hash
 from ebbflow.formats.errors import CorruptCheckpoint, InvalidRequest, Unsupported
 from ebbflow.formats.kinds import payload_nbytes
 from ebbflow.formats.manifest import STACK, Manifest, read_manifest
 from ebbflow.formats.messages import AddModel, Progress
 from ebbflow.formats.pruning import METHODS, PATTERNS, VALUES, Pruning
-from ebbflow.formats.stack import Stack, content_hash, read_blocks, read_stack
+from ebbflow.formats.stack import Stack, read_blocks, read_stack
 
 from support.residents import load, logits, move
 

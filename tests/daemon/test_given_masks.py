@@ -36,11 +36,12 @@ from ebbflow.formats.errors import (
     TruncatedStack,
     UnknownModel,
 )
+from ebbflow.formats.index import StackIndex
 from ebbflow.formats.manifest import MASKS, STACK, Manifest, read_manifest, write_manifest
 from ebbflow.formats.masks import mask_offsets
 from ebbflow.formats.messages import AddModel, Progress
 from ebbflow.formats.pruning import Pruning
-from ebbflow.formats.stack import Stack, StackIndex, mark_of, read_blocks, read_stack, write_stack
+from ebbflow.formats.stack import Stack, mark_of, read_blocks, read_stack, write_stack
 
 torch.set_num_threads(1)  # beside others on two cores, a second thread waits longer than it works
 

@@ -9,10 +9,11 @@ import pytest
 
 from ebbflow.daemon.worker.served import Served
 from ebbflow.formats.errors import BadBlock, CorruptFile
+from ebbflow.formats.index import StackIndex
 from ebbflow.formats.kinds import planes_nbytes
 from ebbflow.formats.manifest import STACK
 from ebbflow.formats.messages import Failed, Finished, Generate
-from ebbflow.formats.stack import StackIndex, encode_header, read_stack
+from ebbflow.formats.stack import encode_header, read_stack
 from ebbflow.formats.values import Sampling
 
 from support.engines import Answers, engine_of, finish

@@ -13,8 +13,10 @@ from ebbflow.daemon.library.measure import Original, measure_curve, prefix_quali
 from ebbflow.formats.architecture import weight_shapes, weight_uses
 from ebbflow.formats.blocks import pack_dense, pack_signs, sum_blocks
 from ebbflow.formats.checkpoint import Checkpoint, open_checkpoint
+from ebbflow.formats.container import content_hash
 from ebbflow.formats.errors import BadBlock
-from ebbflow.formats.stack import BlockEntry, Stack, StackIndex, content_hash, read_blocks, read_stack, write_stack
+from ebbflow.formats.index import BlockEntry, StackIndex
+from ebbflow.formats.stack import Stack, read_blocks, read_stack, write_stack
 
 from support.tiny_models import write_tiny_model
 

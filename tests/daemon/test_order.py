@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ebbflow.daemon.library.order import Candidate, Order, order_entries, stack_order
 from ebbflow.formats.architecture import Architecture
 from ebbflow.formats.errors import Unsupported
-from ebbflow.formats.stack import BlockEntry
+from ebbflow.formats.index import BlockEntry
 
 gains = st.floats(-10, 1000, allow_nan=False) | st.integers(0, 3).map(float)
 

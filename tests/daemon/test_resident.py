@@ -22,9 +22,10 @@ from ebbflow.daemon.engine.kv import KvCache
 from ebbflow.daemon.engine.sequences import Piece, Sequence
 from ebbflow.daemon.engine.serving import ServingNetwork
 from ebbflow.daemon.worker.resident import READ_NBYTES, Resident
+from ebbflow.formats.container import padded
 from ebbflow.formats.errors import BadBlock, CorruptStack, TruncatedStack
 from ebbflow.formats.manifest import STACK
-from ebbflow.formats.stack import Stack, padded, read_stack
+from ebbflow.formats.stack import Stack, read_stack
 from ebbflow.kernels.instructions import VARIABLE, available
 
 from support.residents import load, logits, move, run_child

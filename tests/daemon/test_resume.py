@@ -24,10 +24,11 @@ from ebbflow.daemon.library.spool import Spool
 from ebbflow.daemon.library.synthetic import write_checkpoint
 from ebbflow.formats.architecture import Architecture
 from ebbflow.formats.checkpoint import open_checkpoint
+from ebbflow.formats.container import content_hash
 from ebbflow.formats.errors import Cancelled, CorruptCheckpoint, DiskFull
+from ebbflow.formats.index import BlockEntry
 from ebbflow.formats.manifest import STACK
 from ebbflow.formats.messages import AddModel, Progress
-from ebbflow.formats.stack import BlockEntry, content_hash
 
 LAYERS = 3
 SMALL = Architecture(

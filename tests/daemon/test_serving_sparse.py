@@ -17,10 +17,11 @@ from ebbflow.daemon.engine.dense import DenseAttention, build_network
 from ebbflow.daemon.worker.served import Served
 from ebbflow.formats.architecture import Architecture
 from ebbflow.formats.blocks import sum_blocks
+from ebbflow.formats.container import content_hash
 from ebbflow.formats.errors import BadBlock
 from ebbflow.formats.manifest import STACK
 from ebbflow.formats.messages import Finished, Generate
-from ebbflow.formats.stack import content_hash, read_blocks, read_stack
+from ebbflow.formats.stack import read_blocks, read_stack
 from ebbflow.formats.values import Sampling
 
 from support.engines import Answers, engine_of, finish

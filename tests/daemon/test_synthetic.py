@@ -21,10 +21,12 @@ from ebbflow.daemon.library.synthetic_tokenizer import write_tokenizer
 from ebbflow.formats.architecture import Architecture, weight_shapes
 from ebbflow.formats.blocks import check_finite, sum_blocks
 from ebbflow.formats.checkpoint import open_checkpoint
+from ebbflow.formats.container import padded
 from ebbflow.formats.errors import InvalidRequest, ModelExists
+from ebbflow.formats.index import filled_before
 from ebbflow.formats.kinds import words_per_row
 from ebbflow.formats.manifest import MASKS, STACK, read_manifest
-from ebbflow.formats.stack import filled_before, padded, read_blocks, read_stack
+from ebbflow.formats.stack import read_blocks, read_stack
 
 TINY = SHAPES["tiny"]  # 172 wide: rows do not end at a word
 

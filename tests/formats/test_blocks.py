@@ -26,8 +26,8 @@ from ebbflow.formats.blocks import (
     unrotate_rows,
 )
 from ebbflow.formats.errors import BadBlock, UnknownKind
+from ebbflow.formats.index import BlockEntry
 from ebbflow.formats.kinds import payload_nbytes, rotation_blocks, rotation_sign, signs_nbytes, words_per_row
-from ebbflow.formats.stack import BlockEntry
 
 from support import golden
 

@@ -23,14 +23,13 @@ from ebbflow.formats.errors import (
     NotArrived,
     TruncatedStack,
 )
+from ebbflow.formats.index import BlockEntry, StackIndex
 from ebbflow.formats.manifest import MANIFEST, MASKS, STACK, read_manifest
 from ebbflow.formats.masks import digest, encode_header, mask_offsets, masks_beside
 from ebbflow.formats.stack import (
-    BlockEntry,
     BlockReader,
     Place,
     Stack,
-    StackIndex,
     check_manifest,
     mark_of,
     read_blocks,

@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from ebbflow.formats import container
 from ebbflow.formats import stack as stack_module
+from ebbflow.formats.container import ALIGNMENT, BLOCK_ALIGNMENT, content_hash, padded
 from ebbflow.formats.errors import (
     BadBlock,
     BadHeader,
@@ -23,23 +24,9 @@ from ebbflow.formats.errors import (
     UnknownKind,
     UnsupportedVersion,
 )
+from ebbflow.formats.index import BlockEntry, StackIndex, filled_before, prefix_edges
 from ebbflow.formats.kinds import payload_nbytes
-from ebbflow.formats.stack import (
-    ALIGNMENT,
-    BLOCK_ALIGNMENT,
-    BlockEntry,
-    Place,
-    Stack,
-    StackIndex,
-    content_hash,
-    encode_header,
-    filled_before,
-    padded,
-    prefix_edges,
-    read_blocks,
-    read_stack,
-    write_stack,
-)
+from ebbflow.formats.stack import Place, Stack, encode_header, read_blocks, read_stack, write_stack
 
 from support import golden
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ebbflow.formats.stack import BlockEntry, StackIndex
+from ebbflow.formats.index import BlockEntry, StackIndex
 
 DENSE = bytes.fromhex("0000803f 000000c0")  # 1, -2
 SIGNS = bytes.fromhex(

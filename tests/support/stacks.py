@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from ebbflow.formats.architecture import Architecture, weight_shapes, weight_uses
 from ebbflow.formats.blocks import pack_dense, pack_mask, pack_plane, pack_signs, pack_values
+from ebbflow.formats.container import content_hash
+from ebbflow.formats.index import BlockEntry, StackIndex
 from ebbflow.formats.kinds import ROW_LEVELS, SHARED_LEVELS, VALUES_LIMIT, plane_depth
 from ebbflow.formats.manifest import (
     MANIFEST,
@@ -24,7 +26,7 @@ from ebbflow.formats.manifest import (
     write_manifest,
 )
 from ebbflow.formats.masks import digest
-from ebbflow.formats.stack import BlockEntry, StackIndex, content_hash, read_blocks, read_stack, write_stack
+from ebbflow.formats.stack import read_blocks, read_stack, write_stack
 
 from support.tiny_models import write_tokenizer
 
