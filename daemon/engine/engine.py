@@ -43,7 +43,6 @@ from .tokenizer import TextStream, Tokenizer
 from .waiting import Policy
 from .weights import Weights
 
-PATIENCE_STEPS: Final = 8  # that were too long in a row, before somebody gives up their place
 _MOST_PER_TOKEN: Final = 128  # characters; the longest tokens in use are runs of so many spaces
 
 EngineEvent = Started | Chunk | Finished | Failed | Pinned
@@ -237,9 +236,7 @@ class Engine:
         if not self.scheduler.busy:
             self.pins.renew(self._band)
         # before anything was measured one alone: what is admitted has its token in every step
-        most = min(self.pace.limit, self._most) if self.pace.known else 1
-        self._shed(most)
-        admitted = self.scheduler.admit(most)
+        admitted = self.scheduler.admit(min(self.pace.limit, self._most) if self.pace.known else 1)
         pieces = self.scheduler.plan(self.pace.limit)
         began = self._clock()
         for job in (self._jobs[s.key] for s in admitted if s.key in self._jobs):
@@ -266,17 +263,6 @@ class Engine:
         if len(logits):
             self.tokens_per_second += 0.2 * (len(logits) / max(seconds, 1e-9) - self.tokens_per_second)
         return events
-
-    def _shed(self, most: int) -> None:
-        """Where steps stay too long since the machine got slower, some of those that run give up their places.
-
-        Half of those that are too many at a time: steps of several sizes show how many there may be. One or two more
-        than `most` may stay, so that trying one more does not send somebody back each time.
-        """
-        running = len(self.scheduler.running)
-        if self.pace.too_long >= PATIENCE_STEPS and running > most + most // 4 + 1:
-            self.scheduler.shed(-(-(running - most) // 2))
-            self.pace.too_long = 0
 
     def _expire(self, now: float) -> list[EngineEvent]:
         """End what has taken longer than it was given."""
@@ -313,7 +299,8 @@ class Engine:
         if tokens == 1:
             short = OutOfMemory("no memory for the next step; try again, or make the model smaller")
             return self._end(pieces[0].sequence.key, short)
-        self.scheduler.shed(len(running) - self._most)
+        for sequence in sorted(running, key=lambda s: s.arrival)[self._most :]:
+            self.scheduler.preempt(sequence)
         return []
 
     def _tokens(self, request: Generate | Pin) -> list[int]:

@@ -8,7 +8,6 @@ from typing import Final
 STEP_SECONDS: Final = 0.15
 MAX_TOKENS: Final = 512
 _FORGET: Final = 0.9
-_LATE: Final = 1.25  # times what a step may take
 _PROBE_EVERY: Final = 32  # steps of one size, before one token more is tried
 
 
@@ -26,7 +25,6 @@ class Pace:
 
     target: float = STEP_SECONDS * 0.8  # the rest is for what the fit does not see, such as longer contexts
     limit: int = 8
-    too_long: int = 0  # so many steps in a row were longer than they may be, whoever chose their size
     _slope_share: float = 0.5
     _same: int = 0
     _aimed: float = 0.0
@@ -45,10 +43,8 @@ class Pace:
         """A step of `tokens` tokens took `seconds`."""
         seconds = max(seconds, 1e-9)
         usual = self._seconds / self._weight if self._weight else seconds
-        late = seconds > _LATE * max(self.target, self._aimed)
-        self.too_long = self.too_long + 1 if late else 0
         # after a step far longer than usual the machine is not what it was: nothing but the share is still believed
-        surprised = late and seconds > 1.5 * usual
+        surprised = seconds > max(1.25 * max(self.target, self._aimed), 1.5 * usual)
         keep = 0.0 if surprised else _FORGET
         self._weight = self._weight * keep + 1
         self._tokens = self._tokens * keep + tokens

@@ -351,13 +351,6 @@ class Scheduler:
         others = sorted(self.running, key=lambda s: s.arrival)[1:]
         return min(others, key=lambda s: (s.priority, -s.arrival), default=None)
 
-    def shed(self, count: int) -> None:
-        """Have so many running sequences give up their places, but for the first of all."""
-        for _ in range(count):
-            victim = self._youngest()
-            if victim is not None:
-                self.preempt(victim)
-
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's place away; it waits, and goes on where it was as if nothing had been."""
         self._stop(sequence)

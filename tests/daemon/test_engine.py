@@ -10,8 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ebbflow.daemon.engine.engine import Engine
-from ebbflow.daemon.engine.pace import Pace
-from ebbflow.daemon.engine.sequences import Piece
 from ebbflow.daemon.worker.resident import Resident
 from ebbflow.formats.messages import Failed, Finished, Generate
 from ebbflow.formats.values import ChatMessage, Sampling
@@ -217,40 +215,6 @@ def test_cancel_in_every_state(folder: Path, resident: Resident, alone: dict[Any
     assert answers.by_id[0].text == alone[long, 1].text
     assert engine.cancel(0) == []  # after the end: nothing
     assert engine.kv_nbytes == engine.kv_cached_nbytes
-
-
-@pytest.mark.parametrize(("slower", "few"), [(1, 16), (20, 3)], ids=["for a moment", "for good"])
-def test_where_the_machine_gets_slower_some_give_up_their_places(
-    folder: Path, resident: Resident, monkeypatch: pytest.MonkeyPatch, slower: int, few: int
-) -> None:
-    """Sixteen answers at 42 ms a step; then one takes a second longer, and a token from then on 20 times as long."""
-    engine, answers = engine_of(folder, resident, tick=0.0), Answers()
-    forward, slope, accident = engine._forward, 0.002, 0.0
-
-    def take_time(pieces: list[Piece]) -> Any:
-        engine._clock.now += 0.01 + slope * sum(piece.count for piece in pieces) + accident
-        return forward(pieces)
-
-    monkeypatch.setattr(engine, "_forward", take_time)
-    requests = [request(key, f"{key}", max_tokens=100) for key in range(16)]
-    for one in requests:
-        answers.hear(engine.submit(one))
-    for _ in range(30):
-        answers.hear(engine.step())
-    assert (len(engine.scheduler.running), engine.step_seconds) == (16, pytest.approx(0.042))
-    accident = 1.0
-    answers.hear(engine.step())
-    slope, accident = slope * slower, 0.0
-    for _ in range(30):
-        answers.hear(engine.step())
-    assert len(engine.scheduler.running) <= few
-    assert engine.step_seconds < 1.3 * Pace().target
-    first = min(engine.scheduler.running, key=lambda s: s.arrival)
-    assert (first.key, first.preemptions, bool(engine.scheduler.totals.preemptions)) == (0, 0, slower > 1)
-    slope = 0.002
-    finish(engine, answers)
-    for one in requests:
-        assert answers.by_id[one.id].text == answer(engine_of(folder, resident), one).text
 
 
 def test_cancelling_all(folder: Path, resident: Resident) -> None:

@@ -122,18 +122,6 @@ def test_a_machine_whose_steps_are_mostly_fixed_cost_reads_prompts_in_large_piec
     assert sum(tokens[30:]) / sum(seconds[30:]) >= best / 2
 
 
-def test_steps_that_are_too_long_are_counted_as_long_as_they_are() -> None:
-    pace = Pace()
-    for _ in range(10):
-        pace.record(4, 0.9 * STEP_SECONDS)
-    assert pace.too_long == 0
-    for count in (1, 2, 3):
-        pace.record(4, 2 * STEP_SECONDS)
-        assert pace.too_long == count
-    pace.record(4, 0.9 * STEP_SECONDS)
-    assert pace.too_long == 0
-
-
 def test_one_accident_does_not_stop_everything() -> None:
     pace = Pace()
     run(pace, 0.03, 0.005, 40)

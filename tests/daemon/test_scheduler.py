@@ -50,7 +50,6 @@ actions = st.one_of(
     st.tuples(st.just("fail"), st.sampled_from([1, 50, 1000])),
     st.tuples(st.just("cancel"), picks),
     st.tuples(st.just("preempt"), picks),
-    st.tuples(st.just("shed"), st.integers(-1, 3)),
     st.tuples(st.just("unpin"), picks),
     st.tuples(st.just("trim"), st.integers(0, 24)),
     st.tuples(st.just("limit"), st.sampled_from([0, 3, 6, 10, 24])),
@@ -78,8 +77,6 @@ def act(world: World, what: str, value: object) -> None:
             world.check()
         case "preempt", int(pick) if scheduler.running:
             world.preempt(scheduler.running[pick % len(scheduler.running)])
-        case "shed", int(count):
-            world.shed(count)
         case "unpin", int(pick) if world.pins:
             world.unpin(pick % len(world.pins))
         case "trim", int(blocks):
@@ -409,22 +406,6 @@ def test_a_higher_priority_gets_the_blocks_of_those_that_yield() -> None:
     assert world.scheduler.running == [oldest, high]
     assert young.preemptions == 1
     world.drain()
-
-
-def test_the_lowest_priority_and_then_the_youngest_give_up_their_places_first() -> None:
-    world = World(100)
-    low, first, second, third, high = (
-        world.submit([at] * 40, 20, priority=priority) for at, priority in enumerate((-1, 0, 0, 0, 1))
-    )
-    world.step()
-    world.shed(2)
-    assert set(map(id, world.scheduler.running)) == {*map(id, (low, first, high))}  # the oldest stays, whatever it is
-    assert (second.preemptions, third.preemptions) == (1, 1)
-    world.shed(9)
-    assert world.scheduler.running == [low]
-    world.drain()
-    assert second.reused == 0  # when it first ran
-    assert world.scheduler.totals.computed < 5 * 60 + 2 * 2 * 32  # what it had computed was there when it went on
 
 
 def test_clients_take_turns() -> None:

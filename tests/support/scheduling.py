@@ -229,12 +229,6 @@ class World:
         self.scheduler.preempt(s)
         self.check()
 
-    def shed(self, count: int) -> None:
-        running, first = len(self.scheduler.running), self._oldest()
-        self.scheduler.shed(count)
-        assert len(self.scheduler.running) == max(min(running, 1), running - max(count, 0))
-        self.check(first)
-
     def trim(self, blocks: int) -> None:
         before, unused = self.memory.held, self.scheduler.prefixes.evictable
         self.scheduler.trim(blocks)
