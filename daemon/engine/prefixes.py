@@ -192,12 +192,11 @@ class Prefixes:
         if path:
             self._prune(path[-1])
 
-    def lead(self, nodes: Iterable[Node], leader: object) -> list[Node]:
-        """Say who is about to compute these nodes, where nobody is yet; returns those."""
-        found = [node for node in nodes if node.leader is None]
-        for node in found:
-            node.leader = leader
-        return found
+    def lead(self, nodes: Iterable[Node], leader: object) -> None:
+        """Say who is about to compute these nodes, where nobody is yet."""
+        for node in nodes:
+            if node.leader is None:
+                node.leader = leader
 
     def unlead(self, nodes: list[Node], leader: object) -> None:
         """Take it back."""

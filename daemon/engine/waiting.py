@@ -57,7 +57,6 @@ class Waiting:
         self._lines: dict[_Group, list[_Key]] = {}  # who may start; some may have to wait for a leader by now
         self._overdue: dict[int, list[_Key]] = {}  # by priority: those who were overtaken often enough
         self._before: dict[Node, Counter[_Group]] = {}  # those whose next block it is
-        self._held_back: Counter[_Group] = Counter()  # those who wait for a leader
 
     @property
     def highest(self) -> int:
@@ -88,9 +87,7 @@ class Waiting:
     def start(self, sequence: Sequence) -> None:
         """It runs from now on, and is about to compute what of its prompt nobody has or is about to."""
         self._leave(sequence)
-        for node in self._prefixes.lead(sequence.path[sequence.matched :], sequence):
-            if self._policy.gate:
-                self._held_back.update(self._before.get(node, {}))
+        self._prefixes.lead(sequence.path[sequence.matched :], sequence)
         self._forget(sequence)
         self._overtake(sequence)
 
@@ -111,12 +108,12 @@ class Waiting:
                 best = self.sequences[int(min(heads)[-1])]
                 leads = best.matched < len(best.path) and best.path[best.matched].wanted > 1
                 # those that wait for a leader will fill what is free
-                return None if leads and self._held_back[priority, best.owner] >= max(free, 1) else best
+                return None if leads and self._held_back((priority, best.owner)) >= max(free, 1) else best
         return None
 
     def _look_again(self) -> None:
         """Something happened to blocks: put all where they belong now."""
-        for kept in (self._lines, self._overdue, self._before, self._held_back):
+        for kept in (self._lines, self._overdue, self._before):
             kept.clear()
         for sequence in self.sequences.values():
             self._enter(sequence, list.append)
@@ -130,11 +127,9 @@ class Waiting:
         group = sequence.priority, sequence.owner
         if sequence.matched < len(sequence.path):
             self._before.setdefault(sequence.path[sequence.matched], Counter())[group] += 1
-        held_back = self._is_held_back(sequence)
-        self._held_back[group] += held_back
         if _is_overdue(sequence):
             put(self._overdue.setdefault(sequence.priority, []), (sequence.arrival,))
-        elif not held_back:
+        elif not self._is_held_back(sequence):
             line, key = self._place(sequence)
             put(self._lines.setdefault(line, []), key)
 
@@ -147,7 +142,6 @@ class Waiting:
             counts[group] -= 1
             if not any(counts.values()):
                 del self._before[node]
-        self._held_back[group] -= self._is_held_back(sequence)
         if _is_overdue(sequence):
             _take(self._overdue, sequence.priority, (sequence.arrival,))
         else:
@@ -180,6 +174,11 @@ class Waiting:
         if node.block < 0:
             return False
         return node.depth == self._depth if sequence.exact else node.band >= self._band
+
+    def _held_back(self, group: _Group) -> int:
+        """How many of a group wait for a leader."""
+        led = (counts for node, counts in self._before.items() if self._policy.gate and node.leader is not None)
+        return sum(counts[group] for counts in led)
 
     def _is_held_back(self, sequence: Sequence) -> bool:
         """Whether somebody is about to compute its next block."""
@@ -224,7 +223,8 @@ class Waiting:
             waiting = self.sequences.values()
             overdue, held_back = [s for s in waiting if _is_overdue(s)], [s for s in waiting if self._is_held_back(s)]
             assert {key[-1] for line in self._overdue.values() for key in line} == {s.arrival for s in overdue}
-            assert +self._held_back == Counter((s.priority, s.owner) for s in held_back)
+            groups = Counter((s.priority, s.owner) for s in held_back)
+            assert all(self._held_back(group) == groups[group] for group in {(s.priority, s.owner) for s in waiting})
             standing = {key[-1] for line in self._lines.values() for key in line}
             assert standing >= {s.arrival for s in waiting} - {s.arrival for s in (*overdue, *held_back)}
             next_blocks = Counter(s.path[s.matched] for s in waiting if s.matched < len(s.path))

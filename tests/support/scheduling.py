@@ -294,7 +294,7 @@ class World:
         needs = [blocks_for(s.limit) for s in self.requests if s.key not in self.ended]
         assert memory.limit <= max(scheduler._asked, scheduler.prefixes.pinned + max(needs, default=0))
         assert oldest is None or min(s.arrival for s in scheduler.running) <= oldest.arrival
-        assert all(s.overtaken <= OVERTAKEN_MOST * SIBLINGS for s in scheduler.waiting.values())
+        assert all(s.overtaken < (OVERTAKEN_MOST + 1) * SIBLINGS for s in scheduler.waiting.values())
         for s in scheduler.running:
             slots = [slot for block in s.blocks for slot in memory.slots[block]]
             assert slots[: s.computed] == self._views[s.key][: s.computed], "what it reads changed"
