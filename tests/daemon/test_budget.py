@@ -804,3 +804,14 @@ def test_a_variant_does_not_count_on_masks_of_a_model_that_goes_for_it() -> None
     assert budget.make_room("b", 750 * MB, reading, {"a"}, VARIANT) == ["a"]
     with pytest.raises(OutOfMemory):
         budget.make_room("b", 751 * MB, reading, {"a"}, VARIANT)
+
+
+def test_masks_that_a_loading_twin_counts_on_are_not_freed_by_unloading_the_other() -> None:
+    budget = loaded(("a", 500 * MB, VARIANT))
+    reading = Reading(RESERVE + 300 * MB, "")
+    budget.load("b", 500 * MB, 2 * GB, reading, common=VARIANT)
+    assert budget.make_room("c", 300 * MB, reading, {"a"}) == ["a"]
+    with pytest.raises(OutOfMemory):
+        budget.make_room("c", 301 * MB, reading, {"a"})
+    assert budget.unload("a") == 300 * MB
+    assert budget.spare(Reading(RESERVE + 600 * MB, "")) == 300 * MB, "b still reads as much"
