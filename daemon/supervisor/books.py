@@ -116,6 +116,9 @@ class Books:
                 shared += other.shared
                 if other.holding:  # what it shared may be counted with others now, who will say so
                     other.holding = replace(other.holding, shared=0, shared_base=0)
+        twins = [other for other in self.models.values() if other.common.masks == model.common.masks]
+        if not model.holding and twins and all(twin.there and not twin.holding for twin in twins):
+            twins[0].there = 0  # it could not be loaded, and the next one reads what all count on
         return max(0, model.resident - shared)
 
     def retarget(self, targets: Mapping[str, int]) -> dict[str, int]:

@@ -815,3 +815,19 @@ def test_masks_that_a_loading_twin_counts_on_are_not_freed_by_unloading_the_othe
         budget.make_room("c", 301 * MB, reading, {"a"})
     assert budget.unload("a") == 300 * MB
     assert budget.spare(Reading(RESERVE + 600 * MB, "")) == 300 * MB, "b still reads as much"
+
+
+def test_when_a_model_cannot_be_loaded_the_next_of_its_twins_reads_their_masks() -> None:
+    budget = Budget(Outlook(RESERVE))
+    reading = Reading(RESERVE + 2 * GB, "")
+    for name in ("a", "b", "c"):
+        budget.load(name, 500 * MB, 500 * MB, reading, common=VARIANT)
+    assert budget.spare(reading) == 2 * GB - (500 + 300 + 300) * MB
+    assert budget.unload("a") == 0
+    assert budget.spare(reading) == 2 * GB - (500 + 300) * MB
+    budget.update(1.0, reading, {"b": Holding(500 * MB, 500 * MB)})
+    assert budget.unload("b") == 300 * MB
+    assert budget.spare(reading) == 2 * GB - 300 * MB, "c finds the masks: it was told before b went"
+    budget.load("d", 500 * MB, 500 * MB, reading, common=VARIANT)
+    assert budget.unload("c") == 0
+    assert budget.spare(reading) == 2 * GB - 500 * MB
