@@ -32,13 +32,14 @@ class Holding:
     """What the worker last reported of one model: bytes resident, and the target it works towards.
 
     `shared` of the resident bytes are in memory once for it and another model, and counted there; of these,
-    `shared_base` are in its base.
+    `shared_base` are in its base. Of a damaged stack no more than `damaged_at` bytes can come.
     """
 
     nbytes: int
     target: int
     shared: int = 0
     shared_base: int = 0
+    damaged_at: int | None = None
 
 
 @dataclass
@@ -90,7 +91,8 @@ class Model:
     @property
     def arriving(self) -> int:
         """Bytes this model may still take without being told anything new."""
-        return max(0, self.target - self.placed)
+        damaged_at = self.holding.damaged_at if self.holding else None
+        return max(0, (self.target if damaged_at is None else min(self.target, damaged_at)) - self.placed)
 
 
 @dataclass

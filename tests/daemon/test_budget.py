@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from ebbflow.daemon.supervisor.books import Common, Holding
 from ebbflow.daemon.supervisor.budget import (
+    CALM_LOOK_SECONDS,
     DEAD_BAND,
     GROW_STEP_LEAST,
+    LOOK_SECONDS,
     SHRINK_MARGIN,
     Budget,
     Statistics,
@@ -831,3 +833,17 @@ def test_when_a_model_cannot_be_loaded_the_next_of_its_twins_reads_their_masks()
     budget.load("d", 500 * MB, 500 * MB, reading, common=VARIANT)
     assert budget.unload("c") == 0
     assert budget.spare(reading) == 2 * GB - 500 * MB
+
+
+def test_what_lies_beyond_a_damage_is_not_waited_for() -> None:
+    for damaged_at in (None, GB):
+        budget, reading = Budget(Outlook(RESERVE)), Reading(RESERVE + GB, "")
+        holdings = {"a": Holding(GB, 2 * GB, damaged_at=damaged_at)}
+        budget.load("a", 500 * MB, 2 * GB, Reading(RESERVE + 4 * GB, ""))
+        budget.update(0.0, reading, holdings)
+        assert budget.look_seconds() == (CALM_LOOK_SECONDS if damaged_at else LOOK_SECONDS)
+        budget.load("b", 500 * MB, 2 * GB, reading)
+        budget._books.retarget({"a": 2 * GB, "b": GB})
+        for now in range(60):
+            budget.update(now, reading, {**holdings, "b": Holding(GB, GB)})
+        assert (budget.target("b") > GB) == bool(damaged_at)
