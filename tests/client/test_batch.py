@@ -385,6 +385,9 @@ def test_what_on_progress_raises_is_not_taken_for_our_own_waiting(address: str, 
     def failing(_summary: BatchSummary) -> None:
         raise error
 
+    def script(request_: Request) -> Iterable[Item]:  # one reply: the one that was waited for
+        return [failed("prompt_too_long", request_.id)]
+
     async def main() -> None:
         async with AsyncClient(address) as client:
             batch = client.generate_batch("tiny", ["a", "b"], window=1, on_progress=failing)
@@ -392,7 +395,7 @@ def test_what_on_progress_raises_is_not_taken_for_our_own_waiting(address: str, 
                 await anext(batch)
             assert [result async for result in batch] == []
 
-    with FakeDaemon(address, echo):
+    with FakeDaemon(address, script):
         with Client(address) as client:
             batch = client.generate_batch("tiny", ["a", "b"], window=1, on_progress=failing)
             with pytest.raises(error):
