@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
@@ -126,8 +125,11 @@ class BatchStream(_Batch):
 
     def _step(self) -> None:
         pause = self._send()
-        with contextlib.suppress(Empty):
-            self._hear(self._replies.get(timeout=pause or None))
+        try:
+            heard = self._replies.get(timeout=pause or None)
+        except Empty:
+            return
+        self._hear(heard)  # outside: what `on_progress` raises is not ours
         while not self._replies.empty():
             self._hear(self._replies.get())
 
@@ -175,8 +177,11 @@ class AsyncBatchStream(_Batch):
 
     async def _step(self) -> None:
         pause = self._send()
-        with contextlib.suppress(TimeoutError):
+        try:
             async with asyncio.timeout(pause or None):
-                self._hear(await self._replies.get())
+                heard = await self._replies.get()
+        except TimeoutError:
+            return
+        self._hear(heard)
         while not self._replies.empty():
             self._hear(self._replies.get_nowait())

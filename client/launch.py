@@ -14,13 +14,15 @@ from typing import Final
 
 from ..formats.errors import AlreadyRunning, DaemonFailed, DaemonGone
 from ..formats.paths import Paths, default_paths
+from ..formats.settings import expand_home
 from .address import elsewhere
 from .client import Client
 
 # -P: the daemon must not import from the folder the user happens to stand in.
 COMMAND: Final = (sys.executable, "-P", "-m", "ebbflow.daemon.supervisor")
 START_SECONDS: Final = 15.0
-_PATHS: Final = ("EBBFLOW_HOME", "EBBFLOW_LOG_FILE")  # mean the same to the daemon, which stands elsewhere
+# What means the same to the daemon, which stands elsewhere, and how it is read.
+_PATHS: Final = (("EBBFLOW_HOME", str), ("EBBFLOW_LOG_FILE", expand_home))
 LOG_LINES: Final = 10
 LOG_NBYTES: Final = 1_000_000  # a log larger than this is set aside when the next daemon starts
 
@@ -80,9 +82,9 @@ def _start(client: Client, paths: Paths, seconds: float, command: Sequence[str])
 
 def _spawn(paths: Paths, command: Sequence[str]) -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
-    for name in _PATHS:
+    for name, expand in _PATHS:
         if environment.get(name):
-            environment[name] = str(Path(environment[name]).absolute())
+            environment[name] = str(Path(expand(environment[name])).absolute())
     try:
         paths.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
         with paths.log.open("ab") as log:

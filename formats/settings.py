@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Final, Literal, get_args
 
 import msgspec
@@ -57,3 +58,8 @@ HELP: Final = {  # what it is called, and what it is for
 def flag(name: str) -> str:
     """A setting on the command line."""
     return "--" + name.replace("_", "-")
+
+
+def expand_home(file: str) -> str:
+    """A `log_file` with the folder that `~` stands for, wherever it was set: shells see only to some of them."""
+    return os.path.expanduser(file)  # noqa: PTH111 - which leaves the home of nobody as it is

@@ -13,7 +13,7 @@ import click
 import platformdirs
 
 from ...formats.errors import DaemonGone, ServiceFailed, storage_failed
-from ...formats.settings import USUAL
+from ...formats.settings import USUAL, expand_home
 from ..client import Client
 from ..launch import COMMAND
 from ..unit import NAME, state, unit_text
@@ -75,7 +75,7 @@ def install(force: bool, **options: str | None) -> None:
     except ValueError as error:
         raise click.BadParameter(f"{drain!r} is not a number", param_hint="--drain-seconds") from error
     if log := options.get("log_file"):
-        options["log_file"] = str(Path(log).absolute())
+        options["log_file"] = str(Path(expand_home(log)).absolute())
     _write(path, unit_text([*COMMAND, *daemon_flags(options)], _environment(), seconds + END_SECONDS))
     note(f"Wrote {path}.")
     reload = systemctl("daemon-reload")

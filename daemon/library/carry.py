@@ -27,7 +27,7 @@ from ...formats.errors import (
     TruncatedStack,
     storage_failed,
 )
-from ...formats.files import open_plain
+from ...formats.files import following_links, open_plain
 from ...formats.manifest import MASKS, STACK, Manifest, read_manifest, write_manifest
 from ...formats.messages import ExportModel, ImportModel, Progress
 from ...formats.paths import check_name
@@ -68,7 +68,10 @@ def carry_model(request: ImportModel | ExportModel, library: Path, tell: Tell) -
 
 
 def _carry(request: ImportModel | ExportModel, source: Path, place: Path, library: Path, tell: Tell) -> ModelSummary:
-    manifest, stack = read_manifest(source), read_stack(source / STACK)
+    # what is imported may be a folder of links: a snapshot of Hugging Face, nix, git-annex
+    reading = following_links if isinstance(request, ImportModel) else contextlib.nullcontext
+    with reading():
+        manifest, stack = read_manifest(source), read_stack(source / STACK)
     if stack.arriving:
         raise NotArrived(f"{source} is itself still arriving; wait until it is complete")
     check_manifest(stack, manifest)
@@ -87,9 +90,10 @@ def _carry(request: ImportModel | ExportModel, source: Path, place: Path, librar
         tell(Progress(id=request.id, stage=STAGE, done=done, total=stack.nbytes))
 
     before = stack.nbytes - stack.file_edges[-1]  # bytes of masks
-    if stack.masks_path and not masks_there and not (ours and link(ours, place)):
-        copy_masks(stack, place, told)
-    _copy_stack(stack, place / STACK, lambda done: told(before + done))
+    with reading():
+        if stack.masks_path and not masks_there and not (ours and link(ours, place)):
+            copy_masks(stack, place, told)
+        _copy_stack(stack, place / STACK, lambda done: told(before + done))
     mark_of(place / STACK).unlink()
     _sync(place)
     return summary(manifest)

@@ -32,13 +32,14 @@ class Holding:
     """What the worker last reported of one model: bytes resident, and the target it works towards.
 
     `shared` of the resident bytes are in memory once for it and another model, and counted there; of these,
-    `shared_base` are in its base.
+    `shared_base` are in its base. Of a damaged stack no more than `damaged_at` bytes can come.
     """
 
     nbytes: int
     target: int
     shared: int = 0
     shared_base: int = 0
+    damaged_at: int | None = None
 
 
 @dataclass
@@ -78,9 +79,20 @@ class Model:
         return self.holding.nbytes if self.holding else self.there
 
     @property
+    def shared(self) -> int:
+        """Bytes of it that are, or will be, in memory once for it and another model, and counted there."""
+        return self.holding.shared if self.holding else self.there
+
+    @property
+    def shared_base(self) -> int:
+        """Bytes of its base of which that is so."""
+        return self.holding.shared_base if self.holding else self.there
+
+    @property
     def arriving(self) -> int:
         """Bytes this model may still take without being told anything new."""
-        return max(0, self.target - self.placed)
+        damaged_at = self.holding.damaged_at if self.holding else None
+        return max(0, (self.target if damaged_at is None else min(self.target, damaged_at)) - self.placed)
 
 
 @dataclass
@@ -100,12 +112,15 @@ class Books:
         model = self.models.pop(name, None)
         if model is None:
             return 0
-        shared = model.holding.shared if model.holding else 0
+        shared = model.shared
         for other in self.models.values():
-            if other.common.kin == model.common.kin and other.holding:
-                shared += other.holding.shared
-                # what it shared may be counted with others now, who will say so
-                other.holding = replace(other.holding, shared=0, shared_base=0)
+            if other.common.kin == model.common.kin:
+                shared += other.shared
+                if other.holding:  # what it shared may be counted with others now, who will say so
+                    other.holding = replace(other.holding, shared=0, shared_base=0)
+        twins = [other for other in self.models.values() if other.common.masks == model.common.masks]
+        if not model.holding and twins and all(twin.there and not twin.holding for twin in twins):
+            twins[0].there = 0  # it could not be loaded, and the next one reads what all count on
         return max(0, model.resident - shared)
 
     def retarget(self, targets: Mapping[str, int]) -> dict[str, int]:
@@ -147,12 +162,12 @@ class Books:
     @property
     def shared(self) -> int:
         """By how much all stacks together take less than their sizes say."""
-        return sum(model.holding.shared for model in self.models.values() if model.holding)
+        return sum(model.shared for model in self.models.values())
 
     @property
     def shared_bases(self) -> int:
         """By how much their bases do."""
-        return sum(model.holding.shared_base for model in self.models.values() if model.holding)
+        return sum(model.shared_base for model in self.models.values())
 
     def free(self, spare: int, but: str = "") -> int:
         """Bytes that could be had for something new: what is `spare` and what automatic models can do without, less
@@ -172,7 +187,7 @@ class Books:
         for kin in {self.models[name].common.kin for name in victims}:
             family = [model for model in self.models.values() if model.common.kin == kin]
             bases = sum(self.limits(name)[0] for name in victims if self.models[name].common.kin == kin)
-            freed += max(0, bases - sum(model.holding.shared_base for model in family if model.holding))
+            freed += max(0, bases - sum(model.shared_base for model in family))
         return freed
 
     def there(self, common: Common, victims: Collection[str] = ()) -> int:

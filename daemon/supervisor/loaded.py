@@ -43,7 +43,8 @@ class Loaded:
     def holdings(self) -> dict[str, Holding]:
         """The same, as the budget wants it."""
         return {
-            r.model: Holding(r.nbytes, r.target_nbytes, r.shared_nbytes, r.shared_base_nbytes) for r in self.residencies
+            r.model: Holding(r.nbytes, r.target_nbytes, r.shared_nbytes, r.shared_base_nbytes, r.damaged_at_nbytes)
+            for r in self.residencies
         }
 
     @property

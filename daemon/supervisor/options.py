@@ -15,7 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from ...formats.errors import InvalidConfig, InvalidSize
-from ...formats.settings import HELP, SIZES, Settings, flag
+from ...formats.settings import HELP, SIZES, Settings, expand_home, flag
 from ...formats.units import parse_size
 
 VARIABLE: Final = "EBBFLOW_"
@@ -57,7 +57,7 @@ def _file(path: Path) -> dict[str, Any]:
         raise InvalidConfig(f"{path}: {unknown[0]!r} cannot be set; what can is {', '.join(sorted(HELP))}")
     values = _checked(given, lambda name: f"{path}: {name}", strict=True)
     if values.get("log_file"):  # beside this file, wherever the daemon is started
-        values["log_file"] = str(path.parent / Path(values["log_file"]).expanduser())
+        values["log_file"] = str(path.parent / values["log_file"])
     return values
 
 
@@ -70,6 +70,8 @@ def _checked(given: dict[str, Any], call: Callable[[str], str], strict: bool) ->
             values[name] = getattr(msgspec.convert({name: plain}, Settings, strict=strict), name)
         except msgspec.ValidationError as error:
             raise InvalidConfig(f"{call(name)} cannot be {value!r}: {str(error).partition(' - at')[0]}") from error
+    if values.get("log_file"):
+        values["log_file"] = expand_home(values["log_file"])
     return values
 
 

@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from queue import Empty
 from typing import Any
 
 import pytest
@@ -377,6 +378,29 @@ def test_an_interrupted_batch_does_not_hang(address: str):
         with pytest.raises(KeyboardInterrupt):
             next(batch)
         assert list(batch) == []
+
+
+@pytest.mark.parametrize("error", [Empty, TimeoutError])
+def test_what_on_progress_raises_is_not_taken_for_our_own_waiting(address: str, error: type[Exception]):
+    def failing(_summary: BatchSummary) -> None:
+        raise error
+
+    def script(request_: Request) -> Iterable[Item]:  # one reply: the one that was waited for
+        return [failed("prompt_too_long", request_.id)]
+
+    async def main() -> None:
+        async with AsyncClient(address) as client:
+            batch = client.generate_batch("tiny", ["a", "b"], window=1, on_progress=failing)
+            with pytest.raises(error):
+                await anext(batch)
+            assert [result async for result in batch] == []
+
+    with FakeDaemon(address, script):
+        with Client(address) as client:
+            batch = client.generate_batch("tiny", ["a", "b"], window=1, on_progress=failing)
+            with pytest.raises(error):
+                next(batch)
+        asyncio.run(main())
 
 
 def test_no_prompts_are_no_results(address: str):

@@ -103,12 +103,14 @@ def test_a_command_that_cannot_be_run(home: Path):
         ("", "", "logs/daemon.log"),
         ('log_file = "mine.log"', "", "mine.log"),
         ('log_file = "mine.log"', "here.log", "stood/here.log"),
+        ("", "~/here.log", "here.log"),
     ],
 )
 def test_a_daemon_in_the_background_logs_where_its_settings_say(home, monkeypatch, setting, variable, where):
     (home / "stood").mkdir()
     monkeypatch.chdir(home / "stood")
     monkeypatch.setenv("EBBFLOW_LOG_FILE", variable)
+    monkeypatch.setenv("HOME", str(home))
     (home / "config.toml").write_text(setting)
     assert ensure_daemon()
     with Client() as client:

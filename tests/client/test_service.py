@@ -119,6 +119,8 @@ def test_a_log_file_means_the_same_to_the_service(systemctl, home, monkeypatch):
     monkeypatch.chdir(home)
     ebb("install", "--log-file=ebb.log")
     assert f'"--log-file={home}/ebb.log"' in unit_path().read_text()
+    ebb("install", "--log-file=~/ebb.log")
+    assert f'"--log-file={Path.home()}/ebb.log"' in unit_path().read_text()
 
 
 def test_what_was_changed_by_hand_is_left_alone_without_force(systemctl):

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from ebbflow.daemon.supervisor.books import Common, Holding
 from ebbflow.daemon.supervisor.budget import (
+    CALM_LOOK_SECONDS,
     DEAD_BAND,
     GROW_STEP_LEAST,
+    LOOK_SECONDS,
     SHRINK_MARGIN,
     Budget,
     Statistics,
@@ -804,3 +806,44 @@ def test_a_variant_does_not_count_on_masks_of_a_model_that_goes_for_it() -> None
     assert budget.make_room("b", 750 * MB, reading, {"a"}, VARIANT) == ["a"]
     with pytest.raises(OutOfMemory):
         budget.make_room("b", 751 * MB, reading, {"a"}, VARIANT)
+
+
+def test_masks_that_a_loading_twin_counts_on_are_not_freed_by_unloading_the_other() -> None:
+    budget = loaded(("a", 500 * MB, VARIANT))
+    reading = Reading(RESERVE + 300 * MB, "")
+    budget.load("b", 500 * MB, 2 * GB, reading, common=VARIANT)
+    assert budget.make_room("c", 300 * MB, reading, {"a"}) == ["a"]
+    with pytest.raises(OutOfMemory):
+        budget.make_room("c", 301 * MB, reading, {"a"})
+    assert budget.unload("a") == 300 * MB
+    assert budget.spare(Reading(RESERVE + 600 * MB, "")) == 300 * MB, "b still reads as much"
+
+
+def test_when_a_model_cannot_be_loaded_the_next_of_its_twins_reads_their_masks() -> None:
+    budget = Budget(Outlook(RESERVE))
+    reading = Reading(RESERVE + 2 * GB, "")
+    for name in ("a", "b", "c"):
+        budget.load(name, 500 * MB, 500 * MB, reading, common=VARIANT)
+    assert budget.spare(reading) == 2 * GB - (500 + 300 + 300) * MB
+    assert budget.unload("a") == 0
+    assert budget.spare(reading) == 2 * GB - (500 + 300) * MB
+    budget.update(1.0, reading, {"b": Holding(500 * MB, 500 * MB)})
+    assert budget.unload("b") == 300 * MB
+    assert budget.spare(reading) == 2 * GB - 300 * MB, "c finds the masks: it was told before b went"
+    budget.load("d", 500 * MB, 500 * MB, reading, common=VARIANT)
+    assert budget.unload("c") == 0
+    assert budget.spare(reading) == 2 * GB - 500 * MB
+
+
+def test_what_lies_beyond_a_damage_is_not_waited_for() -> None:
+    for damaged_at in (None, GB):
+        budget, reading = Budget(Outlook(RESERVE)), Reading(RESERVE + GB, "")
+        holdings = {"a": Holding(GB, 2 * GB, damaged_at=damaged_at)}
+        budget.load("a", 500 * MB, 2 * GB, Reading(RESERVE + 4 * GB, ""))
+        budget.update(0.0, reading, holdings)
+        assert budget.look_seconds() == (CALM_LOOK_SECONDS if damaged_at else LOOK_SECONDS)
+        budget.load("b", 500 * MB, 2 * GB, reading)
+        budget._books.retarget({"a": 2 * GB, "b": GB})
+        for now in range(60):
+            budget.update(now, reading, {**holdings, "b": Holding(GB, GB)})
+        assert (budget.target("b") > GB) == bool(damaged_at)

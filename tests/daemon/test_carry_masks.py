@@ -14,8 +14,16 @@ from ebbflow.daemon.library import carry, copying
 from ebbflow.daemon.library.carry import carry_model
 from ebbflow.daemon.supervisor.library import Library, delete
 from ebbflow.daemon.worker.resident import Resident
-from ebbflow.formats.errors import BadBlock, BadHeader, CorruptManifest, DiskFull, NotArrived, TruncatedStack
-from ebbflow.formats.manifest import MASKS, STACK, read_manifest, write_manifest
+from ebbflow.formats.errors import (
+    BadBlock,
+    BadHeader,
+    CorruptFile,
+    CorruptManifest,
+    DiskFull,
+    NotArrived,
+    TruncatedStack,
+)
+from ebbflow.formats.manifest import MANIFEST, MASKS, STACK, read_manifest, write_manifest
 from ebbflow.formats.messages import ExportModel, ImportModel, Progress
 from ebbflow.formats.stack import Stack, read_blocks, read_stack
 
@@ -202,6 +210,27 @@ def test_what_cannot_be_imported(source: Path, library: Path, tmp_path: Path) ->
     other = msgspec.structs.replace(read_manifest(source), masks="0" * 32)
     harmed("e", lambda folder: write_manifest(folder, other), CorruptManifest)
     assert not (library / "c" / MASKS).exists()
+
+
+def test_a_folder_of_links_is_imported_as_what_they_name(source: Path, library: Path, tmp_path: Path) -> None:
+    """As in a snapshot of Hugging Face. In the library itself nothing is read through a link, also by an export."""
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for path in source.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    bring(snapshot, library)
+    assert contents(library / "m") == contents(source)
+    assert not any(path.is_symlink() for path in (library / "m").iterdir())
+    for name in (MASKS, STACK, MANIFEST):
+        (library / "m" / name).unlink()
+        (library / "m" / name).symlink_to(source / name)
+        with pytest.raises(CorruptFile, match="a link"):
+            take(library, "m", tmp_path / "out")
+        (snapshot / name).unlink()
+        os.mkfifo(tmp_path / name)
+        (snapshot / name).symlink_to(tmp_path / name)
+        with pytest.raises(CorruptFile, match="not a plain file"):
+            bring(snapshot, library, "n")
 
 
 def test_room_is_wanted_for_masks_only_where_they_are_copied(

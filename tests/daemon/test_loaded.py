@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from ebbflow.daemon.supervisor.books import Holding
 from ebbflow.daemon.supervisor.loaded import Loaded
 from ebbflow.formats.values import Residency
@@ -34,6 +36,8 @@ def test_a_model_is_there_from_when_it_was_told_to_when_it_goes():
     assert "gone" not in loaded
     assert loaded.holdings == {"a": Holding(10, 50), "b": Holding(20, 50, 8, 4)}
     assert loaded.kv_nbytes == [3]
+    loaded.note([msgspec.structs.replace(residency("b", 20), damaged_at_nbytes=30)])
+    assert loaded.holdings["b"] == Holding(20, 50, damaged_at=30)
     loaded.remove("b")
     loaded.remove("b")
     loaded.note([residency("b", 20)])  # said before it heard that

@@ -75,6 +75,8 @@ def test_a_log_file_lies_beside_the_file_that_names_it(file):
     assert gather([], {}, file).log_file == str(file.parent / "ebb.log")
     file.write_text('log_file = "~/ebb.log"')
     assert gather([], {"HOME": "ignored"}, file).log_file == str(Path.home() / "ebb.log")
+    assert gather([], {"EBBFLOW_LOG_FILE": "~/e.log"}, file).log_file == str(Path.home() / "e.log")
+    assert gather(["--log-file=~/e.log"], {}, file).log_file == str(Path.home() / "e.log")
     assert gather(["--log-file=ebb.log"], {}, file).log_file == "ebb.log"
 
 
