@@ -356,6 +356,7 @@ class Server:
     def _see_to_sockets(self, now: float) -> None:
         if now - self._sockets_seen >= REST_SECONDS / 2:
             self._sockets_seen = now
+            self._clients.bind_missing()
             self._clients.keep_path()
             self._children.keep_path()
             self._stay_small(now)
