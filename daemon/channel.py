@@ -133,43 +133,47 @@ class Hub(Generic[M]):
         self._limits = limits
         self._given = context
         self._explain = explain
-        self._other: tuple[str, Curve | None] | None = None
-        self._gate: _Gate | None = None
+        self._addresses: list[tuple[str, Curve | None]] = [(address, None)]
+        self._unbound: list[tuple[str, Curve | None]] = []
         self._open()
+        self._bind_or_close(address, None)
 
     def listen(self, address: str, curve: Curve | None) -> None:
         """Serve another address too, once; with `curve` only to those who may enter, and encrypted.
 
         Raises `DaemonFailed` when it cannot be bound.
         """
-        self._other = (address, curve)
-        if curve:
-            self._gate = _Gate(self._context, curve.may_enter)
-            self._socket.curve_server = True
-            self._socket.curve_publickey = curve.pair.public.encode()
-            self._socket.curve_secretkey = curve.pair.secret.encode()
-            # No `zap_domain`: it cannot be taken back, and what is bound later would ask the gate too. It would only
-            # matter without a gate, which is there as long as the socket is.
-        self._bind(address)
-        if curve:  # an address keeps what held when it was bound; what is bound later is plain again
-            self._socket.curve_server = False
+        self._addresses.append((address, curve))
+        self._bind_or_close(address, curve)
 
     def start_over(self) -> None:
         """Cut everybody off, and be there for whoever comes anew: what ZeroMQ holds for them is free then.
 
         The only way to be rid of a message whose frames never end: nobody is told of it before its last one, or who
-        sends it. Takes some 50 ms. Raises `DaemonFailed` when somebody took an address in between.
+        sends it. Takes some 50 ms. An address that somebody took in between is left to `bind_missing`.
         """
         self._socket.linger = 0
         self.close()
         self._open()
-        if self._other:
-            self.listen(*self._other)
+        self._unbound = list(self._addresses)
+        self.bind_missing()
+
+    def bind_missing(self) -> None:
+        """Try to bind what is not bound since all were cut off; what still cannot be is logged."""
+        for address, curve in tuple(self._unbound):
+            try:
+                self._bind(address, curve)
+            except zmq.ZMQError as error:
+                log.error("%s cannot be bound again, it is tried on: %s", address, error.strerror)
+            else:
+                self._unbound.remove((address, curve))
+                log.info("serving on %s again", address)
 
     def _open(self) -> None:
         self._own_context = None if self._given else zmq.Context()
         self._context = self._given or self._own_context or zmq.Context.instance()
-        self._gate = None
+        self._gate: _Gate | None = None
+        self._path: SocketPath | None = None
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.router_mandatory = True
         self._socket.linger = LINGER_MS
@@ -182,12 +186,26 @@ class Hub(Generic[M]):
         if self._address.startswith("ipc://"):
             # The kernel says who is at the other end; anybody else is cut off before a word is read.
             self._socket.setsockopt(zmq.IPC_FILTER_UID, os.geteuid())
-        self._bind(self._address)
-        self._path = SocketPath(self._address) if self._address.startswith("ipc://") else None
 
-    def _bind(self, address: str) -> None:
+    def _bind(self, address: str, curve: Curve | None = None) -> None:
+        if curve:
+            self._gate = self._gate or _Gate(self._context, curve.may_enter)
+            self._socket.curve_server = True
+            self._socket.curve_publickey = curve.pair.public.encode()
+            self._socket.curve_secretkey = curve.pair.secret.encode()
+            # No `zap_domain`: it cannot be taken back, and what is bound later would ask the gate too. It would only
+            # matter without a gate, which is there as long as the socket is.
         try:
             self._socket.bind(address)
+        finally:
+            if curve:  # an address keeps what held when it was bound; what is bound later is plain again
+                self._socket.curve_server = False
+        if address == self._address and address.startswith("ipc://"):
+            self._path = SocketPath(address)
+
+    def _bind_or_close(self, address: str, curve: Curve | None) -> None:
+        try:
+            self._bind(address, curve)
         except zmq.ZMQError as error:
             self.close()
             raise DaemonFailed(f"{address} cannot be bound: {error.strerror}") from error

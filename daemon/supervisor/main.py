@@ -87,7 +87,7 @@ class Daemon:
 
     def run(self) -> None:
         """Serve until told to end."""
-        with contextlib.closing(self._server), caught() as inbox:
+        with caught() as inbox, contextlib.closing(self._server):  # a signal cuts off nothing that is being written
             self._notifier.ready(f"leaving {format_size(self._reserve())} to everything else")
             while not self._server.finished:
                 self._server.sleep([inbox.descriptor], self._notifier.watchdog_seconds)

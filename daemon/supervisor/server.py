@@ -156,7 +156,7 @@ class Server:
         self._see_to_sockets(now)
         if self._drained_at is not None and (now >= self._drained_at or not self._answering()):
             self.stop(now)
-        if self._stopping and not self._wards():
+        if self._stopping and not self._wards() and self._terms_file.settled:
             self._finish()
 
     def sleep(self, descriptors: list[int], longest: float | None = None) -> None:
@@ -165,7 +165,7 @@ class Server:
         timeout = REST_SECONDS if longest is None else min(REST_SECONDS, longest)
         if any(ward.ending for ward in self._wards()):
             timeout = LAST_WORDS_TICK_SECONDS
-        elif ends or len(self.requests):
+        elif ends or len(self.requests) or self._stopping:
             timeout = TICK_SECONDS
         look = self.following.wait_seconds(self._now)
         timeout = timeout if look is None else min(timeout, look)
@@ -195,6 +195,8 @@ class Server:
         if self._stopping:
             for ward in self._wards():
                 ward.kill_at(now)
+            if not self._terms_file.settled:
+                log.warning("sizes asked for are still being written; it ends when they are")
             return
         log.info("stopping")
         self._stopping = True
@@ -356,6 +358,7 @@ class Server:
     def _see_to_sockets(self, now: float) -> None:
         if now - self._sockets_seen >= REST_SECONDS / 2:
             self._sockets_seen = now
+            self._clients.bind_missing()
             self._clients.keep_path()
             self._children.keep_path()
             self._stay_small(now)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -51,7 +51,8 @@ def read_terms(folder: Path) -> dict[str, Terms]:
 
 
 class TermsFile:
-    """The file in a library's folder. `keep` returns at once; `close` when what was kept last is on the disk.
+    """The file in a library's folder. `keep` returns at once; `close` when what was kept last is on the disk
+    or could not be written twice.
 
     A kill between the two leaves what the file held before, or any later state, whole.
     """
@@ -59,16 +60,24 @@ class TermsFile:
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ebbflow-terms")
-        self._newest = b""
+        self._newest = self._written = b""
+        self._last: Future[None] | None = None
 
     def keep(self, terms: Mapping[str, Terms]) -> None:
         """Have the file say this; of several that wait only the last is written."""
         text = self._newest = msgspec.json.format(msgspec.json.encode(terms), indent=1)
-        self._writer.submit(self._write, text)
+        self._last = self._writer.submit(self._write, text)
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is being written or waits for it."""
+        return self._last is None or self._last.done()
 
     def close(self) -> None:
-        """Wait until everything is written; nothing may be kept after that. Idempotent."""
+        """Wait until everything is written, and try once more what could not be; nothing may be kept after that."""
         self._writer.shutdown()
+        if self._written is not self._newest:
+            self._write(self._newest)
 
     def _write(self, text: bytes) -> None:
         """Atomically. What cannot be written is logged: it holds as long as this daemon."""
@@ -81,5 +90,7 @@ class TermsFile:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.rename(self._path)
-        except OSError as error:
-            log.warning("%s cannot be written; sizes asked for hold until the daemon ends: %s", self._path, error)
+            self._written = text
+        except Exception as error:  # noqa: BLE001 - nobody looks at the future
+            why = f"{type(error).__name__}: {error}"
+            log.warning("%s cannot be written; sizes asked for hold until the daemon ends: %s", self._path, why)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -326,4 +327,34 @@ def test_starting_over_after_the_socket_was_made_again(tmp_path: Path, context):
     hub.keep_path()
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
     peer.close()
+    hub.close()
+
+
+def test_starting_over_serves_what_it_can_and_the_rest_when_it_is_free(tmp_path: Path, context, monkeypatch, caplog):
+    file, beside = tmp_path / "c", tmp_path / "other"
+    hub = Hub(f"ipc://{file}", request_decoder)
+    hub.listen(f"ipc://{beside}", None)
+    reopen = hub._open
+
+    def reopen_late(*taken: Path) -> None:
+        reopen()
+        for path in taken:
+            path.unlink(missing_ok=True)
+            path.mkdir()
+
+    for taken, free in ((beside, file), (file, beside)):
+        monkeypatch.setattr(hub, "_open", lambda taken=taken: reopen_late(taken))
+        hub.start_over()
+        assert f"ipc://{taken} cannot be bound again" in caplog.text
+        with contextlib.closing(Peer(context, f"ipc://{free}", event_decoder)) as peer:
+            peer.say(Ping())
+            wait([hub], [], 20)
+            assert len(hub.receive()) == 1
+        hub.bind_missing()
+        assert taken.is_dir()
+        taken.rmdir()
+        hub.bind_missing()
+        assert taken.is_socket()
+        hub.keep_path()  # nothing is amiss with the file that was made late
+        assert sorted(tmp_path.iterdir()) == [file, beside]
     hub.close()

@@ -120,13 +120,21 @@ def test_by_tcp_only_allowed_keys_come_in(paths):
             client.ping()
 
 
-def test_who_may_come_in_stays_the_same_when_all_are_cut_off(paths):
+@pytest.mark.parametrize("taken", [False, True])
+def test_who_may_come_in_stays_the_same_when_all_are_cut_off(paths, monkeypatch, taken):
     address = f"tcp://127.0.0.1:{free_port()}"
     mine, strange = new_pair(), new_pair()
     write_allowed(paths.keys / "allowed", {mine.public: "me"})
     answering = Answering(paths)
     listen(answering.hub, address, paths)
-    answering.hub.start_over()
+    if taken:  # the port, by somebody quick
+        reopen = answering.hub._open
+        with zmq.Context() as context, context.socket(zmq.REP) as thief:
+            monkeypatch.setattr(answering.hub, "_open", lambda: (reopen(), thief.bind(address)))
+            answering.hub.start_over()
+        answering.hub.bind_missing()
+    else:
+        answering.hub.start_over()
     server = own_pair(paths.keys / "daemon", new_pair).public
     with answering:
         for welcome in (

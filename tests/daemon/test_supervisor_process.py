@@ -47,7 +47,7 @@ from ebbflow.formats.messages import (
     event_decoder,
 )
 from ebbflow.formats.paths import home_paths
-from ebbflow.formats.units import SizeWish
+from ebbflow.formats.units import AUTO, SizeWish
 from ebbflow.formats.values import PinSummary
 from ebbflow.formats.wire import decode, encode
 
@@ -323,6 +323,30 @@ def test_shutdown_answers_when_all_is_over(daemon):
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
     assert daemon.process.wait(PATIENCE_SECONDS) == 0
+
+
+def test_no_signal_ends_it_before_the_sizes_asked_for_are_written(daemon, home):
+    assert daemon.ask(Ping()) == Pong()
+    partial = home / "library" / ".terms.json.partial"
+    os.mkfifo(partial)  # a disk that hangs until it is read, and fails then
+    resize = Resize(id=1, model="demo", wish=AUTO)
+    assert isinstance(daemon.ask(resize), Resized)
+    daemon.say(Shutdown(id=2))
+    assert daemon.ask(Ping()) == Pong()
+    daemon.process.send_signal(signal.SIGTERM)
+    assert any("still being written" in line for line in iter(daemon.process.stderr.readline, ""))
+    daemon.process.send_signal(signal.SIGHUP)
+    assert daemon.ask(Ping()) == Pong()
+    threads = Path(f"/proc/{daemon.process.pid}/task")
+    before = len(list(threads.iterdir()))
+    partial.read_bytes()
+    assert daemon.hear() == Done(id=2)
+    until(lambda: len(list(threads.iterdir())) < before)  # the writer's is over: now it is tried once more
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        daemon.process.send_signal(number)
+    reader = os.open(partial, os.O_RDONLY | os.O_NONBLOCK)
+    assert daemon.process.wait(PATIENCE_SECONDS) == 0
+    os.close(reader)
 
 
 def test_when_it_is_killed_its_children_die_and_the_next_one_starts(start):

@@ -28,6 +28,7 @@ from ebbflow.formats.messages import (
     ShowModel,
     Started,
     Status,
+    event_decoder,
 )
 from ebbflow.formats.units import SizeWish
 from ebbflow.formats.values import ChatMessage, Sampling
@@ -288,6 +289,15 @@ def test_clients_that_fill_the_supervisor_up_are_cut_off_and_their_requests_end(
     house.sensor.own += MOST_NBYTES + 1
     house.turn(1)
     assert len(cuts) == 2
+
+
+def test_an_address_that_could_not_be_bound_is_served_as_soon_as_it_is_free(house):
+    house.clients._unbound.append(("inproc://late", None))
+    house.turn(1)
+    client = house._peer("inproc://late", event_decoder)
+    client.say(Ping())
+    house.turn()
+    assert client.hear() == [Pong()]
 
 
 def test_a_model_in_use_is_not_removed(house):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from ebbflow.daemon.supervisor.terms import FILE, Terms, TermsFile, read_terms
-from ebbflow.formats.messages import Resize, Resized
+from ebbflow.formats.messages import Done, Ping, Pong, Resize, Resized, Shutdown
 from ebbflow.formats.units import AUTO
 
 from support.house import MB, House
@@ -91,6 +92,36 @@ def test_what_cannot_be_written_is_logged_and_the_next_is_written(tmp_path, capl
         file._writer.submit(os.rmdir, folder / (FILE + ".partial")).result()
         file.keep(floor(2))
     assert read_terms(folder) == floor(2)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), MemoryError("no room")])
+def test_what_could_not_be_written_is_tried_once_more_at_the_end(tmp_path, monkeypatch, caplog, error):
+    failures = [error]
+    monkeypatch.setattr(os, "fsync", lambda _descriptor: failures and (_ for _ in ()).throw(failures.pop()))
+    with contextlib.closing(TermsFile(tmp_path)) as file:
+        file.keep(floor(1))
+        file._writer.submit(int).result()
+        assert read_terms(tmp_path) == {}
+        assert str(error) in caplog.text
+    assert read_terms(tmp_path) == floor(1)
+
+
+def test_the_daemon_answers_until_what_was_asked_for_is_written(disk, tmp_path, caplog):
+    with contextlib.closing(House(tmp_path)) as house:
+        client = house.client()
+        client.say(Resize(id=1, model="demo", wish=AUTO, floor_nbytes=300 * MB), Shutdown(id=2))
+        house.turn()
+        house.server.stop(house.now)
+        assert "still being written" in caplog.text
+        client.say(Ping())
+        house.turn()
+        assert [type(event) for event in client.hear()] == [Resized, Pong]
+        disk.ready.set()
+        house.server._terms_file._writer.submit(int).result()
+        house.turn()
+        assert client.hear() == [Done(id=2)]
+        assert house.server.finished
+    assert read_terms(tmp_path) == floor(300 * MB)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"demo": {"floor": "much"}}', "\xff"])
